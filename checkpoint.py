@@ -1,0 +1,267 @@
+"""Save, rotate and resume, atomically: a checkpoint is complete or absent.
+
+A checkpoint is a folder of weights (safetensors) and readable JSON. It is written to a hidden sibling, flushed to the
+disk and renamed, so that a crash at any moment leaves the previous one in place.
+"""
+
+import contextlib
+import fcntl
+import json
+import os
+import re
+import shutil
+import socket
+import threading
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file, save_file
+
+from config import FREE_ON_RESUME, Config, UserError, to_dict
+
+STATE_FILE, OPTIMIZER_FILE = "trainer_state.json", "optimizer.safetensors"
+ADAPTER_FILE, ADAPTER_CONFIG = "adapter_model.safetensors", "adapter_config.json"
+MARKER = "PREEMPTED"  # the Slurm launcher requeues the job where it finds this file
+
+
+@dataclass
+class TrainerState:
+    """What a run must know to go on. Readable JSON; times in seconds."""
+
+    step: int = 0  # optimizer steps done
+    global_batch: int = 0
+    ranks: int = 0
+    config: dict = field(default_factory=dict)
+    interval: dict = field(default_factory=dict)  # sums since the last log line
+    evaluation_due: bool = False  # stopped inside the evaluation of this step
+    nonfinite_in_a_row: int = 0
+    best_metric: float | None = None
+    best_step: int | None = None
+    train_seconds: float = 0.0
+    # Dropout is seeded anew at each step from (seed, step, rank), so this number is the whole RNG state.
+    rng: dict = field(default_factory=dict)
+    files: dict = field(default_factory=dict)  # name → bytes
+
+
+def step_of(folder: Path) -> int:
+    return int(folder.name.rpartition("-")[2])
+
+
+def checkpoints(output_dir) -> list[Path]:
+    """Checkpoint folders in order of their step, complete or not."""
+    folders = [p for p in Path(output_dir).glob("checkpoint-*") if re.fullmatch(r"checkpoint-\d+", p.name)]
+    return sorted(folders, key=step_of)
+
+
+def whats_wrong(folder: Path) -> str | None:
+    """Why a checkpoint folder cannot be used, or None."""
+    try:
+        state = json.loads((folder / STATE_FILE).read_text())
+    except FileNotFoundError:
+        return f"{STATE_FILE} is missing"
+    except (OSError, ValueError) as error:
+        return f"{STATE_FILE} cannot be read ({error})"
+    for name, size in state.get("files", {}).items():
+        path = folder / name
+        if not path.is_file():
+            return f"{name} is missing"
+        if path.stat().st_size != size:
+            return f"{name} has {path.stat().st_size} bytes instead of {size}"
+    return None
+
+
+def newest_complete(output_dir) -> tuple[Path | None, list[str]]:
+    """The checkpoint to resume from, and a line for each newer one that is not complete."""
+    ignored = []
+    for folder in reversed(checkpoints(output_dir)):
+        wrong = whats_wrong(folder)
+        if wrong is None:
+            return folder, ignored
+        ignored.append(f"Ignoring {folder}: {wrong}")
+    return None, ignored
+
+
+def read_state(folder: Path) -> TrainerState:
+    return TrainerState(**json.loads((folder / STATE_FILE).read_text()))
+
+
+def check_same_mathematics(state: TrainerState, config: Config, global_batch: int, folder: Path) -> None:
+    """Errors: `UserError` naming the keys in which a resumed run would not be the same experiment."""
+    old, new = _flatten(state.config), _flatten(to_dict(config))
+    changed = [
+        f"{key}: {old.get(key)!r} → {new.get(key)!r}"
+        for key in sorted(old.keys() | new.keys())
+        if old.get(key) != new.get(key) and key.split(".")[0] not in FREE_ON_RESUME
+    ]
+    if state.global_batch != global_batch:
+        changed.append(f"train_bs × grad_accum × GPUs: {state.global_batch} → {global_batch}")
+    if changed:
+        raise UserError(
+            f"{folder} was trained with another config ({'; '.join(changed)}); "
+            "set these back, or choose a new output_dir for the new experiment"
+        )
+
+
+def _flatten(values: dict, prefix: str = "") -> dict:
+    flat = {}
+    for key, value in values.items():
+        flat |= _flatten(value, f"{prefix}{key}.") if isinstance(value, dict) else {prefix + key: value}
+    return flat
+
+
+# ------------------------------------------------------------------------------------------------------------ save
+
+
+def save_atomically(folder: Path, write) -> tuple[int, float]:
+    """Let `write(temporary_folder)` fill a folder that appears under its name only when it is complete and on disk.
+
+    Returns (bytes, seconds). Errors: `UserError` with path and free space where the disk is full or not writable;
+    what was there before stays, and nothing partial is left."""
+    started = time.perf_counter()
+    temporary = folder.with_name(f".{folder.name}.tmp")
+    try:
+        shutil.rmtree(temporary, ignore_errors=True)
+        temporary.mkdir(parents=True)
+        write(temporary)
+        size = sum(_flush(path) for path in temporary.rglob("*") if path.is_file())
+        _flush(temporary)
+        if folder.exists():  # an incomplete one of an earlier crash, already reported
+            shutil.rmtree(folder)
+        temporary.rename(folder)
+        _flush(folder.parent)
+    except Exception as error:
+        shutil.rmtree(temporary, ignore_errors=True)
+        # torch and safetensors report a full disk in words of their own; the free space tells which it was.
+        with contextlib.suppress(OSError):
+            free = shutil.disk_usage(folder.parent).free
+            if isinstance(error, OSError) or "No space left" in str(error) or "unexpected pos" in str(error):
+                raise UserError(
+                    f"cannot save {folder} ({' '.join(str(error).split())}); {free / 1e9:.2f} GB are free there. "
+                    "Free some space and start again: the run resumes from the checkpoint before"
+                ) from None
+        raise
+    return size, time.perf_counter() - started
+
+
+def _flush(path: Path) -> int:
+    """fsync a file or folder; returns its size in bytes."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+        return os.fstat(descriptor).st_size
+    finally:
+        os.close(descriptor)
+
+
+def write_json(path: Path, value) -> None:
+    """Write beside, rename last."""
+    temporary = path.with_name(f".{path.name}.tmp")
+    temporary.write_text(json.dumps(value, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+    temporary.replace(path)
+
+
+def adapter_state(model) -> dict[str, torch.Tensor]:
+    """The adapter under the names of the standard PEFT layout, on the CPU."""
+    from peft import get_peft_model_state_dict
+
+    return {
+        name: tensor.detach().cpu().contiguous()
+        for name, tensor in get_peft_model_state_dict(model, save_embedding_layers=False).items()
+    }
+
+
+def save_adapter(model, folder: Path) -> None:
+    """adapter_model.safetensors and adapter_config.json, as plain `PeftModel.from_pretrained` reads them."""
+    save_file(adapter_state(model), folder / ADAPTER_FILE, metadata={"format": "pt"})
+    model.peft_config["default"].save_pretrained(folder)
+
+
+def load_adapter(model, folder) -> None:
+    """Put an adapter's weights into the model's own. Errors: `UserError` where the two do not fit exactly."""
+    from peft import set_peft_model_state_dict
+
+    path = Path(folder) / ADAPTER_FILE
+    if not path.is_file():
+        raise UserError(f"{folder} holds no {ADAPTER_FILE}; give the folder of an adapter or checkpoint")
+    loaded, own = load_file(path), adapter_state(model)
+    shapes = [{name: tuple(tensor.shape) for name, tensor in state.items()} for state in (loaded, own)]
+    if shapes[0] != shapes[1]:
+        differing = sorted(name for name in shapes[0].keys() | shapes[1].keys() if shapes[0].get(name) != shapes[1].get(name))
+        raise UserError(f"{path} does not fit this model and lora.r: {len(differing)} tensors differ, first {differing[0]}")
+    set_peft_model_state_dict(model, loaded)
+
+
+def save_optimizer(optimizer: torch.optim.Optimizer, names: dict[str, torch.nn.Parameter], path: Path) -> None:
+    """AdamW's moments and step counts by parameter name. (A pickled state dict would need `torch.load`.)"""
+    tensors = {}
+    for name, parameter in names.items():
+        for key, value in optimizer.state.get(parameter, {}).items():
+            tensors[f"{name}|{key}"] = value.detach().cpu().contiguous()
+    save_file(tensors, path)
+
+
+def load_optimizer(optimizer: torch.optim.Optimizer, names: dict[str, torch.nn.Parameter], path: Path) -> None:
+    tensors = load_file(path)
+    for name, parameter in names.items():
+        state = {key.rpartition("|")[2]: value for key, value in tensors.items() if key.rpartition("|")[0] == name}
+        assert state or not tensors, f"{path} lacks the optimizer state of {name}"
+        if state:
+            # AdamW keeps its step count on the CPU, its moments beside the parameter.
+            optimizer.state[parameter] = {
+                key: value if key == "step" else value.to(parameter.device) for key, value in state.items()
+            }
+
+
+def rotate(output_dir, keep: int, best_step: int | None) -> threading.Thread:
+    """Delete the oldest checkpoints beyond `keep`, never the newest or the best. In the background: deleting a large
+    folder on a network disk takes seconds that the next step need not wait for."""
+    complete = [folder for folder in checkpoints(output_dir) if whats_wrong(folder) is None]
+    doomed = [folder for folder in complete[:-keep] if step_of(folder) != best_step]
+    doomed += [p for p in Path(output_dir).glob(".deleted-*")]  # left by a run that was killed while deleting
+
+    def delete():
+        for folder in doomed:
+            # Renamed first, so that a kill while deleting cannot leave half a checkpoint under a good name.
+            hidden = folder if folder.name.startswith(".") else folder.with_name(f".deleted-{folder.name}")
+            with contextlib.suppress(OSError):
+                folder.rename(hidden)
+            shutil.rmtree(hidden, ignore_errors=True)
+
+    thread = threading.Thread(target=delete)
+    thread.start()
+    return thread
+
+
+# ------------------------------------------------------------------------------------------------ one owner a folder
+
+
+class OutputLock:
+    """Holds an output folder for one run. The lock is the kernel's (POSIX, so that forked
+    data workers do not hold it), and ends with its owner, however that
+    ends; the file's text only says who it is.
+
+    Errors: `UserError` naming the owner."""
+
+    def __init__(self, output_dir):
+        Path(output_dir).mkdir(parents=True, exist_ok=True)
+        path = Path(output_dir) / ".lock"
+        self._file = open(path, "a+", encoding="utf-8")  # noqa: SIM115 - held until the process ends
+        try:
+            fcntl.lockf(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            self._file.seek(0)
+            owner = self._file.read().strip() or "another process"
+            raise UserError(
+                f"output_dir {output_dir} is in use by {owner}; wait for it to end or choose another output_dir"
+            ) from None
+        except OSError as error:  # a file system without locks
+            print(f"No lock on {output_dir} ({error.strerror}): two jobs in it would not notice each other", flush=True)
+        job = os.environ.get("SLURM_JOB_ID")
+        self._file.truncate(0)
+        self._file.write(
+            f"process {os.getpid()} on {socket.gethostname()}{f', Slurm job {job}' if job else ''}, "
+            f"since {time.strftime('%Y-%m-%d %H:%M:%S')}\n"
+        )
+        self._file.flush()

@@ -1,0 +1,400 @@
+"""Samples → micro-batches: the Dataset, the batch plan (the sampler) and the collator.
+
+The plan alone decides which questions make up an optimizer step, as a pure function of (seed, step, rank). A loader
+worker builds one rank's whole step at a time, so that a picture is decoded once for all its questions in the step. The
+collator only lays the questions out.
+"""
+
+import json
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch.utils.data import DataLoader, Dataset
+
+from config import Config, UserError
+from family import Family
+from images import ModelImage, image_path, letterbox, native_resize, open_image, patchify
+from templates import IGNORE, encode, sample_images, split_answer, to_messages
+
+
+class SampleList(Sequence):
+    """Samples of a split as one block of JSON bytes: forked workers share it, where a list of dicts would be copied
+    page by page as reference counts change."""
+
+    def __init__(self, samples: list[dict], source: str):
+        encoded = [json.dumps(sample).encode() for sample in samples]
+        self.source = source
+        self._ends = np.cumsum([len(line) for line in encoded])
+        self._bytes = np.frombuffer(b"".join(encoded), dtype=np.uint8)
+
+    def __len__(self) -> int:
+        return len(self._ends)
+
+    def __getitem__(self, row: int) -> dict:
+        start = self._ends[row - 1] if row else 0
+        return json.loads(self._bytes[start : self._ends[row]].tobytes())
+
+    def name(self, row: int) -> str:
+        """How messages call a sample: file, row (counted from 1) and id."""
+        return f"{self.source} row {row + 1} (id {self[row]['id']})"
+
+
+def load_samples(path, max_samples: int | None = None) -> SampleList:
+    """The samples of a split: a JSON list, or one object a line in a .jsonl file. A sample without an id gets its row
+    number. Errors: `UserError` naming file and row."""
+    path = Path(path)
+    try:
+        text = path.read_text(encoding="utf-8")
+    except FileNotFoundError:
+        raise UserError(f"{path} does not exist; run prepare_data.py or correct the path") from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"{path} cannot be read: {error}") from None
+    samples = []
+    try:
+        if path.suffix == ".jsonl":
+            for line_number, line in enumerate(text.splitlines(), 1):
+                if line.strip():
+                    samples.append(json.loads(line))
+        else:
+            samples = json.loads(text)
+    except json.JSONDecodeError as error:
+        row = line_number if path.suffix == ".jsonl" else error.lineno
+        raise UserError(f"{path} line {row}: not valid JSON ({error.msg}); mend or remove it") from None
+    if not isinstance(samples, list):
+        raise UserError(f"{path}: expected a list of samples, found {type(samples).__name__}")
+    if not samples:
+        raise UserError(f"{path} holds no samples; an empty split can't be used, prepare the data again")
+    samples = samples[:max_samples]
+    for row, sample in enumerate(samples):
+        if not isinstance(sample, dict):
+            raise UserError(f"{path} row {row + 1}: expected an object, found {type(sample).__name__}")
+        sample["id"] = str(sample.get("id", row + 1))
+    return SampleList(samples, str(path))
+
+
+# ---------------------------------------------------------------------------------------------------- one sample
+
+
+@dataclass(frozen=True)
+class Item:
+    """One question, tokenised. Arrays of T tokens; `labels` in place, `IGNORE` where nothing is supervised."""
+
+    sample_id: str
+    input_ids: np.ndarray  # (T,)
+    labels: np.ndarray  # (T,)
+    position_ids: np.ndarray  # (3, T): temporal, height, width
+    images: tuple[str, ...]  # paths, the keys of the decoded pictures
+    last_image_token: int  # index; -1 without images
+
+
+def rope_positions(input_ids: np.ndarray, grids: Sequence[tuple[int, int]], merge_size: int, image_token_id: int):
+    """M-RoPE positions (3, T) of a sequence with pictures, equal to the models' own `get_rope_index`.
+
+    Text counts on in all three rows; a picture's tokens take its (time, row, column), and the text after it goes on
+    from the larger side. Source: Qwen2-VL (arXiv 2409.12191), section 2.1. grids: (height, width) in patches.
+    """
+    positions = np.empty((3, len(input_ids)), dtype=np.int64)
+    is_image = input_ids == image_token_id
+    token, next_position = 0, 0
+    for grid_height, grid_width in grids:
+        rows, columns = grid_height // merge_size, grid_width // merge_size
+        start = token + int(np.argmax(is_image[token:]))
+        text_length = start - token
+        positions[:, token:start] = next_position + np.arange(text_length)
+        next_position += text_length
+        token = start + rows * columns
+        positions[0, start:token] = next_position
+        positions[1, start:token] = next_position + np.repeat(np.arange(rows), columns)
+        positions[2, start:token] = next_position + np.tile(np.arange(columns), rows)
+        next_position += max(rows, columns)
+    positions[:, token:] = next_position + np.arange(len(input_ids) - token)
+    return positions
+
+
+class SampleEncoder:
+    """Turns samples into `Item`s and picture files into `ModelImage`s, the same for training and inference."""
+
+    def __init__(self, config: Config, family: Family, tokenizer):
+        self.config, self.family, self.tokenizer = config, family, tokenizer
+        self.image_shown = config.image == "shown" and family.has_vision
+
+    def load_image(self, path: str) -> ModelImage:
+        image = open_image(image_path(self.config.data.image_root, path))
+        family = self.family
+        if self.config.resize == "letterbox":
+            image, placement = letterbox(image, self.config.image_size)
+        else:
+            limit = self.config.max_pixels or family.max_pixels
+            image, placement = native_resize(image, family.factor, min(family.min_pixels, limit), limit)
+        grid = (image.height // family.patch_size, image.width // family.patch_size)
+        return ModelImage(patchify(image, family.patch_size, family.merge_size), grid, placement)
+
+    def images_of(self, sample: dict) -> tuple[str, ...]:
+        return tuple(sample_images(sample)) if self.image_shown else ()
+
+    def encode(self, sample: dict, images: Sequence[ModelImage], generation: bool = False) -> Item:
+        """generation: only the prompt goes in, so the gold answer cannot reach the model.
+
+        Errors: `UserError` where the sample is longer than max_tokens: neither picture nor answer is ever cut.
+        """
+        family, merge_size = self.family, self.family.merge_size
+        messages = to_messages(sample, self.config.template, self.image_shown)
+        if generation:
+            messages, _ = split_answer(messages)
+        image_tokens = [image.grid[0] * image.grid[1] // merge_size**2 for image in images]
+        encoded = encode(messages, self.tokenizer, image_tokens, family.image_token_id, generation)
+        if len(encoded.input_ids) > self.config.max_tokens:
+            raise UserError(
+                f"{len(encoded.input_ids)} tokens ({sum(image_tokens)} of them image) exceed max_tokens "
+                f"{self.config.max_tokens}; raise max_tokens, make the picture smaller or drop the sample"
+            )
+        input_ids = np.asarray(encoded.input_ids)
+        is_image = np.flatnonzero(input_ids == family.image_token_id)
+        return Item(
+            sample_id=sample["id"],
+            input_ids=input_ids,
+            labels=np.asarray(encoded.labels),
+            position_ids=rope_positions(input_ids, [i.grid for i in images], merge_size, family.image_token_id),
+            images=self.images_of(sample),
+            last_image_token=int(is_image[-1]) if len(is_image) else -1,
+        )
+
+
+# ------------------------------------------------------------------------------------------------------ batch plan
+
+
+class BatchPlan:
+    """Which questions make up which optimizer step: a pure function of its arguments.
+
+    Every epoch ends with a smaller step where the questions do not fill it. A fractional last epoch takes that share of
+    the questions, rounded up.
+    """
+
+    def __init__(self, samples: int, batch: int, epochs: float, order: str, seed: int, image_of: list | None = None):
+        """batch: questions of one optimizer step, over all ranks. image_of: each sample's picture, for 'images'."""
+        self.samples, self.batch, self.order, self.seed, self._image_of = samples, batch, order, seed, image_of
+        whole_epochs = int(epochs)
+        self.steps_per_epoch = -(-samples // batch)
+        last_samples = int(np.ceil(round((epochs - whole_epochs) * samples, 6)))
+        self.questions_in_last_epoch = last_samples or samples
+        self.total_steps = whole_epochs * self.steps_per_epoch + -(-last_samples // batch)
+        self.total_questions = whole_epochs * samples + last_samples
+        self._last_epoch = whole_epochs if last_samples else whole_epochs - 1
+        self._cached = (-1, None)
+
+    def epoch_order(self, epoch: int) -> np.ndarray:
+        """Sample indices in the order of one epoch."""
+        if self._cached[0] != epoch:
+            generator = np.random.default_rng([self.seed, epoch])
+            if self.order == "sequential":
+                order = np.arange(self.samples)
+            elif self.order == "random":
+                order = generator.permutation(self.samples)
+            else:  # images: shuffled pictures, the questions of each together and in file order
+                groups: dict = {}
+                for index, image in enumerate(self._image_of):
+                    groups.setdefault(image, []).append(index)
+                groups = list(groups.values())
+                order = np.concatenate([groups[group] for group in generator.permutation(len(groups))])
+            self._cached = (epoch, order)
+        return self._cached[1]
+
+    def questions(self, step: int) -> np.ndarray:
+        """Sample indices of one step (counted from 0), over all ranks."""
+        epoch, step_in_epoch = divmod(step, self.steps_per_epoch)
+        limit = self.questions_in_last_epoch if epoch == self._last_epoch else self.samples
+        start = step_in_epoch * self.batch
+        return self.epoch_order(epoch)[start : min(start + self.batch, limit)]
+
+    def rank_questions(self, step: int, rank: int, ranks: int) -> np.ndarray:
+        """This rank's contiguous slice of the step; empty where a last small step has fewer questions than ranks."""
+        return np.array_split(self.questions(step), ranks)[rank]
+
+    def epoch_at(self, step: int) -> float:
+        """Epochs seen once `step` steps are done."""
+        epoch, step_in_epoch = divmod(step, self.steps_per_epoch)
+        return epoch + min(step_in_epoch * self.batch / self.samples, 1.0)
+
+
+# -------------------------------------------------------------------------------------------------------- collator
+
+
+def collate(items: list[Item], images: dict[str, ModelImage], share_prefix: bool, pad_id: int) -> dict:
+    """Lay questions out as rows, those of one picture behind one shared prefix.
+
+    A row is [prefix, question, question, ...] with segment 0 for the prefix, 1, 2, ... for the questions and -1 for
+    padding; a token sees the prefix and its own segment (`model.attention_mask`). Positions are each question's own.
+    Returns input_ids, targets, segments (B, T); position_ids (3, B, T); patches, image_grid_thw of the distinct
+    pictures; image_index: for each picture in the rows, in order, which of them it is; slots (B, K): item of each row's
+    questions, -1 where there is none. targets: the next token at the position that predicts it, elsewhere `IGNORE`.
+    """
+    rows = [_row(items, group, prefix) for group, prefix in _groups(items, share_prefix)]
+    length = max(len(row["ids"]) for row in rows)
+    slots = max(len(row["group"]) for row in rows)
+    batch = {
+        "input_ids": torch.full((len(rows), length), pad_id),
+        "targets": torch.full((len(rows), length), IGNORE),
+        "segments": torch.full((len(rows), length), -1, dtype=torch.int32),
+        "position_ids": torch.zeros((3, len(rows), length), dtype=torch.int64),
+        "slots": torch.full((len(rows), slots), -1),
+    }
+    for b, row in enumerate(rows):
+        tokens = len(row["ids"])
+        batch["input_ids"][b, :tokens] = torch.from_numpy(row["ids"])
+        batch["targets"][b, :tokens] = torch.from_numpy(row["targets"])
+        batch["segments"][b, :tokens] = torch.from_numpy(row["segments"])
+        batch["position_ids"][:, b, :tokens] = torch.from_numpy(row["positions"])
+        batch["slots"][b, : len(row["group"])] = torch.tensor(row["group"])
+    shown = [path for row in rows for path in items[row["group"][0]].images]
+    if shown:
+        distinct = list(dict.fromkeys(shown))
+        batch["patches"] = torch.from_numpy(np.concatenate([images[path].patches for path in distinct]))
+        batch["image_grid_thw"] = torch.tensor([(1, *images[path].grid) for path in distinct])
+        batch["image_index"] = [distinct.index(path) for path in shown]
+    batch["sample_ids"] = [item.sample_id for item in items]
+    batch["answer_tokens"] = int((batch["targets"] != IGNORE).sum())
+    return batch
+
+
+def _groups(items: list[Item], share_prefix: bool) -> list[tuple[list[int], int]]:
+    """(items of a row, length of their shared prefix): one row per picture, in order of first appearance."""
+    by_images: dict = {}
+    for index, item in enumerate(items):
+        by_images.setdefault(item.images if share_prefix and item.images else index, []).append(index)
+    groups = []
+    for members in by_images.values():
+        prefix = _shared_prefix([items[index] for index in members])
+        if len(members) > 1 and prefix > items[members[0]].last_image_token:
+            groups.append((members, prefix))
+        else:  # alone, or the texts part before the pictures end: nothing worth sharing
+            groups += [([index], _shared_prefix([items[index]])) for index in members]
+    return groups
+
+
+def _shared_prefix(items: list[Item]) -> int:
+    """Tokens that all have in common, short enough that every question keeps the predictor of its first label."""
+    first = items[0].input_ids
+    length = len(first) - 1
+    for item in items:
+        supervised = np.flatnonzero(item.labels != IGNORE)
+        length = min(length, len(item.input_ids) - 1, *(supervised[:1] - 1))
+        differs = np.flatnonzero(item.input_ids[:length] != first[:length])
+        length = int(differs[0]) if len(differs) else length
+    return length
+
+
+def _row(items: list[Item], group: list[int], prefix: int) -> dict:
+    first = items[group[0]]
+    ids, targets, segments = [first.input_ids[:prefix]], [np.full(prefix, IGNORE)], [np.zeros(prefix, dtype=np.int32)]
+    positions = [first.position_ids[:, :prefix]]
+    for segment, index in enumerate(group, 1):
+        item = items[index]
+        ids.append(item.input_ids[prefix:])
+        targets.append(np.append(item.labels[prefix + 1 :], IGNORE))
+        segments.append(np.full(len(item.input_ids) - prefix, segment, dtype=np.int32))
+        positions.append(item.position_ids[:, prefix:])
+    return {
+        "group": group,
+        "ids": np.concatenate(ids),
+        "targets": np.concatenate(targets),
+        "segments": np.concatenate(segments),
+        "positions": np.concatenate(positions, axis=1),
+    }
+
+
+# -------------------------------------------------------------------------------------------------------- datasets
+
+
+class _Batches(Dataset):
+    def __init__(self, samples: SampleList, encoder: SampleEncoder, share_prefix: bool):
+        self.samples, self.encoder, self.share_prefix = samples, encoder, share_prefix
+        self.pad_id = encoder.tokenizer.pad_token_id
+
+    def build(self, rows: Sequence[int], images: dict[str, ModelImage], generation: bool = False) -> list[Item]:
+        """Items of the samples; `images` keeps the decoded pictures for the next call of the same step."""
+        items = []
+        for row in rows:
+            sample = self.samples[row]
+            try:
+                paths = self.encoder.images_of(sample)
+                for path in paths:
+                    if path not in images:
+                        images[path] = self.encoder.load_image(path)
+                items.append(self.encoder.encode(sample, [images[path] for path in paths], generation))
+            except UserError as error:
+                raise UserError(f"{self.samples.name(row)}: {error}") from None
+        return items
+
+
+class StepDataset(_Batches):
+    """Index: an optimizer step. Item: this rank's micro-batches of it."""
+
+    def __init__(self, samples, encoder, share_prefix, plan: BatchPlan, train_bs: int, rank: int, ranks: int):
+        super().__init__(samples, encoder, share_prefix)
+        self.plan, self.train_bs, self.rank, self.ranks = plan, train_bs, rank, ranks
+
+    def __getitem__(self, step: int) -> dict:
+        try:
+            questions = self.plan.rank_questions(step, self.rank, self.ranks)
+            images: dict = {}
+            items = self.build(questions, images)
+            if (
+                not items
+            ):  # this rank has nothing to do, but must join the gradient's all_reduce: a question of weight 0
+                items = self.build(self.plan.questions(step)[:1], images)
+                items = [replace(item, labels=np.full_like(item.labels, IGNORE)) for item in items]
+            micro_batches = [
+                collate(items[start : start + self.train_bs], images, self.share_prefix, self.pad_id)
+                for start in range(0, len(items), self.train_bs)
+            ]
+        except UserError as error:
+            return {"error": str(error)}
+        return {"micro_batches": micro_batches, "questions": len(questions)}
+
+
+class EvalDataset(_Batches):
+    """Index: a batch of the split. Batches hold the questions of a picture side by side, and do not depend on the
+    number of ranks, so that predictions do not either."""
+
+    def __init__(
+        self, samples, encoder, share_prefix, eval_bs: int, generation: bool, rows: Sequence[int] | None = None
+    ):
+        super().__init__(samples, encoder, share_prefix)
+        rows = range(len(samples)) if rows is None else rows
+        groups: dict = {}
+        for row in rows:
+            groups.setdefault(encoder.images_of(samples[row]) or row, []).append(row)
+        ordered = [row for group in groups.values() for row in group]
+        self.batches = [ordered[start : start + eval_bs] for start in range(0, len(ordered), eval_bs)]
+        self.generation = generation
+
+    def __len__(self) -> int:
+        return len(self.batches)
+
+    def __getitem__(self, index: int) -> dict:
+        try:
+            images: dict = {}
+            items = self.build(self.batches[index], images, self.generation)
+            return {**collate(items, images, self.share_prefix, self.pad_id), "rows": self.batches[index]}
+        except UserError as error:
+            return {"error": str(error)}
+
+
+def load(dataset: Dataset, indices: Sequence[int], workers: int, device: torch.device) -> Iterator[dict]:
+    """Items of a dataset in order, prepared ahead by `workers` processes. Errors: `UserError` from a worker, in one
+    line. (Raised inside the worker it would arrive wrapped in a traceback.)"""
+    loader = DataLoader(
+        dataset,
+        sampler=indices,
+        batch_size=None,
+        num_workers=min(workers, len(indices)),
+        pin_memory=device.type == "cuda",
+        prefetch_factor=2 if workers and len(indices) else None,
+    )
+    for loaded in loader:
+        if "error" in loaded:
+            raise UserError(loaded["error"])
+        yield loaded

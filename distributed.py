@@ -1,0 +1,130 @@
+"""Who is who among the ranks: start the process group, add up, agree, collect, and notice a request to stop.
+
+Every function that takes part in a collective says so; call it on all ranks or on none.
+"""
+
+import datetime
+import json
+import os
+import signal
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+
+from config import UserError
+
+# Long enough for the slowest rank-local work (loading weights, a checkpoint of rank 0 on a slow disk), short enough
+# that a lost rank ends the job while its node is still paid for.
+COLLECTIVE_TIMEOUT = datetime.timedelta(minutes=int(os.environ.get("COLLECTIVE_TIMEOUT_MINUTES", "20")))
+
+
+@dataclass(frozen=True)
+class Ranks:
+    """This process among all. `rank` counts over all nodes, `local_rank` on this node."""
+
+    rank: int
+    world: int
+    device: torch.device
+
+    @property
+    def is_first(self) -> bool:
+        return self.rank == 0
+
+    def sum(self, *values: float) -> list[float]:
+        """Add up numbers over the ranks, in float64. All ranks: contains an all_reduce."""
+        total = torch.tensor(values, dtype=torch.float64, device=self.device)
+        if self.world > 1:
+            dist.all_reduce(total)
+        return total.tolist()
+
+    def any(self, flag: bool) -> bool:
+        """True on all ranks if it is true on one. All ranks: contains an all_reduce."""
+        return self.sum(float(flag))[0] > 0
+
+    def gather(self, rows: list) -> list:
+        """The rows (JSON values) of all ranks, in rank order, on every rank. All ranks: contains all_gathers.
+
+        They travel as JSON, where `all_gather_object` would pickle."""
+        if self.world == 1:
+            return rows
+        mine = torch.frombuffer(bytearray(json.dumps(rows).encode()), dtype=torch.uint8).to(self.device)
+        sizes = [torch.zeros(1, dtype=torch.int64, device=self.device) for _ in range(self.world)]
+        dist.all_gather(sizes, torch.tensor([len(mine)], device=self.device))
+        longest = max(int(size) for size in sizes)
+        padded = torch.nn.functional.pad(mine, (0, longest - len(mine)))
+        received = [torch.empty(longest, dtype=torch.uint8, device=self.device) for _ in range(self.world)]
+        dist.all_gather(received, padded)
+        collected = []
+        for size, data in zip(sizes, received, strict=True):
+            collected += json.loads(bytes(data[: int(size)].cpu().numpy()))
+        return collected
+
+    def barrier(self) -> None:
+        """All ranks: contains a barrier."""
+        if self.world > 1:
+            dist.barrier()
+
+    def describe(self) -> str:
+        kind = "GPU" if self.device.type == "cuda" else "CPU process"
+        if self.world == 1:
+            return f"Running in a single process on {self.device.type.upper()}"
+        plural = "es" if kind == "CPU process" else "s"
+        return f"Running in distributed mode with {self.world} {kind}{plural} ({dist.get_backend()})"
+
+
+def start_ranks() -> Ranks:
+    """Join the process group that torchrun announces, or run alone without it. NCCL on GPUs, gloo on CPU.
+
+    Errors: `UserError` where there are more local ranks than GPUs, or the rendezvous port is taken."""
+    world, rank = int(os.environ.get("WORLD_SIZE", "1")), int(os.environ.get("RANK", "0"))
+    local_rank = int(os.environ.get("LOCAL_RANK", "0"))
+    device = torch.device("cpu")
+    if torch.cuda.is_available():
+        if local_rank >= torch.cuda.device_count():
+            raise UserError(
+                f"torchrun started local rank {local_rank} but this node has {torch.cuda.device_count()} visible GPUs; "
+                "lower --nproc_per_node or ask Slurm for more GPUs"
+            )
+        device = torch.device("cuda", local_rank)
+        torch.cuda.set_device(device)
+    if world > 1:
+        try:
+            dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=COLLECTIVE_TIMEOUT)
+        except (dist.DistNetworkError, RuntimeError) as error:
+            address = f"{os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')}"
+            reason = str(error).splitlines()[0]
+            raise UserError(
+                f"the ranks cannot meet at {address} ({reason}); start torchrun with --standalone, which picks a free port"
+            ) from None
+    return Ranks(rank, world, device)
+
+
+def stop_ranks() -> None:
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+class StopSignal:
+    """SIGUSR1 (Slurm's warning), SIGTERM and Ctrl-C set a flag; the ranks agree on it at the next step boundary.
+
+    The handler does nothing else: saving inside a handler hangs when the signal arrives inside a collective."""
+
+    def __init__(self):
+        self.name: str | None = None
+        for number in (signal.SIGUSR1, signal.SIGTERM, signal.SIGINT):
+            signal.signal(number, self._note)
+
+    def _note(self, number, frame) -> None:
+        self.name = self.name or signal.Signals(number).name
+
+    @property
+    def requested(self) -> bool:
+        return self.name is not None
+
+
+def ignore_stop_signals(worker_id: int = 0) -> None:
+    """For data workers: a signal to the whole job must not kill them under a step that still needs them. (They end
+    with their parent.)"""
+    for number in (signal.SIGUSR1, signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, signal.SIG_IGN)

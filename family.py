@@ -1,0 +1,86 @@
+"""What differs between the model families: patch sizes, pixel statistics and the coordinates they speak.
+
+Read from the model's own config and image processor, without loading weights.
+"""
+
+from dataclasses import dataclass
+
+from config import UserError
+
+# How each family writes a point (its makers' cookbooks): thousandths of the picture, or pixels of the resized picture.
+COORDINATES = {"qwen2_vl": "relative", "qwen2_5_vl": "absolute", "qwen3_vl": "relative", "qwen2": None}
+
+
+@dataclass(frozen=True)
+class Family:
+    """Facts about one model. `patch_size` in pixels; `min_pixels` and `max_pixels` bound native resizing."""
+
+    model_type: str
+    coordinates: str | None
+    patch_size: int = 0
+    merge_size: int = 0
+    temporal_patch_size: int = 0
+    image_mean: tuple[float, ...] = ()
+    image_std: tuple[float, ...] = ()
+    rescale_factor: float = 1 / 255
+    min_pixels: int = 0
+    max_pixels: int = 0
+    image_token_id: int = -1
+
+    @property
+    def has_vision(self) -> bool:
+        return self.patch_size > 0
+
+    @property
+    def factor(self) -> int:
+        """Pixels a side of one image token: pictures must be multiples of it."""
+        return self.patch_size * self.merge_size
+
+    def check_image_size(self, image_size: int | None, source: str) -> None:
+        """Errors: `UserError` with the nearest sizes that fit (768 is no multiple of 28: the stock processor would
+        silently train on 756)."""
+        if image_size is None:
+            raise UserError(f"{source}: resize 'letterbox' needs key 'image_size', a multiple of {self.factor}")
+        if image_size % self.factor:
+            below = image_size // self.factor * self.factor
+            fits = " or ".join(str(size) for size in (below, below + self.factor) if size > 0)
+            raise UserError(
+                f"{source}: key 'image_size' is {image_size}, no multiple of {self.factor} "
+                f"(patch {self.patch_size} × merge {self.merge_size} of {self.model_type}); use {fits}"
+            )
+
+
+def load_family(model_name: str) -> Family:
+    """Family of a hub name or a folder. Errors: `UserError` where it cannot be read or is none of ours."""
+    from transformers import AutoConfig, AutoImageProcessor
+
+    try:
+        model_config = AutoConfig.from_pretrained(model_name)
+    except (OSError, ValueError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise UserError(f"model_name '{model_name}' is no model folder and no reachable hub name: {reason}") from None
+    model_type = model_config.model_type
+    if model_type not in COORDINATES:
+        raise UserError(f"model_name '{model_name}' is a {model_type}; supported: {', '.join(COORDINATES)}")
+    if model_type == "qwen2":
+        return Family(model_type, None)
+    try:
+        processor = AutoImageProcessor.from_pretrained(model_name, backend="pil")
+    except (OSError, ValueError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise UserError(f"model_name '{model_name}' has no readable preprocessor_config.json: {reason}") from None
+    vision = model_config.vision_config
+    assert processor.patch_size == vision.patch_size and processor.merge_size == vision.spatial_merge_size
+    return Family(
+        model_type=model_type,
+        coordinates=COORDINATES[model_type],
+        patch_size=processor.patch_size,
+        merge_size=processor.merge_size,
+        temporal_patch_size=processor.temporal_patch_size,
+        image_mean=tuple(processor.image_mean),
+        image_std=tuple(processor.image_std),
+        rescale_factor=processor.rescale_factor,
+        min_pixels=processor.size["shortest_edge"],
+        max_pixels=processor.size["longest_edge"],
+        image_token_id=model_config.image_token_id,
+    )

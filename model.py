@@ -1,0 +1,260 @@
+"""Load Qwen-VL, freeze, attach LoRA, name the parameter groups, and compute the loss of a micro-batch.
+
+The loss asks only for what training uses: vision under `no_grad` where it is frozen, once per distinct picture, and
+logits at supervised positions alone.
+"""
+
+import re
+import types
+from collections import OrderedDict
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from config import Config, Lora, UserError
+from family import Family
+from templates import IGNORE
+
+
+def load_tokenizer(model_name: str):
+    """Errors: `UserError` where the folder or hub name has none."""
+    from transformers import AutoTokenizer
+
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(model_name)
+    except (OSError, ValueError) as error:
+        raise UserError(f"model_name '{model_name}': no tokenizer ({str(error).splitlines()[0]})") from None
+    if tokenizer.chat_template is None:
+        raise UserError(f"model_name '{model_name}': the tokenizer has no chat template; use an Instruct model")
+    if tokenizer.pad_token_id is None:
+        tokenizer.pad_token = "<|endoftext|>"
+    return tokenizer
+
+
+def load_base(model_name: str, dtype: torch.dtype) -> nn.Module:
+    """The pretrained model on the CPU, every parameter frozen. Never runs code from the hub.
+
+    Errors: `UserError` where the weights are missing, of another shape or not loaded completely.
+    """
+    from transformers import AutoModelForImageTextToText
+    from transformers.utils import logging as transformers_logging
+
+    transformers_logging.disable_progress_bar()
+    try:
+        model, report = AutoModelForImageTextToText.from_pretrained(
+            model_name, dtype=dtype, attn_implementation="sdpa", output_loading_info=True
+        )
+    except (OSError, ValueError, RuntimeError) as error:
+        raise UserError(f"model_name '{model_name}' cannot be loaded: {str(error).strip().splitlines()[0]}") from None
+    if report["missing_keys"] or report["mismatched_keys"]:
+        names = sorted(map(str, [*report["missing_keys"], *report["mismatched_keys"]]))
+        raise UserError(f"model_name '{model_name}': {len(names)} weights are missing or misshapen, first {names[0]}")
+    model.requires_grad_(False)
+    patch_embed_as_matrix_product(model)
+    return model
+
+
+def patch_embed_as_matrix_product(model: nn.Module) -> None:
+    """Run the patch embedding as one matrix product. Its Conv3d covers each patch exactly once, and costs 10 to 20
+    times as much on some torch versions (pytorch #166122). Parameter names stay."""
+
+    def forward(self, patches):  # (patches, channels × time × height × width)
+        weight = self.proj.weight
+        return F.linear(patches.to(weight.dtype), weight.flatten(1), self.proj.bias)
+
+    patch_embed = model.model.visual.patch_embed
+    patch_embed.forward = types.MethodType(forward, patch_embed)
+
+
+# ------------------------------------------------------------------------------------------- what is trained
+
+LANGUAGE, VISION, PROJECTOR = "language model", "vision tower", "projector"
+# Under these paths, in the names of the model that `load_base` returns.
+_GROUP_PATHS = OrderedDict(
+    [
+        (PROJECTOR, r"model\.visual\.(merger|deepstack_merger_list)\."),
+        (VISION, r"model\.visual\."),
+        (LANGUAGE, r"(model\.language_model|lm_head)\b"),
+    ]
+)
+
+
+def group_of(parameter_name: str) -> str:
+    """The part of the model that a parameter or module belongs to."""
+    name = parameter_name.removeprefix("base_model.model.")
+    return next(group for group, path in _GROUP_PATHS.items() if re.match(path, name))
+
+
+def trained_groups(config: Config) -> list[str]:
+    return [
+        LANGUAGE,
+        *([] if config.vision_frozen else [VISION]),
+        *([] if config.projector_frozen else [PROJECTOR]),
+    ]
+
+
+def lora_target_pattern(model: nn.Module, groups: list[str]) -> str:
+    """A regular expression that matches exactly the linear layers of these groups by full module path (lm_head is not
+    adapted). Bare names would also hit the vision tower, and `proj` a convolution.
+    Errors: `UserError` where a group has no linear layer."""
+    patterns = []
+    for group in groups:
+        names = [
+            name
+            for name, module in model.named_modules()
+            if isinstance(module, nn.Linear) and name != "lm_head" and group_of(name) == group
+        ]
+        if not names:
+            raise UserError(f"LoRA found no linear layer in the {group}; is this one of the supported models?")
+        patterns += dict.fromkeys(re.sub(r"\\\.\d+\\\.", r"\\.\\d+\\.", re.escape(name)) for name in names)
+    return "|".join(patterns)
+
+
+def attach_lora(model: nn.Module, lora: Lora, groups: list[str], seed: int) -> nn.Module:
+    """Wrap the model with a fresh adapter, float32 whatever the base's type. Same seed → same adapter on all ranks."""
+    from peft import LoraConfig, get_peft_model
+
+    pattern = lora_target_pattern(model, groups)
+    torch.manual_seed(seed)
+    peft_config = LoraConfig(
+        r=lora.r, lora_alpha=lora.alpha, lora_dropout=lora.dropout, target_modules=pattern, task_type="CAUSAL_LM"
+    )
+    peft_model = get_peft_model(model, peft_config, autocast_adapter_dtype=True)
+    adapted = {name.rsplit(".lora_", 1)[0] for name, p in peft_model.named_parameters() if ".lora_" in name}
+    assert all(group_of(name) in groups for name in adapted), "LoRA landed outside the trained groups"
+    return peft_model
+
+
+def prepare_training(model: nn.Module, config: Config) -> nn.Module:
+    """Freeze and unfreeze, attach LoRA, switch on gradient checkpointing."""
+    groups = trained_groups(config)
+    if config.finetuning == "lora":
+        model = attach_lora(model, config.lora, groups, config.seed)
+    else:
+        for name, parameter in model.named_parameters():
+            if group_of(name) in groups:
+                parameter.requires_grad_(True)
+                parameter.data = parameter.data.float()  # a bfloat16 weight never moves at a rate of 2e-6
+    if config.gradient_checkpointing:
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    return model
+
+
+def trainable_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
+    return {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
+
+
+def optimizer_groups(model: nn.Module, config: Config) -> list[dict]:
+    """AdamW parameter groups: no weight decay on norms and biases."""
+    decayed, plain = [], []
+    for parameter in trainable_parameters(model).values():
+        (decayed if parameter.ndim > 1 else plain).append(parameter)
+    groups = [
+        {"params": decayed, "lr": config.learning_rate, "weight_decay": config.weight_decay},
+        {"params": plain, "lr": config.learning_rate, "weight_decay": 0.0},
+    ]
+    return [group for group in groups if group["params"]]
+
+
+def parameter_table(model: nn.Module) -> list[str]:
+    """Lines for the log: total and trainable parameters of each part of the model."""
+    counts = {group: [0, 0] for group in (LANGUAGE, PROJECTOR, VISION)}
+    for name, parameter in model.named_parameters():
+        count = counts[group_of(name)]
+        count[0] += parameter.numel()
+        count[1] += parameter.numel() * parameter.requires_grad
+    lines = [
+        f"  {group:<15}{total:>15,} parameters {trained:>13,} trainable" for group, (total, trained) in counts.items()
+    ]
+    total, trained = (sum(count[i] for count in counts.values()) for i in (0, 1))
+    return [*lines, f"  {'all':<15}{total:>15,} parameters {trained:>13,} trainable ({trained / total:.2%})"]
+
+
+# ------------------------------------------------------------------------------------------------- forward and loss
+
+
+def base_of(model: nn.Module) -> nn.Module:
+    """The transformers model inside a PEFT wrapper, or itself."""
+    return model.get_base_model() if hasattr(model, "get_base_model") else model
+
+
+def to_device(batch: dict, device: torch.device) -> dict:
+    return {k: v.to(device, non_blocking=True) if torch.is_tensor(v) else v for k, v in batch.items()}
+
+
+def normalise_patches(patches: torch.Tensor, family: Family) -> torch.Tensor:
+    """uint8 patches (N, 3 × patch²) → what the family's image processor gives, float32 (N, 3 × time × patch²).
+
+    Same order of operations and same roundings as the stock processor: scale in float64, then float32 statistics.
+    """
+    pixels = (patches.view(len(patches), 3, 1, -1).double() * family.rescale_factor).float()
+    mean = torch.tensor(family.image_mean, device=patches.device).view(1, 3, 1, 1)
+    std = torch.tensor(family.image_std, device=patches.device).view(1, 3, 1, 1)
+    pixels = (pixels - mean) / std
+    return pixels.expand(-1, -1, family.temporal_patch_size, -1).flatten(1)  # a still picture fills every time slot
+
+
+def encode_images(model: nn.Module, batch: dict, family: Family):
+    """Vision features of each picture occurrence in the rows, every distinct picture encoded once.
+
+    Returns what transformers' `mm_encoder_outputs={"image": ...}` takes, or None without pictures. Runs under
+    `no_grad` unless the vision tower or projector is trained."""
+    if "patches" not in batch:
+        return None
+    visual = base_of(model).model.visual
+    trained = any(parameter.requires_grad for parameter in visual.parameters())
+    with torch.set_grad_enabled(trained and torch.is_grad_enabled()):
+        pixels = normalise_patches(batch["patches"], family)
+        features = base_of(model).get_image_features(pixels, batch["image_grid_thw"], return_dict=True)
+    index = batch["image_index"]
+    features.pooler_output = [features.pooler_output[i] for i in index]
+    if getattr(features, "deepstack_features", None) is not None:  # Qwen3-VL: per layer, per picture
+        features.deepstack_features = [[layer[i] for i in index] for layer in features.deepstack_features]
+    return features
+
+
+def attention_mask(segments: torch.Tensor) -> torch.Tensor | None:
+    """(B, T) segments → bool (B, 1, T, T), True = attend: the prefix and the own segment, never the future.
+
+    None where no row holds more than one question: plain causal attention is then the same, and faster; padding stands
+    at the end, where no question can see it. Never None otherwise: without the mask, questions would read each other.
+    """
+    if int(segments.max()) <= 1:
+        return None
+    query, key = segments[:, None, :, None], segments[:, None, None, :]
+    length = segments.shape[1]
+    causal = torch.ones(length, length, dtype=torch.bool, device=segments.device).tril()
+    return causal & ((key == 0) | (key == query))  # padding sees padding: a row without any key would be NaN
+
+
+def forward_logits(model: nn.Module, batch: dict, family: Family, keep: torch.Tensor, **cache):
+    """Run the model on a collated batch. keep: bool (B, T), where logits are wanted. Returns transformers' output with
+    logits (positions kept, vocabulary)."""
+    features = encode_images(model, batch, family)
+    return model(
+        input_ids=batch["input_ids"],
+        attention_mask=attention_mask(batch["segments"]),
+        position_ids=batch["position_ids"],
+        mm_encoder_outputs={"image": features} if features is not None else None,
+        logits_to_keep=keep,
+        **{"use_cache": False, **cache},
+    )
+
+
+class AnswerLoss(nn.Module):
+    """What DDP wraps: one micro-batch → the summed negative log-likelihood of its answer tokens.
+
+    The sum, not the mean: the training step divides by the tokens of the whole optimizer step, so that the loss does
+    not depend on how the step is cut into micro-batches and ranks.
+    """
+
+    def __init__(self, model: nn.Module, family: Family):
+        super().__init__()
+        self.model, self.family = model, family
+
+    def forward(self, batch: dict) -> torch.Tensor:
+        keep = batch["targets"] != IGNORE
+        logits = forward_logits(self.model, batch, self.family, keep).logits
+        logits = logits.float() if logits.dtype in (torch.bfloat16, torch.float16) else logits
+        return F.cross_entropy(logits, batch["targets"][keep], reduction="sum")

@@ -1,0 +1,200 @@
+"""Sample → chat messages → token ids and label mask.
+
+A sample holds facts; a template decides how they are said. The model's own chat template lays the messages out, so the
+prompt of training and the prompt of inference are the same tokens.
+"""
+
+import re
+from dataclasses import dataclass
+
+from config import UserError
+
+IGNORE = -100  # label of a token that is not supervised (PyTorch's cross-entropy default)
+
+ULTRA_CONDENSED = (
+    "You are a surgical image analysis assistant analysing an endoscopic image.\n"
+    "- Select your answer(s) ONLY from the provided candidate list\n"
+    "- For multi-label questions: Select ALL applicable items, separated by semicolons (;)\n"
+    "- For single-choice questions: Select EXACTLY one option\n"
+    "- Output format: item1; item2; item3 (for multi-label) or item1 (for single-choice)"
+)
+
+# template → system prompt; None: the chat template's own default
+SYSTEM_PROMPTS = {"ultra_condensed": ULTRA_CONDENSED, "plain": None}
+
+
+def question_text(sample: dict, template: str) -> str:
+    """What the user's turn says after the picture. `plain` asks the bare question; the others list the candidates."""
+    question = sample["question"]
+    if template == "plain" or not sample.get("candidates"):
+        return question
+    return f"{question}\nCandidates: {'; '.join(sample['candidates'])}"
+
+
+def to_messages(sample: dict, template: str, image_shown: bool = True) -> list[dict]:
+    """Chat messages of a sample in any of the forms of the README, the gold answer as the last assistant turn.
+
+    Returns [{"role", "content"}] where content is a text, or a list of {"type": "image"} and {"type": "text", "text"}
+    parts. Errors: `UserError` that says what is wrong with the sample (the caller adds its name).
+    """
+    if "messages" in sample or "conversations" in sample:
+        messages = _conversation(sample)
+        images = count_images(sample)
+        placeholders = sum(
+            part["type"] == "image" for m in messages if isinstance(m["content"], list) for part in m["content"]
+        )
+        if placeholders != images:
+            raise UserError(f"{placeholders} <image> placeholders but {images} images; make them equal")
+        if not image_shown:
+            messages = [{**m, "content": _drop_images(m["content"])} for m in messages]
+        return messages
+    for key in ("question", "answer"):
+        if not isinstance(sample.get(key), str) or not sample[key].strip():
+            raise UserError(f"key '{key}' is missing or empty; every sample needs a question and an answer")
+    messages = []
+    if SYSTEM_PROMPTS[template] is not None:
+        messages.append({"role": "system", "content": SYSTEM_PROMPTS[template]})
+    images = count_images(sample) if image_shown else 0
+    messages.append({"role": "user", "content": _with_images(images, question_text(sample, template))})
+    messages.append({"role": "assistant", "content": sample["answer"]})
+    return messages
+
+
+def count_images(sample: dict) -> int:
+    return len(sample_images(sample))
+
+
+def sample_images(sample: dict) -> list[str]:
+    """Image paths of a sample, from `image` (a path or a list) or `images`."""
+    images = sample.get("images") if sample.get("images") is not None else sample.get("image")
+    if images is None:
+        return []
+    if isinstance(images, str):
+        return [images]
+    if isinstance(images, list) and all(isinstance(path, str) for path in images):
+        return images
+    raise UserError("key 'image' or 'images' must be a path or a list of paths")
+
+
+def _with_images(images: int, text: str):
+    if not images:
+        return text
+    return [{"type": "image"}] * images + [{"type": "text", "text": text}]
+
+
+def _drop_images(content):
+    if isinstance(content, str):
+        return content
+    return "".join(part["text"] for part in content if part["type"] == "text").lstrip("\n")
+
+
+_ROLES = {"human": "user", "gpt": "assistant", "user": "user", "assistant": "assistant", "system": "system"}
+
+
+def _conversation(sample: dict) -> list[dict]:
+    """Messages of a ShareGPT/OpenAI (`messages`) or LLaVA (`conversations`) sample, as they are."""
+    if sample.get("video") or sample.get("videos"):
+        raise UserError("the sample has a video; only images are supported, drop it")
+    turns = sample.get("messages") or sample.get("conversations")
+    if not isinstance(turns, list) or not turns:
+        raise UserError("the conversation is empty or no list; give it user and assistant turns")
+    messages = []
+    if sample.get("system"):
+        messages.append({"role": "system", "content": sample["system"]})
+    for turn in turns:
+        role, content = turn.get("role", turn.get("from")), turn.get("content", turn.get("value"))
+        if role not in _ROLES:
+            raise UserError(f"unknown role {role!r}; use user, assistant or system (LLaVA: human, gpt)")
+        if isinstance(content, list):
+            parts = [{"type": "image"} if part.get("type") == "image" else part for part in content]
+            if any(part.get("type") not in ("image", "text") for part in parts):
+                raise UserError("a message part is neither text nor image; only these two are supported")
+        elif isinstance(content, str):
+            parts = [
+                {"type": "image"} if piece == "<image>" else {"type": "text", "text": piece}
+                for piece in re.split(r"(<image>)", content)
+                if piece
+            ]
+        else:
+            raise UserError(f"a {role} turn has no text")
+        plain_text = all(part["type"] == "text" for part in parts)
+        messages.append(
+            {"role": _ROLES[role], "content": "".join(part["text"] for part in parts) if plain_text else parts}
+        )
+    if messages[-1]["role"] != "assistant":
+        raise UserError("the conversation does not end with an assistant turn; nothing to learn from it")
+    return messages
+
+
+def split_answer(messages: list[dict]) -> tuple[list[dict], str]:
+    """The prompt (all but the last assistant turn) and the gold answer. At inference only the prompt goes on."""
+    return messages[:-1], messages[-1]["content"]
+
+
+@dataclass
+class Encoded:
+    """Token ids of one sample, with the labels in place (not shifted): `IGNORE` where nothing is supervised."""
+
+    input_ids: list[int]
+    labels: list[int]
+
+
+def encode(messages: list[dict], tokenizer, image_tokens: list[int], image_token_id: int, generation: bool) -> Encoded:
+    """Tokenise a conversation with the model's own chat template.
+
+    image_tokens: tokens of each image, in order. Each assistant turn's text and its end token are supervised and
+    tokenised on their own, so that the tokens before them are exactly the inference prompt. generation: the messages
+    end with a user turn, and the prompt for the answer is added.
+    Errors: `UserError` where a text holds a control token such as <|im_end|>.
+    """
+    control = _control_tokens(tokenizer)
+    for message in messages:
+        content = message["content"]
+        for text in [content] if isinstance(content, str) else [p["text"] for p in content if p["type"] == "text"]:
+            if "<|" in text and (found := next((token for token in control if token in text), None)):
+                raise UserError(f"the {message['role']} text holds the control token {found}; remove it")
+
+    def ids_of(text: str) -> list[int]:
+        return tokenizer(text, add_special_tokens=False)["input_ids"]
+
+    end_id = tokenizer.convert_tokens_to_ids("<|im_end|>")
+    encoded = Encoded([], [])
+    rendered = ""  # the text that is already tokenised
+
+    def append(ids: list[int], supervised: bool) -> None:
+        encoded.input_ids += ids
+        encoded.labels += ids if supervised else [IGNORE] * len(ids)
+
+    for turn, message in enumerate(messages):
+        if message["role"] != "assistant":
+            continue
+        prompt = tokenizer.apply_chat_template(messages[:turn], tokenize=False, add_generation_prompt=True)
+        # The chat template must only ever append, or the training prefix would not be the inference prompt.
+        assert prompt.startswith(rendered), "this chat template rewrites earlier turns"
+        append(ids_of(prompt[len(rendered) :]), supervised=False)
+        append([*ids_of(message["content"]), end_id], supervised=True)
+        rendered = prompt + message["content"] + "<|im_end|>"
+    if generation:
+        prompt = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+        assert prompt.startswith(rendered), "this chat template rewrites earlier turns"
+        append(ids_of(prompt[len(rendered) :]), supervised=False)
+    return _expand_images(encoded, image_tokens, image_token_id)
+
+
+def _control_tokens(tokenizer) -> list[str]:
+    # `all_special_tokens` misses added tokens such as <|fim_prefix|>, and building the list is slow: keep it.
+    if not hasattr(tokenizer, "_control_tokens"):
+        tokenizer._control_tokens = [str(token) for token in tokenizer.get_added_vocab() if str(token).startswith("<|")]
+    return tokenizer._control_tokens
+
+
+def _expand_images(encoded: Encoded, image_tokens: list[int], image_token_id: int) -> Encoded:
+    """Each image placeholder becomes as many image tokens as the picture has."""
+    counts = iter(image_tokens)
+    ids, labels = [], []
+    for token, label in zip(encoded.input_ids, encoded.labels, strict=True):
+        repeat = next(counts) if token == image_token_id else 1
+        ids += [token] * repeat
+        labels += [label] * repeat
+    assert next(counts, None) is None, "fewer image placeholders than images"
+    return Encoded(ids, labels)
