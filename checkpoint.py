@@ -5,6 +5,7 @@ disk and renamed, so that a crash at any moment leaves the previous one in place
 """
 
 import contextlib
+import copy
 import fcntl
 import json
 import os
@@ -13,16 +14,18 @@ import shutil
 import socket
 import threading
 import time
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 import torch
 from safetensors.torch import load_file, save_file
 
 from config import FREE_ON_RESUME, Config, UserError, to_dict
+from model import load_base
 
 STATE_FILE, OPTIMIZER_FILE = "trainer_state.json", "optimizer.safetensors"
 ADAPTER_FILE, ADAPTER_CONFIG = "adapter_model.safetensors", "adapter_config.json"
+TRAINED_FILE = "trained_weights.safetensors"  # full fine-tuning: what is trained, without the frozen rest
 MARKER = "PREEMPTED"  # the Slurm launcher requeues the job where it finds this file
 
 
@@ -125,6 +128,10 @@ def save_atomically(folder: Path, write) -> tuple[int, float]:
         shutil.rmtree(temporary, ignore_errors=True)
         temporary.mkdir(parents=True)
         write(temporary)
+        mode = 0o666 & ~_umask()
+        for path in temporary.rglob("*"):
+            if path.is_file():
+                path.chmod(mode)  # safetensors makes its files private to the user, and colleagues share checkpoints
         size = sum(_flush(path) for path in temporary.rglob("*") if path.is_file())
         _flush(temporary)
         if folder.exists():  # an incomplete one of an earlier crash, already reported
@@ -145,6 +152,13 @@ def save_atomically(folder: Path, write) -> tuple[int, float]:
     return size, time.perf_counter() - started
 
 
+def _umask() -> int:
+    """The process's file mode mask, which can only be read by setting it."""
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask
+
+
 def _flush(path: Path) -> int:
     """fsync a file or folder; returns its size in bytes."""
     descriptor = os.open(path, os.O_RDONLY)
@@ -155,11 +169,15 @@ def _flush(path: Path) -> int:
         os.close(descriptor)
 
 
-def write_json(path: Path, value) -> None:
+def write_text(path: Path, text: str) -> None:
     """Write beside, rename last."""
     temporary = path.with_name(f".{path.name}.tmp")
-    temporary.write_text(json.dumps(value, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+    temporary.write_text(text, encoding="utf-8")
     temporary.replace(path)
+
+
+def write_json(path: Path, value) -> None:
+    write_text(path, json.dumps(value, indent=1, ensure_ascii=False) + "\n")
 
 
 def adapter_state(model) -> dict[str, torch.Tensor]:
@@ -175,7 +193,9 @@ def adapter_state(model) -> dict[str, torch.Tensor]:
 def save_adapter(model, folder: Path) -> None:
     """adapter_model.safetensors and adapter_config.json, as plain `PeftModel.from_pretrained` reads them."""
     save_file(adapter_state(model), folder / ADAPTER_FILE, metadata={"format": "pt"})
-    model.peft_config["default"].save_pretrained(folder)
+    saved_config = copy.deepcopy(model.peft_config["default"])
+    saved_config.inference_mode = True
+    saved_config.save_pretrained(folder)
 
 
 def load_adapter(model, folder) -> None:
@@ -188,9 +208,82 @@ def load_adapter(model, folder) -> None:
     loaded, own = load_file(path), adapter_state(model)
     shapes = [{name: tuple(tensor.shape) for name, tensor in state.items()} for state in (loaded, own)]
     if shapes[0] != shapes[1]:
-        differing = sorted(name for name in shapes[0].keys() | shapes[1].keys() if shapes[0].get(name) != shapes[1].get(name))
-        raise UserError(f"{path} does not fit this model and lora.r: {len(differing)} tensors differ, first {differing[0]}")
+        differing = sorted(
+            name for name in shapes[0].keys() | shapes[1].keys() if shapes[0].get(name) != shapes[1].get(name)
+        )
+        raise UserError(
+            f"{path} does not fit this model and lora.r: {len(differing)} tensors differ, first {differing[0]}"
+        )
     set_peft_model_state_dict(model, loaded)
+
+
+def save(output_dir, model, optimizer, names, state: TrainerState, config: Config) -> tuple[int, float]:
+    """Write checkpoint-<step>: what is trained, the optimizer's state and the trainer's. Returns (bytes, seconds).
+
+    Frozen base weights are never written: they are `model_name`'s. Call on one rank."""
+
+    def write(folder: Path) -> None:
+        if config.finetuning == "lora":
+            save_adapter(model, folder)
+        else:
+            save_file({name: p.detach().cpu().contiguous() for name, p in names.items()}, folder / TRAINED_FILE)
+        save_optimizer(optimizer, names, folder / OPTIMIZER_FILE)
+        state.rng = {"rule": "torch.manual_seed from (seed, step, rank)", "seed": config.seed, "next_step": state.step}
+        state.files = {path.name: path.stat().st_size for path in folder.iterdir()}
+        (folder / STATE_FILE).write_text(json.dumps(asdict(state), indent=1) + "\n")
+
+    return save_atomically(Path(output_dir) / f"checkpoint-{state.step}", write)
+
+
+def load_weights(model, folder: Path, config: Config) -> None:
+    """Put a checkpoint's trained weights into the model. Errors: `UserError` where they do not fit."""
+    if config.finetuning == "lora":
+        load_adapter(model, folder)
+        return
+    report = model.load_state_dict(load_file(folder / TRAINED_FILE), strict=False)
+    assert not report.unexpected_keys, f"{folder} holds weights this model does not have"
+
+
+def load_trained(model_name: str, folder: Path | None, device: torch.device) -> torch.nn.Module:
+    """The base model with what was trained on top, for inference. folder: an adapter, a checkpoint, or a whole model
+    folder; None: the base alone. Errors: `UserError` where the folder holds none of these."""
+    dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
+    if folder is None:
+        return load_base(model_name, dtype).to(device)
+    if (folder / ADAPTER_CONFIG).is_file() and (folder / ADAPTER_FILE).is_file():
+        from peft import PeftModel
+
+        return PeftModel.from_pretrained(load_base(model_name, dtype), folder).to(device)
+    if (folder / TRAINED_FILE).is_file():
+        model = load_base(model_name, dtype)
+        model.load_state_dict(load_file(folder / TRAINED_FILE), strict=False)
+        return model.to(device)
+    if (folder / "config.json").is_file():
+        return load_base(str(folder), dtype).to(device)
+    raise UserError(f"{folder} holds no adapter, checkpoint or model; train first, or give --checkpoint another folder")
+
+
+def save_final(output_dir: Path, model, config: Config) -> None:
+    """The run's result in output_dir itself: the adapter in the standard PEFT layout (full fine-tuning: the whole
+    model as `from_pretrained` reads it) with tokenizer and image processor. Weights come last, so that their presence
+    means that all is there."""
+    from transformers import AutoImageProcessor, AutoTokenizer
+
+    temporary = output_dir / ".final.tmp"
+    shutil.rmtree(temporary, ignore_errors=True)
+    temporary.mkdir()
+    AutoTokenizer.from_pretrained(config.model_name).save_pretrained(temporary)
+    with contextlib.suppress(OSError):  # text models have none
+        AutoImageProcessor.from_pretrained(config.model_name, backend="pil").save_pretrained(temporary)
+    if config.finetuning == "lora":
+        save_adapter(model, temporary)
+    else:
+        model.save_pretrained(temporary)
+    for path in sorted(temporary.iterdir(), key=lambda path: path.suffix == ".safetensors"):
+        _flush(path)
+        path.replace(output_dir / path.name)
+    temporary.rmdir()
+    _flush(output_dir)
 
 
 def save_optimizer(optimizer: torch.optim.Optimizer, names: dict[str, torch.nn.Parameter], path: Path) -> None:

@@ -1,20 +1,21 @@
-"""Samples → micro-batches: the Dataset, the batch plan (the sampler) and the collator.
+"""Sample files → tokenised questions with their pictures → the micro-batches of a step, in loader workers.
 
-The plan alone decides which questions make up an optimizer step, as a pure function of (seed, step, rank). A loader
-worker builds one rank's whole step at a time, so that a picture is decoded once for all its questions in the step. The
-collator only lays the questions out.
+A worker builds one rank's whole optimizer step at a time, so that a picture is decoded once for all its questions in
+the step. Which questions those are, and how they are laid out, is decided in `batches.py`.
 """
 
 import json
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import torch
 from torch.utils.data import DataLoader, Dataset
 
+from batches import BatchPlan, Item, collate
 from config import Config, UserError
+from distributed import ignore_stop_signals
 from family import Family
 from images import ModelImage, image_path, letterbox, native_resize, open_image, patchify
 from templates import IGNORE, encode, sample_images, split_answer, to_messages
@@ -52,17 +53,17 @@ def load_samples(path, max_samples: int | None = None) -> SampleList:
         raise UserError(f"{path} does not exist; run prepare_data.py or correct the path") from None
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"{path} cannot be read: {error}") from None
-    samples = []
+    line_number = 0
     try:
         if path.suffix == ".jsonl":
-            for line_number, line in enumerate(text.splitlines(), 1):
+            samples = []
+            for line_number, line in enumerate(text.splitlines(), 1):  # noqa: B007 - the error names it
                 if line.strip():
                     samples.append(json.loads(line))
         else:
             samples = json.loads(text)
     except json.JSONDecodeError as error:
-        row = line_number if path.suffix == ".jsonl" else error.lineno
-        raise UserError(f"{path} line {row}: not valid JSON ({error.msg}); mend or remove it") from None
+        raise UserError(f"{path} line {line_number or error.lineno}: not valid JSON ({error.msg}); mend it") from None
     if not isinstance(samples, list):
         raise UserError(f"{path}: expected a list of samples, found {type(samples).__name__}")
     if not samples:
@@ -76,18 +77,6 @@ def load_samples(path, max_samples: int | None = None) -> SampleList:
 
 
 # ---------------------------------------------------------------------------------------------------- one sample
-
-
-@dataclass(frozen=True)
-class Item:
-    """One question, tokenised. Arrays of T tokens; `labels` in place, `IGNORE` where nothing is supervised."""
-
-    sample_id: str
-    input_ids: np.ndarray  # (T,)
-    labels: np.ndarray  # (T,)
-    position_ids: np.ndarray  # (3, T): temporal, height, width
-    images: tuple[str, ...]  # paths, the keys of the decoded pictures
-    last_image_token: int  # index; -1 without images
 
 
 def rope_positions(input_ids: np.ndarray, grids: Sequence[tuple[int, int]], merge_size: int, image_token_id: int):
@@ -161,148 +150,6 @@ class SampleEncoder:
             images=self.images_of(sample),
             last_image_token=int(is_image[-1]) if len(is_image) else -1,
         )
-
-
-# ------------------------------------------------------------------------------------------------------ batch plan
-
-
-class BatchPlan:
-    """Which questions make up which optimizer step: a pure function of its arguments.
-
-    Every epoch ends with a smaller step where the questions do not fill it. A fractional last epoch takes that share of
-    the questions, rounded up.
-    """
-
-    def __init__(self, samples: int, batch: int, epochs: float, order: str, seed: int, image_of: list | None = None):
-        """batch: questions of one optimizer step, over all ranks. image_of: each sample's picture, for 'images'."""
-        self.samples, self.batch, self.order, self.seed, self._image_of = samples, batch, order, seed, image_of
-        whole_epochs = int(epochs)
-        self.steps_per_epoch = -(-samples // batch)
-        last_samples = int(np.ceil(round((epochs - whole_epochs) * samples, 6)))
-        self.questions_in_last_epoch = last_samples or samples
-        self.total_steps = whole_epochs * self.steps_per_epoch + -(-last_samples // batch)
-        self.total_questions = whole_epochs * samples + last_samples
-        self._last_epoch = whole_epochs if last_samples else whole_epochs - 1
-        self._cached = (-1, None)
-
-    def epoch_order(self, epoch: int) -> np.ndarray:
-        """Sample indices in the order of one epoch."""
-        if self._cached[0] != epoch:
-            generator = np.random.default_rng([self.seed, epoch])
-            if self.order == "sequential":
-                order = np.arange(self.samples)
-            elif self.order == "random":
-                order = generator.permutation(self.samples)
-            else:  # images: shuffled pictures, the questions of each together and in file order
-                groups: dict = {}
-                for index, image in enumerate(self._image_of):
-                    groups.setdefault(image, []).append(index)
-                groups = list(groups.values())
-                order = np.concatenate([groups[group] for group in generator.permutation(len(groups))])
-            self._cached = (epoch, order)
-        return self._cached[1]
-
-    def questions(self, step: int) -> np.ndarray:
-        """Sample indices of one step (counted from 0), over all ranks."""
-        epoch, step_in_epoch = divmod(step, self.steps_per_epoch)
-        limit = self.questions_in_last_epoch if epoch == self._last_epoch else self.samples
-        start = step_in_epoch * self.batch
-        return self.epoch_order(epoch)[start : min(start + self.batch, limit)]
-
-    def rank_questions(self, step: int, rank: int, ranks: int) -> np.ndarray:
-        """This rank's contiguous slice of the step; empty where a last small step has fewer questions than ranks."""
-        return np.array_split(self.questions(step), ranks)[rank]
-
-    def epoch_at(self, step: int) -> float:
-        """Epochs seen once `step` steps are done."""
-        epoch, step_in_epoch = divmod(step, self.steps_per_epoch)
-        return epoch + min(step_in_epoch * self.batch / self.samples, 1.0)
-
-
-# -------------------------------------------------------------------------------------------------------- collator
-
-
-def collate(items: list[Item], images: dict[str, ModelImage], share_prefix: bool, pad_id: int) -> dict:
-    """Lay questions out as rows, those of one picture behind one shared prefix.
-
-    A row is [prefix, question, question, ...] with segment 0 for the prefix, 1, 2, ... for the questions and -1 for
-    padding; a token sees the prefix and its own segment (`model.attention_mask`). Positions are each question's own.
-    Returns input_ids, targets, segments (B, T); position_ids (3, B, T); patches, image_grid_thw of the distinct
-    pictures; image_index: for each picture in the rows, in order, which of them it is; slots (B, K): item of each row's
-    questions, -1 where there is none. targets: the next token at the position that predicts it, elsewhere `IGNORE`.
-    """
-    rows = [_row(items, group, prefix) for group, prefix in _groups(items, share_prefix)]
-    length = max(len(row["ids"]) for row in rows)
-    slots = max(len(row["group"]) for row in rows)
-    batch = {
-        "input_ids": torch.full((len(rows), length), pad_id),
-        "targets": torch.full((len(rows), length), IGNORE),
-        "segments": torch.full((len(rows), length), -1, dtype=torch.int32),
-        "position_ids": torch.zeros((3, len(rows), length), dtype=torch.int64),
-        "slots": torch.full((len(rows), slots), -1),
-    }
-    for b, row in enumerate(rows):
-        tokens = len(row["ids"])
-        batch["input_ids"][b, :tokens] = torch.from_numpy(row["ids"])
-        batch["targets"][b, :tokens] = torch.from_numpy(row["targets"])
-        batch["segments"][b, :tokens] = torch.from_numpy(row["segments"])
-        batch["position_ids"][:, b, :tokens] = torch.from_numpy(row["positions"])
-        batch["slots"][b, : len(row["group"])] = torch.tensor(row["group"])
-    shown = [path for row in rows for path in items[row["group"][0]].images]
-    if shown:
-        distinct = list(dict.fromkeys(shown))
-        batch["patches"] = torch.from_numpy(np.concatenate([images[path].patches for path in distinct]))
-        batch["image_grid_thw"] = torch.tensor([(1, *images[path].grid) for path in distinct])
-        batch["image_index"] = [distinct.index(path) for path in shown]
-    batch["sample_ids"] = [item.sample_id for item in items]
-    batch["answer_tokens"] = int((batch["targets"] != IGNORE).sum())
-    return batch
-
-
-def _groups(items: list[Item], share_prefix: bool) -> list[tuple[list[int], int]]:
-    """(items of a row, length of their shared prefix): one row per picture, in order of first appearance."""
-    by_images: dict = {}
-    for index, item in enumerate(items):
-        by_images.setdefault(item.images if share_prefix and item.images else index, []).append(index)
-    groups = []
-    for members in by_images.values():
-        prefix = _shared_prefix([items[index] for index in members])
-        if len(members) > 1 and prefix > items[members[0]].last_image_token:
-            groups.append((members, prefix))
-        else:  # alone, or the texts part before the pictures end: nothing worth sharing
-            groups += [([index], _shared_prefix([items[index]])) for index in members]
-    return groups
-
-
-def _shared_prefix(items: list[Item]) -> int:
-    """Tokens that all have in common, short enough that every question keeps the predictor of its first label."""
-    first = items[0].input_ids
-    length = len(first) - 1
-    for item in items:
-        supervised = np.flatnonzero(item.labels != IGNORE)
-        length = min(length, len(item.input_ids) - 1, *(supervised[:1] - 1))
-        differs = np.flatnonzero(item.input_ids[:length] != first[:length])
-        length = int(differs[0]) if len(differs) else length
-    return length
-
-
-def _row(items: list[Item], group: list[int], prefix: int) -> dict:
-    first = items[group[0]]
-    ids, targets, segments = [first.input_ids[:prefix]], [np.full(prefix, IGNORE)], [np.zeros(prefix, dtype=np.int32)]
-    positions = [first.position_ids[:, :prefix]]
-    for segment, index in enumerate(group, 1):
-        item = items[index]
-        ids.append(item.input_ids[prefix:])
-        targets.append(np.append(item.labels[prefix + 1 :], IGNORE))
-        segments.append(np.full(len(item.input_ids) - prefix, segment, dtype=np.int32))
-        positions.append(item.position_ids[:, prefix:])
-    return {
-        "group": group,
-        "ids": np.concatenate(ids),
-        "targets": np.concatenate(targets),
-        "segments": np.concatenate(segments),
-        "positions": np.concatenate(positions, axis=1),
-    }
 
 
 # -------------------------------------------------------------------------------------------------------- datasets
@@ -393,6 +240,7 @@ def load(dataset: Dataset, indices: Sequence[int], workers: int, device: torch.d
         num_workers=min(workers, len(indices)),
         pin_memory=device.type == "cuda",
         prefetch_factor=2 if workers and len(indices) else None,
+        worker_init_fn=ignore_stop_signals,
     )
     for loaded in loader:
         if "error" in loaded:

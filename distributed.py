@@ -95,7 +95,7 @@ def start_ranks() -> Ranks:
             address = f"{os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')}"
             reason = str(error).splitlines()[0]
             raise UserError(
-                f"the ranks cannot meet at {address} ({reason}); start torchrun with --standalone, which picks a free port"
+                f"the ranks cannot meet at {address} ({reason}); use torchrun --standalone, which picks a free port"
             ) from None
     return Ranks(rank, world, device)
 

@@ -1,7 +1,7 @@
 """A batch of prompts → greedy answers. A picture is read once, and all its questions are answered from that cache.
 
-Questions of one picture stand in one row behind their shared prefix (see `dataset.collate`). Each decoding step feeds one
-token per question; the mask lets it see the prefix, its own question and its own answer.
+Questions of one picture stand in one row behind their shared prefix (see `dataset.collate`). Each decoding step feeds
+one token per question; the mask lets it see the prefix, its own question and its own answer.
 """
 
 import torch
@@ -17,14 +17,13 @@ MAX_NEW_TOKENS = 128  # the longest Kvasir-VQA answer, all nine places, has 44
 def greedy(model: nn.Module, batch: dict, family: Family, end_ids: set[int], max_new_tokens: int = MAX_NEW_TOKENS):
     """Greedy answers of a collated batch of prompts, on the batch's device.
 
-    Returns a list over the batch's items of token lists, without the end token; a list of max_new_tokens tokens was
-    cut off. Every slot (row, question) advances on its own, so the answers do not depend on the batching.
+    Returns a list over the batch's items of (token ids without the end token, finished); not finished: cut off after
+    max_new_tokens. Every slot (row, question) advances on its own, so the answers do not depend on the batching.
     """
     from transformers import DynamicCache
 
     segments, positions, slots = batch["segments"], batch["position_ids"], batch["slots"]
-    rows, length = segments.shape
-    width = slots.shape[1]
+    rows, width = slots.shape
     device = segments.device
     # Each question's last prompt token, in the order of the slots; row-major, as logits_to_keep returns them.
     is_last = torch.zeros_like(segments, dtype=torch.bool)
@@ -56,11 +55,11 @@ def greedy(model: nn.Module, batch: dict, family: Family, end_ids: set[int], max
         answers.append(torch.where(running, token, ends[0]))
         running &= ~torch.isin(token, ends)
     table = torch.stack(answers, dim=-1).tolist()
-    texts: list[list[int]] = [[] for _ in batch["sample_ids"]]
+    results: list[tuple[list[int], bool]] = [([], False) for _ in batch["sample_ids"]]
     for row, items in enumerate(slots.tolist()):
         for column, item in enumerate(items):
             if item >= 0:
                 tokens = table[row][column]
                 end = next((i for i, value in enumerate(tokens) if value in end_ids), len(tokens))
-                texts[item] = tokens[:end]
-    return texts
+                results[item] = (tokens[:end], end < len(tokens))
+    return results

@@ -150,6 +150,6 @@ def image_path(image_root, relative: str) -> Path:
     for part in () if Path(relative).is_absolute() else Path(relative).parts:
         depth += -1 if part == ".." else 1
         parts_out |= depth < 0
-    if parts_out or ".." in Path(relative).parts and Path(relative).is_absolute():
+    if parts_out or (".." in Path(relative).parts and Path(relative).is_absolute()):
         raise UserError(f"image path {relative!r} leaves data.image_root ({image_root}); keep images inside it")
     return normal

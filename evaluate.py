@@ -1,0 +1,124 @@
+"""python evaluate.py --config configs/exp2.yaml [--checkpoint DIR] [--split test] [key=value ...]
+
+Answers every question of a split and scores the answers; `torchrun --nproc_per_node=N evaluate.py ...` shares the work
+out, with the same answers. Writes generated_predictions.jsonl, predict_results.json and all_results.json to results_dir
+(with image=none, the question-only baseline, to results_dir + "_question_only"; another split likewise).
+"""
+
+import argparse
+import json
+import os
+import time
+from pathlib import Path
+
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # it warns in every forked data worker otherwise
+
+import torch
+
+import metrics
+import model as modeling
+from checkpoint import load_trained, write_json, write_text
+from config import Config, UserError, check_data_files, exit_on_user_error, load_config
+from dataset import SampleEncoder, load_samples
+from distributed import start_ranks, stop_ranks
+from evaluation import answer_split
+from family import load_family
+from preflight import check_samples
+
+
+def results_folder(config: Config, split: str) -> Path:
+    """Where the scores of a split go; the baseline and other splits never overwrite the test results."""
+    suffix = "" if split == "test" else f"_{split}"
+    return Path(config.results_dir + suffix + ("_question_only" if config.image == "none" else ""))
+
+
+def run_history(output_dir) -> list[dict]:
+    """Every evaluation line of the run's log.jsonl."""
+    path = Path(output_dir) / "log.jsonl"
+    if not path.exists():
+        return []
+    rows = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+    return [row for row in rows if any(key.startswith("eval_") for key in row)]
+
+
+def table(scores: dict) -> list[str]:
+    """The score table on the console: shares in percent with their 95 % intervals."""
+    lines = []
+    for name, value in scores.items():
+        if f"{name}_ci" not in scores or value is None:
+            continue
+        low, high = scores[f"{name}_ci"]
+        lines.append(f"  {name:<28}{100 * value:6.1f} %   95 % interval {100 * low:5.1f} to {100 * high:5.1f}")
+    if scores.get("outside_candidates") is not None:
+        lines.append(
+            f"  {'outside_candidates':<28}{scores['outside_candidates']:6d} of {scores['predict_samples']} answers"
+        )
+    if scores.get("cut_off"):
+        lines.append(f"  {'cut_off':<28}{scores['cut_off']:6d} answers without an end; is the model trained?")
+    return lines
+
+
+def evaluate(config: Config, checkpoint: str | None, split: str, source: str) -> dict:
+    """Scores of a split, written to the results folder. All ranks take part; every one returns them."""
+    check_data_files(config, dict.fromkeys([split, "train"]))
+    family = load_family(config.model_name)
+    if family.has_vision and config.resize == "letterbox":
+        family.check_image_size(config.image_size, source)
+    encoder = SampleEncoder(config, family, modeling.load_tokenizer(config.model_name))
+    samples = load_samples(getattr(config.data, split))
+    check_samples(samples, encoder)
+    ranks = start_ranks()
+    started = time.perf_counter()
+    folder = Path(checkpoint or config.output_dir)
+    model = load_trained(config.model_name, None if checkpoint == "base" else folder, ranks.device)
+    model.eval()
+    if ranks.is_first:
+        print(f"Answering {len(samples):,} questions of {samples.source} with {checkpoint or folder}", flush=True)
+    loaded = time.perf_counter()
+    rows = answer_split(model, samples, encoder, ranks)
+    seconds = time.perf_counter() - loaded
+    scores = metrics.score_vqa(rows, metrics.majority_answers(load_samples(config.data.train)))
+    scores |= {
+        "cut_off": sum(row["cut_off"] for row in rows),
+        "experiment": config.experiment,
+        "task": config.task,
+        "checkpoint": str(checkpoint or folder),
+        "split": split,
+        "image": config.image,
+        "image_root": config.data.image_root,
+        "load_seconds": loaded - started,
+        "predict_seconds": seconds,
+        "predict_samples_per_second": len(rows) / seconds,
+    }
+    if ranks.is_first:
+        results = results_folder(config, split)
+        results.mkdir(parents=True, exist_ok=True)
+        lines = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+        write_text(results / "generated_predictions.jsonl", lines)
+        write_json(results / "all_results.json", {"history": run_history(config.output_dir), "final": scores})
+        write_json(results / "predict_results.json", scores)
+        print("\n".join([f"{config.experiment}: {split}, {len(rows):,} questions, {seconds:.1f} s", *table(scores)]))
+        print(f"Predictions and scores are in {results}", flush=True)
+    ranks.barrier()
+    stop_ranks()
+    return scores
+
+
+def main(arguments: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--config", required=True)
+    parser.add_argument("--checkpoint", metavar="DIR", help="an adapter or checkpoint folder; default: output_dir; "
+                        "'base': the model before training")  # fmt: skip
+    parser.add_argument("--split", default="test", choices=["train", "val", "test"])
+    parser.add_argument("overrides", nargs="*", metavar="key=value", help="override any config key, e.g. image=none")
+    args = parser.parse_intermixed_args(arguments)
+    config = load_config(args.config, args.overrides)
+    if config.task != "vqa":
+        raise UserError(f"{args.config}: evaluate.py does not know task '{config.task}'")
+    torch.set_grad_enabled(False)
+    evaluate(config, args.checkpoint, args.split, args.config)
+
+
+if __name__ == "__main__":
+    with exit_on_user_error():
+        main()

@@ -1,0 +1,92 @@
+"""A split → its loss and its answers, shared out over all ranks. Used while training and by `evaluate.py`."""
+
+from collections.abc import Callable, Sequence
+
+import torch
+from tqdm import tqdm
+
+import metrics
+from config import Config
+from dataset import EvalDataset, SampleEncoder, SampleList, load
+from distributed import Ranks
+from generate import greedy
+from model import AnswerLoss, to_device
+from runlog import on_terminal
+from templates import sample_images, split_answer, to_messages
+
+
+class Stopped(Exception):
+    """The ranks agreed to stop inside an evaluation; the run saves and ends, and evaluates again when it resumes."""
+
+
+def _rounds(dataset: EvalDataset, config: Config, ranks: Ranks, stop: Callable[[], bool], title: str):
+    """This rank's batches; None in a last round in which it has none left. All ranks: agrees on stopping each round."""
+    mine = range(ranks.rank, len(dataset), ranks.world)
+    rounds = -(-len(dataset) // ranks.world)
+    batches = load(dataset, mine, config.dataloader_num_workers, ranks.device)
+    for _ in tqdm(range(rounds), title, disable=not on_terminal(), leave=False):
+        yield next(batches, None)
+        if ranks.any(stop()):
+            raise Stopped
+
+
+@torch.no_grad()
+def split_loss(
+    loss: AnswerLoss, samples: SampleList, encoder: SampleEncoder, ranks: Ranks, stop=lambda: False
+) -> float:
+    """Mean negative log-likelihood (nats) per answer token of a split. All ranks: contains all_reduces."""
+    dataset = EvalDataset(samples, encoder, encoder.config.share_prefix, encoder.config.eval_bs, generation=False)
+    nll, tokens = 0.0, 0
+    for batch in _rounds(dataset, encoder.config, ranks, stop, "loss"):
+        if batch is not None:
+            nll += float(loss(to_device(batch, ranks.device)))
+            tokens += batch["answer_tokens"]
+    nll, tokens = ranks.sum(nll, tokens)
+    return nll / tokens
+
+
+def answer_split(
+    model,
+    samples: SampleList,
+    encoder: SampleEncoder,
+    ranks: Ranks,
+    rows: Sequence[int] | None = None,
+    stop=lambda: False,
+) -> list[dict]:
+    """Greedy answers of a split, or of some of its rows, as lines of `generated_predictions.jsonl` in the order of the
+    file; every rank gets all of them. All ranks: contains all_gathers.
+
+    Each line: id, images, question, answer (gold), prediction, correct, outside_candidates, cut_off (no end within the
+    token limit), and every other key of the sample.
+    """
+    config, tokenizer = encoder.config, encoder.tokenizer
+    dataset = EvalDataset(samples, encoder, config.share_prefix, config.eval_bs, generation=True, rows=rows)
+    end_ids = {tokenizer.convert_tokens_to_ids("<|im_end|>"), tokenizer.convert_tokens_to_ids("<|endoftext|>")}
+    answers = []
+    for batch in _rounds(dataset, config, ranks, stop, "answers"):
+        if batch is None:
+            continue
+        tokens = greedy(model, to_device(batch, ranks.device), encoder.family, end_ids)
+        for row, (ids, finished) in zip(batch["rows"], tokens, strict=True):
+            answers.append((row, tokenizer.decode(ids, skip_special_tokens=True).strip(), finished))
+    gathered = sorted(ranks.gather(answers))
+    return [prediction_line(samples[row], config.template, text, finished) for row, text, finished in gathered]
+
+
+def prediction_line(sample: dict, template: str, prediction: str, finished: bool) -> dict:
+    """One line of `generated_predictions.jsonl`."""
+    prompt, gold = split_answer(to_messages(sample, template))
+    question = sample.get("question") or _text_of(prompt[-1]["content"])
+    line = {"id": sample["id"], "images": sample_images(sample), "question": question, "answer": gold}
+    line["prediction"] = prediction
+    line["correct"] = metrics.answer_correct(line)
+    line["outside_candidates"] = metrics.answer_outside_candidates({**sample, **line})
+    line["cut_off"] = not finished
+    skipped = line.keys() | {"image", "messages", "conversations"}
+    return line | {key: value for key, value in sample.items() if key not in skipped}
+
+
+def _text_of(content) -> str:
+    if isinstance(content, str):
+        return content
+    return "".join(part["text"] for part in content if part["type"] == "text").strip()

@@ -1,0 +1,187 @@
+"""Everything that can be wrong with a run and its data, found before a GPU is touched.
+
+`check_samples` is quick and runs before every training; `full_check` is `train.py --check` and decodes every picture.
+"""
+
+from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
+
+import torch
+from tqdm import tqdm
+
+from config import Config, UserError
+from dataset import BatchPlan, SampleEncoder, SampleList
+from family import Family
+from images import ModelImage, image_path, native_size, open_image
+from model import parameter_table, prepare_training
+from runlog import on_terminal
+from templates import IGNORE, sample_images, to_messages
+
+SHOWN = 10  # problems printed one by one; the rest is counted
+TEMPLATE_TOKENS = 300  # more than any template adds to a sample's own text
+
+
+def check_samples(samples: SampleList, encoder: SampleEncoder) -> None:
+    """Every sample must make a conversation that fits into max_tokens, with pictures inside image_root.
+
+    Quick: a byte is at least one token in no text, so that only samples whose bytes might not fit are tokenised.
+    Errors: `UserError` with the number of bad samples and the first ten.
+    """
+    problems = []
+    for row in range(len(samples)):
+        sample = samples[row]
+        try:
+            paths = encoder.images_of(sample)
+            for path in paths:
+                image_path(encoder.config.data.image_root, path)
+            messages = to_messages(sample, encoder.config.template, encoder.image_shown)
+            if not encoder.family.has_vision and sample_images(sample):
+                raise UserError(f"the sample has images but model_name is a text model ({encoder.family.model_type})")
+            length = sum(len(str(message["content"]).encode()) for message in messages) + TEMPLATE_TOKENS
+            if length + len(paths) * _most_image_tokens(encoder) > encoder.config.max_tokens:
+                encoder.encode(sample, [_size_only(encoder, path) for path in paths])
+        except UserError as error:
+            problems.append(f"{samples.name(row)}: {error}")
+    report_problems(problems)
+
+
+def report_problems(problems: list[str]) -> None:
+    """Errors: `UserError` that counts them and lists the first ten."""
+    if problems:
+        more = f"\n  ... and {len(problems) - SHOWN} more" if len(problems) > SHOWN else ""
+        listed = problems[0] if len(problems) == 1 else "\n  " + "\n  ".join(problems[:SHOWN])
+        count = "" if len(problems) == 1 else f"{len(problems)} samples cannot be used:"
+        raise UserError(f"{count}{listed}{more}")
+
+
+def _most_image_tokens(encoder: SampleEncoder) -> int:
+    config, family = encoder.config, encoder.family
+    pixels = config.image_size**2 if config.resize == "letterbox" else config.max_pixels or family.max_pixels
+    return pixels // family.factor**2 if family.has_vision else 0
+
+
+def _size_only(encoder: SampleEncoder, path: str) -> ModelImage:
+    """A picture's grid without decoding it."""
+    from PIL import Image
+
+    config, family = encoder.config, encoder.family
+    if config.resize == "letterbox":
+        side = config.image_size // family.patch_size
+        return ModelImage(None, (side, side), None)
+    file = image_path(config.data.image_root, path)
+    try:
+        with Image.open(file) as image:
+            size = image.size[::-1] if image.getexif().get(0x0112, 1) >= 5 else image.size  # turned by EXIF
+    except OSError as error:
+        raise UserError(f"image {file} cannot be opened ({error}); replace or drop it") from None
+    limit = config.max_pixels or family.max_pixels
+    width, height = native_size(*size, family.factor, min(family.min_pixels, limit), limit)
+    return ModelImage(None, (height // family.patch_size, width // family.patch_size), None)
+
+
+def full_check(config: Config, splits: Mapping[str, SampleList], encoder: SampleEncoder, ranks_world: int) -> None:
+    """`--check`: decode every picture, look for leaks between splits, show a sample, count parameters and steps."""
+    from leakage import refuse_identical
+
+    problems = []
+    for name, samples in splits.items():
+        print(f"{name}: {len(samples):,} samples in {samples.source}", flush=True)
+        try:
+            check_samples(samples, encoder)
+        except UserError as error:
+            problems.append(str(error))
+        problems += undecodable(samples, encoder, name)
+    report_problems(problems)
+    if encoder.family.has_vision:
+        refuse_identical(splits, config.data.image_root)
+    print("Every picture decodes, and no picture stands in two splits." if encoder.family.has_vision else "")
+    show_sample(splits["train"][0], encoder)
+    print("\n".join(["Parameters:", *count_parameters(config)]))
+    print("\n".join(batch_arithmetic(config, make_plan(config, splits["train"], encoder, ranks_world), ranks_world)))
+    print("Check passed: nothing was trained.", flush=True)
+
+
+def undecodable(samples: SampleList, encoder: SampleEncoder, split: str) -> list[str]:
+    """A line for each picture of the split that cannot be decoded, naming the first row that uses it."""
+    first_row: dict[str, int] = {}
+    for row in range(len(samples)):
+        for path in encoder.images_of(samples[row]):
+            first_row.setdefault(path, row)
+
+    def try_decode(entry) -> str | None:
+        path, row = entry
+        try:
+            open_image(image_path(encoder.config.data.image_root, path))
+        except UserError as error:
+            return f"{samples.name(row)}: {error}"
+        return None
+
+    with ThreadPoolExecutor() as pool:
+        found = pool.map(try_decode, first_row.items())
+        bar = tqdm(found, f"decoding {split}", total=len(first_row), disable=not on_terminal(), leave=False)
+        return [problem for problem in bar if problem]
+
+
+def show_sample(sample: dict, encoder: SampleEncoder) -> None:
+    """Print a sample as the model sees it; what is supervised stands between ⟦ and ⟧, image tokens are counted."""
+    images = [encoder.load_image(path) for path in encoder.images_of(sample)]
+    item = encoder.encode(sample, images)
+    print(f"\nSample {item.sample_id}: {len(item.input_ids)} tokens; supervised text stands in ⟦ ⟧")
+    print(marked_text(item, encoder), flush=True)
+    for path, image in zip(item.images, images, strict=True):
+        place = image.placement
+        (width, height), (model_width, model_height) = place.original_size, place.model_size
+        inside = f"content {place.content_size[0]}×{place.content_size[1]} at {place.offset}"
+        print(f"Picture {path}: {width}×{height} → {model_width}×{model_height} ({inside})")
+
+
+def marked_text(item, encoder: SampleEncoder) -> str:
+    """The decoded sample with its label mask made visible."""
+    tokenizer, image_token_id = encoder.tokenizer, encoder.family.image_token_id
+    pieces, start = [], 0
+    kind = [
+        ("image" if t == image_token_id else "answer" if label != IGNORE else "prompt")
+        for t, label in zip(item.input_ids, item.labels, strict=True)
+    ]
+    for end in range(1, len(kind) + 1):
+        if end == len(kind) or kind[end] != kind[start]:
+            text = tokenizer.decode(item.input_ids[start:end])
+            pieces.append(
+                {"image": f"[{end - start} image tokens]", "answer": f"⟦{text}⟧", "prompt": text}[kind[start]]
+            )
+            start = end
+    return "".join(pieces)
+
+
+def count_parameters(config: Config) -> list[str]:
+    """The parameter table of the run's model, built without weights."""
+    from transformers import AutoConfig, AutoModelForImageTextToText
+
+    with torch.device("meta"):
+        model = AutoModelForImageTextToText.from_config(AutoConfig.from_pretrained(config.model_name))
+        model.requires_grad_(False)
+        return parameter_table(prepare_training(model, config))
+
+
+def make_plan(config: Config, samples: SampleList, encoder: SampleEncoder, world: int) -> BatchPlan:
+    image_of = None
+    if config.order == "images":
+        image_of = [encoder.images_of(samples[row]) or row for row in range(len(samples))]
+    batch = config.train_bs * config.grad_accum * world
+    return BatchPlan(len(samples), batch, config.num_train_epochs, config.order, config.seed, image_of)
+
+
+def batch_arithmetic(config: Config, plan: BatchPlan, world: int) -> list[str]:
+    return [
+        f"Batch: {config.train_bs} questions × {config.grad_accum} micro-steps × {world} ranks = {plan.batch} a step",
+        f"Steps: {plan.samples:,} questions / {plan.batch} = {plan.steps_per_epoch:,} an epoch, "
+        f"{config.num_train_epochs:g} epochs = {plan.total_steps:,} steps over {plan.total_questions:,} questions",
+    ]
+
+
+def describe_pictures(config: Config, family: Family) -> str:
+    if not family.has_vision:
+        return "✓ Text only"
+    if config.resize == "letterbox":
+        return f"✓ Letterbox mode enabled: {config.image_size}×{config.image_size}"
+    return f"✓ Native resolution enabled: up to {config.max_pixels or family.max_pixels:,} pixels"

@@ -1,0 +1,112 @@
+"""What a run leaves to read: console lines, log.jsonl and TensorBoard, continued without overlap on resume."""
+
+import json
+import os
+import resource
+import sys
+from pathlib import Path
+
+import torch
+
+from config import Config, to_yaml
+from distributed import Ranks
+
+
+def memory_gb(device: torch.device) -> float:
+    """Peak memory of this process: the GPU's, or on CPU the resident set."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 1e9
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e9
+
+
+def duration(seconds: float) -> str:
+    minutes, seconds = divmod(round(seconds), 60)
+    return f"{minutes // 60}:{minutes % 60:02d}:{seconds:02d}"
+
+
+class RunLog:
+    """Writes on the first rank only; calling it elsewhere does nothing, so callers need no rank gate."""
+
+    def __init__(self, config: Config, ranks: Ranks, resumed_step: int):
+        """Lines of log.jsonl after `resumed_step` belong to steps that will be trained again: they are dropped."""
+        self.active = ranks.is_first
+        self._tensorboard = None
+        if not self.active:
+            return
+        output = Path(config.output_dir)
+        path = output / "log.jsonl"
+        kept = []
+        if path.exists():
+            for line in path.read_text(encoding="utf-8").splitlines():
+                try:
+                    if json.loads(line)["step"] <= resumed_step:
+                        kept.append(line)
+                except (ValueError, KeyError):
+                    continue  # the last line of a killed run may be cut
+        temporary = path.with_name(".log.jsonl.tmp")
+        temporary.write_text("".join(line + "\n" for line in kept), encoding="utf-8")
+        temporary.replace(path)
+        self._jsonl = open(path, "a", encoding="utf-8")  # noqa: SIM115 - open as long as the run
+        from torch.utils.tensorboard import SummaryWriter
+
+        self._tensorboard = SummaryWriter(str(output / "runs"), purge_step=resumed_step + 1)
+        if resumed_step == 0:
+            self._tensorboard.add_text("config", f"```yaml\n{to_yaml(config)}```", 0)
+
+    def say(self, text: str = "") -> None:
+        if self.active:
+            print(text, flush=True)
+
+    def record(self, values: dict, prefix: str) -> None:
+        """One line in log.jsonl, and its numbers as TensorBoard curves `prefix/key` (eval_ keys: `eval/key`)."""
+        if not self.active:
+            return
+        self._jsonl.write(json.dumps(values) + "\n")
+        self._jsonl.flush()
+        for key, value in values.items():
+            if key not in ("step", "epoch") and isinstance(value, (int, float)):
+                self._tensorboard.add_scalar(f"{prefix}/{key.removeprefix('eval_')}", value, values["step"])
+        self._tensorboard.flush()
+
+    def image(self, tag: str, pixels, caption: str) -> None:
+        """A picture (height, width, 3) uint8 with a caption, as TensorBoard's image and text of the same name."""
+        if self.active:
+            self._tensorboard.add_image(tag, pixels, 0, dataformats="HWC")
+            self._tensorboard.add_text(tag, caption, 0)
+
+    def close(self) -> None:
+        if self.active:
+            self._jsonl.close()
+            self._tensorboard.close()
+
+
+def step_line(values: dict, total_steps: int, eta_seconds: float) -> str:
+    """The console line of an interval: the same columns each time, for `tail -f` and `grep`."""
+    width = len(str(total_steps))
+    return (
+        f"step {values['step']:>{width}}/{total_steps} | epoch {values['epoch']:.2f} | loss {values['loss']:.4f} | "
+        f"grad_norm {values['grad_norm']:.2f} | lr {values['learning_rate']:.2e} | "
+        f"{values['seconds_per_step']:.2f} s/step | {values['qa_per_second']:.1f} QA/s | "
+        f"data {values['data_share']:.0%} | mem {values['memory_gb']:.1f} GB | ETA {duration(eta_seconds)}"
+    )
+
+
+def git_commit() -> str:
+    """The commit this code is at, with a mark where files differ from it; `unknown` outside a checkout."""
+    import subprocess
+
+    try:
+        run = subprocess.run(
+            ["git", "describe", "--always", "--dirty", "--abbrev=12"],
+            cwd=Path(__file__).parent,
+            capture_output=True,
+            text=True,
+            timeout=10,
+        )
+    except (OSError, subprocess.TimeoutExpired):
+        return "unknown"
+    return run.stdout.strip() or "unknown"
+
+
+def on_terminal() -> bool:
+    return sys.stderr.isatty() and os.environ.get("RANK", "0") == "0"

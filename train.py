@@ -1,0 +1,344 @@
+"""torchrun --nproc_per_node=2 train.py --config configs/exp2.yaml [key=value ...] [--check]
+
+One config in, one output folder out. Plain `python train.py --config ...` runs in a single process. --check is the
+preflight: it validates config and data, decodes every picture, shows a sample with its label mask, counts parameters
+and steps, and exits. The same command again resumes an interrupted run; USR1, TERM or Ctrl-C save and stop it.
+"""
+
+import argparse
+import contextlib
+import math
+import os
+import time
+import warnings
+from pathlib import Path
+
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # it warns in every forked data worker otherwise
+
+import torch
+from torch.nn.parallel import DistributedDataParallel
+
+import checkpoint
+import model as modeling
+from checkpoint import OutputLock, TrainerState
+from config import Config, UserError, check_data_files, exit_on_user_error, load_config, to_dict, to_yaml
+from dataset import SampleEncoder, StepDataset, load, load_samples
+from distributed import Ranks, StopSignal, start_ranks, stop_ranks
+from evaluation import Stopped, answer_split, split_loss
+from family import load_family
+from preflight import batch_arithmetic, check_samples, describe_pictures, full_check, make_plan
+from runlog import RunLog, git_commit, memory_gb, step_line
+
+# Of transformers and torch to peft and DDP, about arguments that this code cannot change for them.
+warnings.filterwarnings("ignore", message=".*is_gradient_checkpointing` is deprecated.*")
+warnings.filterwarnings("ignore", message=".*broadcast_buffers` is deprecated.*")
+
+MAX_NONFINITE_STEPS = 3  # in a row; then the run stops: it would not recover by itself
+
+
+def learning_rate_factor(kind: str, step: int, warmup_steps: int, total_steps: int) -> float:
+    """Share of the peak rate at the update after `step` done steps, as in transformers' schedules of the same names:
+    the first update of a warmup has rate 0."""
+    if step < warmup_steps:
+        return step / max(1, warmup_steps)
+    if kind == "constant":
+        return 1.0
+    progress = (step - warmup_steps) / max(1, total_steps - warmup_steps)
+    return max(0.0, 1.0 - progress) if kind == "linear" else max(0.0, 0.5 * (1.0 + math.cos(math.pi * progress)))
+
+
+def backward_step(loss, micro_batches: list[dict], ranks: Ranks, autocast) -> dict:
+    """Forward and backward over this rank's micro-batches of one optimizer step.
+
+    The loss is the mean over the supervised tokens of the whole step, on all ranks: each micro-batch adds
+    sum_nll × world / tokens_global, and DDP averages the gradients over the world.
+    Returns tokens_global and this rank's nll (sums). All ranks: contains all_reduces.
+    """
+    tokens_global = ranks.sum(sum(batch["answer_tokens"] for batch in micro_batches))[0]
+    nll = torch.zeros((), dtype=torch.float64, device=ranks.device)
+    for index, batch in enumerate(micro_batches):
+        last = index == len(micro_batches) - 1  # gradients travel once, with the last micro-batch
+        with contextlib.nullcontext() if last or ranks.world == 1 else loss.no_sync(), autocast():
+            batch_nll = loss(modeling.to_device(batch, ranks.device))
+            (batch_nll * (ranks.world / tokens_global)).backward()
+        nll += batch_nll.detach()
+    return {"tokens_global": tokens_global, "nll": float(nll)}
+
+
+def out_of_memory_message(micro_batches: list[dict], config: Config) -> str:
+    batch = max(micro_batches, key=lambda batch: batch["input_ids"].numel())
+    grids = [f"{h}×{w} patches" for _, h, w in batch.get("image_grid_thw", torch.empty(0, 3)).tolist()]
+    rows, length = batch["input_ids"].shape
+    remedy = f"train_bs={max(1, config.train_bs // 2)} grad_accum={config.grad_accum * 2}"
+    return (
+        f"out of memory on a micro-batch of {len(batch['sample_ids'])} questions: {rows} rows of {length} tokens, images "
+        f"{', '.join(grids) or 'none'}. Set {remedy} (the same mathematics), or gradient_checkpointing=true"
+    )
+
+
+def is_due(steps: int | str | None, step: int, steps_per_epoch: int) -> bool:
+    return bool(steps) and step % (steps_per_epoch if steps == "epoch" else steps) == 0
+
+
+def train(config: Config, check_only: bool, source: str) -> None:
+    # --- the config, the ranks, the data: everything that can be wrong is found before weights load ---
+    check_data_files(config, ["train", *(["val"] if config.eval_steps else [])])
+    family = load_family(config.model_name)
+    if family.has_vision and config.resize == "letterbox":
+        family.check_image_size(config.image_size, source)
+    encoder = SampleEncoder(config, family, modeling.load_tokenizer(config.model_name))
+    train_samples = load_samples(config.data.train, config.max_samples)
+    world = int(os.environ.get("WORLD_SIZE", "1"))
+    if check_only:
+        named = {name: path for name in ("val", "test") if (path := getattr(config.data, name))}
+        check_data_files(config, named)
+        splits = {"train": train_samples} | {name: load_samples(path) for name, path in named.items()}
+        return full_check(config, splits, encoder, world)
+    val_samples = load_samples(config.data.val) if config.eval_steps else None
+    for samples in filter(None, (train_samples, val_samples)):
+        check_samples(samples, encoder)
+    plan = make_plan(config, train_samples, encoder, world)
+
+    output = Path(config.output_dir)
+    if int(os.environ.get("RANK", "0")) == 0:
+        lock = OutputLock(output)  # noqa: F841 - held until the process ends
+        resume_from, ignored = find_resume(config, output)
+        checkpoint_state = checkpoint.read_state(resume_from) if resume_from else None
+        if checkpoint_state:
+            checkpoint.check_same_mathematics(checkpoint_state, config, plan.batch, resume_from)
+    ranks = start_ranks()
+    stop = StopSignal()
+    # Rank 0 has looked; the others follow it, or a folder that changes meanwhile could split them.
+    shared = ranks.gather([[str(resume_from) if resume_from else "", ignored]] if ranks.is_first else [])[0]
+    resume_from, ignored = Path(shared[0]) if shared[0] else None, shared[1]
+    state = checkpoint.read_state(resume_from) if resume_from else TrainerState()
+    log = RunLog(config, ranks, state.step)
+    if ranks.is_first:
+        (output / checkpoint.MARKER).unlink(missing_ok=True)
+        (output / "config.yaml").write_text(to_yaml(config), encoding="utf-8")
+
+    # --- model, optimizer ---
+    on_gpu = ranks.device.type == "cuda"
+    if on_gpu:
+        torch.set_float32_matmul_precision("high")
+    started = time.perf_counter()
+    base = modeling.load_base(config.model_name, torch.bfloat16 if on_gpu else torch.float32)
+    model = modeling.prepare_training(base, config).to(ranks.device)
+    names = modeling.trainable_parameters(model)
+    if config.init_adapter and not resume_from:
+        checkpoint.load_adapter(model, config.init_adapter)
+    if resume_from:
+        checkpoint.load_weights(model, resume_from, config)
+    optimizer = torch.optim.AdamW(modeling.optimizer_groups(model, config), betas=(0.9, 0.999), eps=1e-8)
+    peak_rates = [group["lr"] for group in optimizer.param_groups]
+    if resume_from:
+        checkpoint.load_optimizer(optimizer, names, resume_from / checkpoint.OPTIMIZER_FILE)
+    module = modeling.AnswerLoss(model, family)
+    loss = module
+    if ranks.world > 1:
+        # init_sync would broadcast the frozen base weights too; every rank has loaded the same ones.
+        loss = DistributedDataParallel(
+            module,
+            device_ids=[ranks.device.index] if on_gpu else None,
+            broadcast_buffers=False,
+            gradient_as_bucket_view=True,
+            init_sync=False,
+        )
+
+    def autocast():
+        return torch.autocast("cuda", torch.bfloat16, enabled=on_gpu and config.finetuning == "full")
+
+    # --- describe the run ---
+    log.say("✓ TF32 enabled" if on_gpu else "✓ float32 on CPU")
+    log.say(ranks.describe())
+    log.say(describe_pictures(config, family))
+    log.say(config.experiment)
+    seconds = time.perf_counter() - started
+    log.say(f"Model {config.model_name} ({family.model_type}), ready in {seconds:.1f} s; commit {git_commit()}")
+    for line in [*modeling.parameter_table(model), *batch_arithmetic(config, plan, ranks.world), *ignored]:
+        log.say(line)
+    if resume_from:
+        log.say(f"Resuming from {resume_from}: step {state.step}/{plan.total_steps}")
+    elif config.init_adapter:
+        log.say(f"Starting from the adapter {config.init_adapter}, with a fresh optimizer and schedule")
+
+    # --- the loop ---
+    def save(reason: str = "") -> None:
+        """All ranks: contains all_reduces."""
+        state.config, state.global_batch, state.ranks = to_dict(config), plan.batch, ranks.world
+        failure = None
+        if ranks.is_first:
+            try:
+                size, seconds = checkpoint.save(output, model, optimizer, names, state, config)
+                log.say(f"Saved checkpoint-{state.step} ({size / 1e6:.1f} MB in {seconds:.2f} s){reason}")
+                checkpoint.rotate(output, config.save_total_limit, state.best_step)
+            except UserError as error:
+                failure = error
+        if ranks.any(failure is not None):
+            raise failure or UserError("rank 0 could not save the checkpoint")
+
+    def evaluate() -> None:
+        """All ranks: contains all_reduces. Raises `Stopped`."""
+        state.evaluation_due = True
+        began = time.perf_counter()
+        model.eval()
+        values = {"eval_loss": split_loss(module, val_samples, encoder, ranks, lambda: stop.requested)}
+        if config.eval_max_samples:
+            rows = range(min(config.eval_max_samples, len(val_samples)))
+            answers = answer_split(model, val_samples, encoder, ranks, rows, lambda: stop.requested)
+            values["eval_accuracy"] = sum(line["correct"] for line in answers) / len(answers)
+        model.train()
+        state.evaluation_due = False
+        values["eval_seconds"] = time.perf_counter() - began
+        log.record({"step": state.step, "epoch": plan.epoch_at(state.step), **values}, "eval")
+        log.say("eval " + " | ".join(f"{key.removeprefix('eval_')} {value:.4f}" for key, value in values.items()))
+        # The best is only worth keeping where there is a checkpoint of it.
+        saved = is_due(config.save_steps, state.step, plan.steps_per_epoch) or state.step == plan.total_steps
+        if saved and (state.best_metric is None or values["eval_loss"] < state.best_metric):
+            state.best_metric, state.best_step = values["eval_loss"], state.step
+
+    dataset = StepDataset(train_samples, encoder, config.share_prefix, plan, config.train_bs, ranks.rank, ranks.world)
+    steps = load(dataset, range(state.step, plan.total_steps), config.dataloader_num_workers, ranks.device)
+    interval = state.interval or dict.fromkeys(("nll", "answer_tokens"), 0)
+    clock = dict.fromkeys(("steps", "questions", "tokens", "waited"), 0.0)  # since the last line, this process
+    clock_started = time.perf_counter()
+    model.train()
+    stopped = False
+    try:
+        if state.evaluation_due:
+            evaluate()
+        while state.step < plan.total_steps:
+            # ---- the training step ----
+            began = time.perf_counter()
+            micro_batches = next(steps)["micro_batches"]
+            waited = time.perf_counter() - began
+            torch.manual_seed(((config.seed * 1_000_003 + state.step) * 4_099 + ranks.rank) % 2**63)  # dropout
+            try:
+                sums = backward_step(loss, micro_batches, ranks, autocast)
+            except torch.OutOfMemoryError:
+                raise UserError(out_of_memory_message(micro_batches, config)) from None
+            grad_norm = float(torch.nn.utils.clip_grad_norm_(names.values(), config.max_grad_norm))
+            laid_out = sum(int((batch["segments"] >= 0).sum()) for batch in micro_batches)
+            total_nll, total_laid_out, stop_wanted, total_waited = ranks.sum(
+                sums["nll"], laid_out, stop.requested, waited
+            )
+            rates = [
+                rate * learning_rate_factor(config.lr_scheduler_type, state.step, config.warmup_steps, plan.total_steps)
+                for rate in peak_rates
+            ]
+            for group, rate in zip(optimizer.param_groups, rates, strict=True):
+                group["lr"] = rate
+            finite = math.isfinite(total_nll) and math.isfinite(grad_norm)  # the same numbers on all ranks
+            if finite:
+                optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
+            state.step += 1
+
+            # ---- once in a while: a loss that is no number ----
+            state.nonfinite_in_a_row = 0 if finite else state.nonfinite_in_a_row + 1
+            if not finite:
+                ids = ranks.gather(
+                    [f for b in micro_batches for f in b["sample_ids"]] if not math.isfinite(sums["nll"]) else []
+                )
+                log.say(
+                    f"step {state.step}: loss {total_nll / sums['tokens_global']}, grad_norm {grad_norm}: not finite, "
+                    f"no update. Samples of the ranks concerned: {', '.join(ids) or 'none (the gradient overflowed)'}"
+                )
+                if state.nonfinite_in_a_row >= MAX_NONFINITE_STEPS:
+                    raise UserError(
+                        f"{MAX_NONFINITE_STEPS} steps in a row without a finite loss, the last at step {state.step}; "
+                        "lower learning_rate or look at the samples named above. The checkpoint before is intact"
+                    )
+
+            # ---- once in a while: log ----
+            if finite:
+                interval["nll"] += total_nll
+                interval["answer_tokens"] += sums["tokens_global"]
+            clock["steps"] += 1
+            clock["questions"] += len(plan.questions(state.step - 1))
+            clock["tokens"] += total_laid_out
+            clock["waited"] += total_waited / ranks.world
+            done = state.step == plan.total_steps
+            if (is_due(config.logging_steps, state.step, plan.steps_per_epoch) or done) and interval["answer_tokens"]:
+                seconds = time.perf_counter() - clock_started
+                values = {
+                    "step": state.step,
+                    "epoch": plan.epoch_at(state.step),
+                    "loss": interval["nll"] / interval["answer_tokens"],
+                    "grad_norm": grad_norm,
+                    "learning_rate": rates[0],
+                    "seconds_per_step": seconds / clock["steps"],
+                    "qa_per_second": clock["questions"] / seconds,
+                    "tokens_per_second": clock["tokens"] / seconds,
+                    "data_share": clock["waited"] / seconds,
+                    "memory_gb": memory_gb(ranks.device),
+                }
+                log.record(values, "train")
+                eta = (plan.total_steps - state.step) * values["seconds_per_step"]
+                log.say(step_line(values, plan.total_steps, eta))
+                interval = dict.fromkeys(interval, 0)
+                clock = dict.fromkeys(clock, 0.0)
+                state.train_seconds += seconds
+                clock_started = time.perf_counter()
+            state.interval = interval
+
+            # ---- once in a while: evaluate, save, stop ----
+            paused = time.perf_counter()
+            if config.eval_steps and (is_due(config.eval_steps, state.step, plan.steps_per_epoch) or done):
+                evaluate()
+            if is_due(config.save_steps, state.step, plan.steps_per_epoch) or done:
+                save()
+            elif stop_wanted:
+                save(" before stopping")
+            clock_started += time.perf_counter() - paused  # seconds_per_step counts training only
+            if stop_wanted and not done:
+                stopped = True
+                break
+    except Stopped:
+        stopped = True
+        save(" before stopping, its evaluation still due")
+    if stopped:
+        if ranks.is_first:
+            checkpoint.write_json(output / checkpoint.MARKER, {"step": state.step, "signal": stop.name})
+        log.say(f"Stopped at step {state.step}/{plan.total_steps} on request; the same command goes on from here")
+    else:
+        if ranks.is_first:
+            checkpoint.save_final(output, model, config)
+        minutes = state.train_seconds / 60
+        log.say(f"Done: {plan.total_steps} steps in {minutes:.1f} min of training; the model is in {output}")
+    log.close()
+    ranks.barrier()
+    stop_ranks()
+
+
+def find_resume(config: Config, output: Path) -> tuple[Path | None, list[str]]:
+    """The checkpoint to go on from, or None for a fresh run, and lines about unusable ones.
+
+    Errors: `UserError` rather than mixing a fresh run into a folder with checkpoints."""
+    if config.resume not in ("auto", "never"):
+        folder = Path(config.resume)
+        wrong = checkpoint.whats_wrong(folder)
+        if wrong:
+            raise UserError(f"resume: {folder} is no complete checkpoint ({wrong}); give another, or resume: auto")
+        return folder, []
+    existing = checkpoint.checkpoints(output)
+    if config.resume == "never" and existing:
+        raise UserError(
+            f"output_dir {output} already holds {existing[-1].name} and resume is 'never'; "
+            "set resume: auto to go on, or choose a new output_dir"
+        )
+    return checkpoint.newest_complete(output)
+
+
+def main(arguments: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--config", required=True)
+    parser.add_argument("--check", action="store_true", help="validate everything and exit without training")
+    parser.add_argument("overrides", nargs="*", metavar="key=value", help="override any config key, e.g. lora.r=32")
+    args = parser.parse_intermixed_args(arguments)
+    train(load_config(args.config, args.overrides), args.check, args.config)
+
+
+if __name__ == "__main__":
+    with exit_on_user_error():
+        main()
