@@ -1,0 +1,272 @@
+"""Kvasir-VQA as published → samples by split, stages and a report. `prepare_data.py kvasir` calls `prepare`."""
+
+import hashlib
+from collections import Counter, defaultdict
+from collections.abc import Mapping
+from pathlib import Path
+
+import kvasir_source
+import leakage
+import splits
+import stager as stagers
+from config import UserError
+from splits import SPLITS, first_names
+
+NO_QUESTION = {"", "none", "nan", "null"}  # the published set has rows whose question was lost on the way
+NEAR_IDENTICAL = "near_identical.html"
+
+
+def prepare(source: str, out: str, order: str, stager: str, seed: int, split: str) -> None:
+    """Read, check, split, write, and print the table. See `prepare_data.py kvasir --help`; errors are `UserError`s."""
+    percents = splits.parse_split(split)
+    out = Path(out)
+    with kvasir_source.opened(source, out) as raw:
+        rows, counts = clean(raw.rows)
+        entries, by_hand = stagers.assign_stages((row["question"] for row in rows), stager, out / "stages.json")
+        stage_of = stagers.stage_numbers(entries)
+
+        images = {row["img_id"]: raw.images[row["img_id"]] for row in rows}
+        prints = _fingerprints(images, raw.folder)
+        group_of = {img_id: prints[img_id].sha256[:16] for img_id in images}
+        sizes = Counter(group_of.values())
+        split_of_group = splits.assign_groups(sizes, percents, seed)
+        split_of = {img_id: split_of_group[group] for img_id, group in group_of.items()}
+
+        questions = describe_questions(rows, split_of)
+        samples = to_samples(rows, images, group_of, stage_of, questions)
+        by_split = arrange(samples, split_of_group, order, seed)
+        hashes = {images[img_id]: prints[img_id].phash for img_id in images}
+        pairs = leakage.find_near_identical(by_split, raw.folder, hashes=hashes)
+
+        table = stage_table(by_split)
+        counts["images (img_id)"] = len(images)
+        counts["images no row asks about, left alone"] = raw.unused_images
+        counts["distinct files"] = len(sizes)
+        counts["groups of identical files under several ids"] = sum(size > 1 for size in sizes.values())
+        counts["near-identical pairs of images across splits"] = len(pairs)
+        told = [f"order {order}", f"stager {stager}", f"seed {seed}", f"split {split}"]
+        files = {f"{name}.json": splits.json_list(by_split[name]) for name in SPLITS}
+        files["stages.json"] = stagers.stages_text(entries)
+        files[NEAR_IDENTICAL] = leakage.side_by_side(pairs, raw.folder) if pairs else None
+        files["report.md"] = report(source, told, table, counts, questions, stage_of, by_hand, entries)
+        splits.write_whole(out, files, before_renaming=raw.move_images)
+    _print_summary(out, raw.image_root, table, counts, by_hand, entries, files)
+
+
+def _fingerprints(images: Mapping[str, str], folder: Path) -> dict[str, leakage.Fingerprint]:
+    """img_id → fingerprint; every distinct file is decoded once. Errors: `UserError` naming the unreadable ones."""
+    found, broken = leakage.fingerprint([folder / path for path in images.values()])
+    if broken:
+        names = first_names(path.name for path in broken)
+        example = next(iter(broken.values()))
+        raise UserError(
+            f"{len(broken):,} of {len(images):,} images cannot be read: {names}; replace them, or remove their rows "
+            f"(the first: {example})"
+        )
+    return {img_id: found[folder / path] for img_id, path in images.items()}
+
+
+def clean(rows: list[dict]) -> tuple[list[dict], dict[str, int]]:
+    """Check and count: rows worth keeping in their order, and what was found, in words."""
+    asked = [row for row in rows if row["question"].casefold() not in NO_QUESTION]
+    if not asked:
+        raise UserError("the source has no row with a question")
+    empty = [f"row {row['row']} ({row['img_id']}: {row['question']})" for row in asked if not items(row["answer"])]
+    if empty:
+        raise UserError(f"{len(empty)} row(s) with an empty answer: {first_names(empty)}; fill or remove them")
+    first = {}
+    for row in asked:
+        first.setdefault((row["img_id"], row["question"], row["answer"]), row)
+    kept = list(first.values())
+    answers = defaultdict(set)
+    for row in kept:
+        answers[row["img_id"], row["question"]].add(row["answer"])
+    several = [found for found in answers.values() if len(found) > 1]
+    same_items = sum(len({frozenset(items(answer)) for answer in found}) == 1 for found in several)
+    return kept, {
+        "rows read": len(rows),
+        "rows without a question, dropped": len(rows) - len(asked),
+        "exact repeats, dropped": len(asked) - len(kept),
+        "rows kept": len(kept),
+        "image-question pairs with different answers, all kept": len(several),
+        "... of which only the order of the items differs": same_items,
+    }
+
+
+def items(answer: str) -> list[str]:
+    """The items of an answer such as `polyp; ulcerative colitis`."""
+    return [item.strip() for item in answer.split(";") if item.strip()]
+
+
+def describe_questions(rows: list[dict], split_of: Mapping[str, str]) -> dict[str, dict]:
+    """Question → {"multi_label", "candidates", "rows" (split → count), "outside" (split → count)}.
+
+    A question is multi-label when any of its answers holds several items. Its candidates are the answers, or items,
+    of the training split; an answer is outside when it, or one of its items, is not among them.
+    """
+    by_question = defaultdict(list)
+    for row in rows:
+        by_question[row["question"]].append(row)
+    described = {}
+    for question in sorted(by_question):
+        asked = by_question[question]
+        multi_label = any(len(items(row["answer"])) > 1 for row in asked)
+        pieces = [(split_of[row["img_id"]], items(row["answer"]) if multi_label else [row["answer"]]) for row in asked]
+        candidates = {piece for split, found in pieces if split == "train" for piece in found}
+        described[question] = {
+            "multi_label": multi_label,
+            "candidates": sorted(candidates, key=_natural),
+            "rows": Counter(split for split, _ in pieces),
+            "outside": Counter(split for split, found in pieces if not candidates.issuperset(found)),
+        }
+    return described
+
+
+def _natural(text: str) -> tuple:
+    """Sort key under which 2 comes before 11 and 5-10mm before 11-20mm."""
+    digits = "".join(char if char.isdecimal() else " " for char in text).split()
+    return (not text[:1].isdecimal(), int(digits[0]) if digits and text[:1].isdecimal() else 0, text)
+
+
+def to_samples(rows, images, group_of, stage_of, questions) -> list[dict]:
+    """One sample a row, in the order of the rows. An id depends on its image and question, not on seed or split."""
+    seen = Counter()
+    samples = []
+    for row in rows:
+        name = f"{row['img_id']}-{hashlib.sha256(row['question'].encode()).hexdigest()[:8]}"
+        seen[name] += 1
+        samples.append(
+            {
+                "id": name if seen[name] == 1 else f"{name}-{seen[name]}",
+                "image": images[row["img_id"]],
+                "question": row["question"],
+                "answer": row["answer"],
+                "candidates": questions[row["question"]]["candidates"],
+                "multi_label": questions[row["question"]]["multi_label"],
+                "stage": stage_of[row["question"]],
+                "group": group_of[row["img_id"]],
+                "source": row["source"],
+            }
+        )
+    return samples
+
+
+def arrange(samples: list[dict], split_of_group: Mapping[str, str], order: str, seed: int) -> dict[str, list[dict]]:
+    """Split → samples in the order of the file.
+
+    train: `stages` (stage 1, 2, 3; inside a stage images in random order, each with its questions side by side) or
+    `random`. val and test: images in random order, each with its questions by stage, so that any first part of the
+    file is a fair sample of the split.
+    """
+    by_split = {split: [] for split in SPLITS}
+    for sample in samples:
+        by_split[split_of_group[sample["group"]]].append(sample)
+    if order == "random":
+        by_split["train"] = splits.shuffled(by_split["train"], seed, "train", key=lambda sample: sample["id"])
+    else:
+        stages = [[sample for sample in by_split["train"] if sample["stage"] == stage] for stage in stagers.STAGES]
+        by_split["train"] = [
+            s for number, stage in enumerate(stages) for s in _by_image(stage, seed, f"train {number}")
+        ]
+    for split in ("val", "test"):
+        by_split[split] = _by_image(by_split[split], seed, split)
+    return by_split
+
+
+def _by_image(samples: list[dict], seed: int, salt: str) -> list[dict]:
+    images = splits.shuffled({sample["image"] for sample in samples}, seed, salt)
+    place = {image: number for number, image in enumerate(images)}
+    return sorted(samples, key=lambda sample: (place[sample["image"]], sample["stage"]))
+
+
+def stage_table(by_split: Mapping[str, list[dict]]) -> list[list[str]]:
+    """Header, one line a stage and the totals, as texts."""
+    counts = {split: Counter(sample["stage"] for sample in samples) for split, samples in by_split.items()}
+    lines = [["stage", *SPLITS, "all"]]
+    for stage, name in stagers.STAGES.items():
+        numbers = [counts[split][stage] for split in SPLITS]
+        lines.append([f"{stage} {name}", *(f"{number:,}" for number in (*numbers, sum(numbers)))])
+    totals = [counts[split].total() for split in SPLITS]
+    return [*lines, ["all", *(f"{number:,}" for number in (*totals, sum(totals)))]]
+
+
+def report(source, told, table, counts, questions, stage_of, by_hand, entries) -> str:
+    """`report.md`: the stage table, everything that was counted, and each question with its stage and candidates."""
+    question_lines = [
+        ["question", "stage", "by", "kind", "candidates", "train", "val", "test", "outside val", "outside test"]
+    ]
+    for question, about in sorted(questions.items(), key=lambda item: (stage_of[item[0]], item[0])):
+        entry = entries[question]
+        by = "hand" if question in by_hand else entry["model"] if isinstance(entry, dict) else "rules"
+        if question in _to_review(entries, by_hand):
+            by += " (please review)"
+        rows, outside = about["rows"], about["outside"]
+        question_lines.append(
+            [
+                question,
+                str(stage_of[question]),
+                by,
+                "multi-label" if about["multi_label"] else "single choice",
+                "; ".join(about["candidates"]) or "none: the question is not in train",
+                *(f"{rows[split]:,}" for split in SPLITS),
+                *(f"{outside[split]:,}" for split in ("val", "test")),
+            ]
+        )
+    outside = {split: sum(about["outside"][split] for about in questions.values()) for split in ("val", "test")}
+    counted = [["what", "count"], *([what, f"{number:,}"] for what, number in counts.items())]
+    counted += [[f"{split} answers outside the training candidates", f"{outside[split]:,}"] for split in outside]
+    near = counts["near-identical pairs of images across splits"]
+    judge = f"Near-identical pictures are not moved: look at {NEAR_IDENTICAL} and judge." if near else ""
+    return f"""# Kvasir-VQA, prepared
+
+Source: {source}; {"; ".join(told)}.
+
+## Questions by stage and split
+
+{_markdown(table)}
+
+## Counted
+
+{_markdown(counted)}
+
+Files of identical content stay in one split. Candidates come from the training split only. {judge}
+
+## Questions
+
+{_markdown(question_lines)}
+
+To move a question to another stage, change its number in stages.json and run the command again. An entry marked
+`"review": true` had scores too close to call: set it to `false` to settle it.
+"""
+
+
+def _to_review(entries: Mapping[str, object], by_hand: list[str]) -> list[str]:
+    marked = (question for question, entry in entries.items() if isinstance(entry, dict) and entry.get("review"))
+    return [question for question in marked if question not in by_hand]
+
+
+def _markdown(lines: list[list[str]]) -> str:
+    escaped = [[cell.replace("|", r"\|") for cell in line] for line in lines]
+    escaped.insert(
+        1, ["---" if not lines[1][column].replace(",", "").isdecimal() else "---:" for column in range(len(lines[0]))]
+    )
+    return "\n".join(f"| {' | '.join(line)} |" for line in escaped)
+
+
+def _print_summary(out, image_root, table, counts, by_hand, entries, files) -> None:
+    width = max(len(line[0]) for line in table)
+    for line in table:
+        print(line[0].ljust(width) + "".join(cell.rjust(9) for cell in line[1:]))
+    print()
+    for what, number in counts.items():
+        print(f"{number:9,} {what}")
+    if by_hand:
+        print(f"\n{len(by_hand)} question(s) kept as stages.json had them: {first_names(by_hand)}")
+    review = _to_review(entries, by_hand)
+    if review:
+        print(f"\n{len(review)} question(s) to review in stages.json, their scores were close: {first_names(review)}")
+    print(f"\nwritten to {out}: {', '.join(name for name, text in files.items() if text is not None)}")
+    print("for the config:\n  data:")
+    for split in SPLITS:
+        print(f"    {split}: {out / f'{split}.json'}")
+    print(f"    image_root: {image_root}")

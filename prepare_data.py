@@ -1,0 +1,68 @@
+"""python prepare_data.py kvasir --source RAW_DIR --out DATA_DIR
+
+Raw sources → train.json, val.json, test.json and a report of everything that was counted. Nothing is written unless
+all of it can be.
+"""
+
+import argparse
+
+from config import exit_on_user_error
+
+KVASIR = """python prepare_data.py kvasir --source RAW_DIR --out DATA_DIR
+
+Kvasir-VQA (images/<img_id>.jpg and metadata.csv, or the parquet files of its hub) → train.json, val.json, test.json,
+stages.json (question → stage, yours to edit) and report.md. Identical files stay on one side of the split."""
+
+
+def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
+    def family(name: str, description: str, function) -> argparse.ArgumentParser:
+        command, _, text = description.partition("\n")
+        parser = families.add_parser(
+            name,
+            help=text.strip().partition("→")[0].strip(),
+            usage=f"{command} [options]",
+            description=text.strip(),
+            formatter_class=argparse.RawDescriptionHelpFormatter,
+        )
+        parser.set_defaults(function=function)
+        return parser
+
+    command, _, text = __doc__.partition("\n")
+    parser = argparse.ArgumentParser(
+        usage=f"{command} [options]",
+        description=text.strip(),
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    families = parser.add_subparsers(metavar="FAMILY", required=True)
+
+    kvasir = family("kvasir", KVASIR, prepare_kvasir)
+    kvasir.add_argument("--source", required=True, metavar="RAW_DIR",
+                        help="folder with images/ and metadata.csv, folder of parquet files, or hub name "
+                             "(SimulaMet-HOST/Kvasir-VQA)")  # fmt: skip
+    kvasir.add_argument("--out", required=True, metavar="DATA_DIR", help="folder to write; it is made if need be")
+    kvasir.add_argument("--order", choices=("stages", "random"), default="stages",
+                        help="of train.json: stage 1, 2, 3 with the questions of an image side by side, or all "
+                             "questions shuffled (default: %(default)s)")  # fmt: skip
+    kvasir.add_argument("--stager", default="rules", metavar="rules|MODEL",
+                        help="who gives each question its stage: keyword rules, or a causal language model by hub "
+                             "name or folder (default: %(default)s)")  # fmt: skip
+    kvasir.add_argument("--seed", type=int, default=42, help="of the split and the orders (default: %(default)s)")
+    kvasir.add_argument("--split", default="70/15/15", metavar="TRAIN/VAL/TEST",
+                        help="per cent of the images (default: 70/15/15)")  # fmt: skip
+    return parser.parse_args(arguments)
+
+
+def prepare_kvasir(options: argparse.Namespace) -> None:
+    import data_kvasir  # here, so that --help and the other families do not wait for it
+
+    data_kvasir.prepare(options.source, options.out, options.order, options.stager, options.seed, options.split)
+
+
+def main(arguments: list[str] | None = None) -> None:
+    options = parse_arguments(arguments)
+    options.function(options)
+
+
+if __name__ == "__main__":
+    with exit_on_user_error():
+        main()
