@@ -6,13 +6,9 @@ disk and renamed, so that a crash at any moment leaves the previous one in place
 
 import contextlib
 import copy
-import fcntl
 import json
 import os
-import re
 import shutil
-import socket
-import threading
 import time
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -20,7 +16,7 @@ from pathlib import Path
 import torch
 from safetensors.torch import load_file, save_file
 
-from config import FREE_ON_RESUME, Config, UserError, to_dict
+from config import Config, UserError
 from model import load_base
 
 STATE_FILE, OPTIMIZER_FILE = "trainer_state.json", "optimizer.safetensors"
@@ -36,6 +32,7 @@ class TrainerState:
     step: int = 0  # optimizer steps done
     global_batch: int = 0
     ranks: int = 0
+    train_data: str = ""  # SHA-256 of the training samples
     config: dict = field(default_factory=dict)
     interval: dict = field(default_factory=dict)  # sums since the last log line
     evaluation_due: bool = False  # stopped inside the evaluation of this step
@@ -48,25 +45,15 @@ class TrainerState:
     files: dict = field(default_factory=dict)  # name → bytes
 
 
-def step_of(folder: Path) -> int:
-    return int(folder.name.rpartition("-")[2])
-
-
-def checkpoints(output_dir) -> list[Path]:
-    """Checkpoint folders in order of their step, complete or not."""
-    folders = [p for p in Path(output_dir).glob("checkpoint-*") if re.fullmatch(r"checkpoint-\d+", p.name)]
-    return sorted(folders, key=step_of)
-
-
 def whats_wrong(folder: Path) -> str | None:
     """Why a checkpoint folder cannot be used, or None."""
     try:
-        state = json.loads((folder / STATE_FILE).read_text())
+        state = read_state(folder)
     except FileNotFoundError:
         return f"{STATE_FILE} is missing"
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, TypeError) as error:
         return f"{STATE_FILE} cannot be read ({error})"
-    for name, size in state.get("files", {}).items():
+    for name, size in state.files.items():
         path = folder / name
         if not path.is_file():
             return f"{name} is missing"
@@ -75,43 +62,8 @@ def whats_wrong(folder: Path) -> str | None:
     return None
 
 
-def newest_complete(output_dir) -> tuple[Path | None, list[str]]:
-    """The checkpoint to resume from, and a line for each newer one that is not complete."""
-    ignored = []
-    for folder in reversed(checkpoints(output_dir)):
-        wrong = whats_wrong(folder)
-        if wrong is None:
-            return folder, ignored
-        ignored.append(f"Ignoring {folder}: {wrong}")
-    return None, ignored
-
-
 def read_state(folder: Path) -> TrainerState:
     return TrainerState(**json.loads((folder / STATE_FILE).read_text()))
-
-
-def check_same_mathematics(state: TrainerState, config: Config, global_batch: int, folder: Path) -> None:
-    """Errors: `UserError` naming the keys in which a resumed run would not be the same experiment."""
-    old, new = _flatten(state.config), _flatten(to_dict(config))
-    changed = [
-        f"{key}: {old.get(key)!r} → {new.get(key)!r}"
-        for key in sorted(old.keys() | new.keys())
-        if old.get(key) != new.get(key) and key.split(".")[0] not in FREE_ON_RESUME
-    ]
-    if state.global_batch != global_batch:
-        changed.append(f"train_bs × grad_accum × GPUs: {state.global_batch} → {global_batch}")
-    if changed:
-        raise UserError(
-            f"{folder} was trained with another config ({'; '.join(changed)}); "
-            "set these back, or choose a new output_dir for the new experiment"
-        )
-
-
-def _flatten(values: dict, prefix: str = "") -> dict:
-    flat = {}
-    for key, value in values.items():
-        flat |= _flatten(value, f"{prefix}{key}.") if isinstance(value, dict) else {prefix + key: value}
-    return flat
 
 
 # ------------------------------------------------------------------------------------------------------------ save
@@ -134,8 +86,8 @@ def save_atomically(folder: Path, write) -> tuple[int, float]:
                 path.chmod(mode)  # safetensors makes its files private to the user, and colleagues share checkpoints
         size = sum(_flush(path) for path in temporary.rglob("*") if path.is_file())
         _flush(temporary)
-        if folder.exists():  # an incomplete one of an earlier crash, already reported
-            shutil.rmtree(folder)
+        if folder.exists():  # incomplete, and already reported; moved aside, so that nothing is ever half deleted
+            folder.rename(folder.with_name(f".deleted-{folder.name}"))
         temporary.rename(folder)
         _flush(folder.parent)
     except Exception as error:
@@ -232,7 +184,10 @@ def save(output_dir, model, optimizer, names, state: TrainerState, config: Confi
         state.files = {path.name: path.stat().st_size for path in folder.iterdir()}
         (folder / STATE_FILE).write_text(json.dumps(asdict(state), indent=1) + "\n")
 
-    return save_atomically(Path(output_dir) / f"checkpoint-{state.step}", write)
+    folder = Path(output_dir) / f"checkpoint-{state.step}"
+    if folder.exists() and whats_wrong(folder) is None:  # stopped again before the first step after a resume
+        return 0, 0.0
+    return save_atomically(folder, write)
 
 
 def load_weights(model, folder: Path, config: Config) -> None:
@@ -242,6 +197,13 @@ def load_weights(model, folder: Path, config: Config) -> None:
         return
     report = model.load_state_dict(load_file(folder / TRAINED_FILE), strict=False)
     assert not report.unexpected_keys, f"{folder} holds weights this model does not have"
+
+
+def is_final(output_dir: Path) -> bool:
+    """Whether the run's result is there, written completely."""
+    return any(
+        (output_dir / name).is_file() for name in (ADAPTER_FILE, "model.safetensors", "model.safetensors.index.json")
+    )
 
 
 def load_trained(model_name: str, folder: Path | None, device: torch.device) -> torch.nn.Module:
@@ -296,65 +258,11 @@ def save_optimizer(optimizer: torch.optim.Optimizer, names: dict[str, torch.nn.P
 
 
 def load_optimizer(optimizer: torch.optim.Optimizer, names: dict[str, torch.nn.Parameter], path: Path) -> None:
-    tensors = load_file(path)
+    states: dict = {name: {} for name in names}
+    for entry, value in load_file(path).items():
+        name, _, key = entry.rpartition("|")
+        # AdamW keeps its step count on the CPU, its moments beside the parameter.
+        states[name][key] = value if key == "step" else value.to(names[name].device)
     for name, parameter in names.items():
-        state = {key.rpartition("|")[2]: value for key, value in tensors.items() if key.rpartition("|")[0] == name}
-        assert state or not tensors, f"{path} lacks the optimizer state of {name}"
-        if state:
-            # AdamW keeps its step count on the CPU, its moments beside the parameter.
-            optimizer.state[parameter] = {
-                key: value if key == "step" else value.to(parameter.device) for key, value in state.items()
-            }
-
-
-def rotate(output_dir, keep: int, best_step: int | None) -> threading.Thread:
-    """Delete the oldest checkpoints beyond `keep`, never the newest or the best. In the background: deleting a large
-    folder on a network disk takes seconds that the next step need not wait for."""
-    complete = [folder for folder in checkpoints(output_dir) if whats_wrong(folder) is None]
-    doomed = [folder for folder in complete[:-keep] if step_of(folder) != best_step]
-    doomed += [p for p in Path(output_dir).glob(".deleted-*")]  # left by a run that was killed while deleting
-
-    def delete():
-        for folder in doomed:
-            # Renamed first, so that a kill while deleting cannot leave half a checkpoint under a good name.
-            hidden = folder if folder.name.startswith(".") else folder.with_name(f".deleted-{folder.name}")
-            with contextlib.suppress(OSError):
-                folder.rename(hidden)
-            shutil.rmtree(hidden, ignore_errors=True)
-
-    thread = threading.Thread(target=delete)
-    thread.start()
-    return thread
-
-
-# ------------------------------------------------------------------------------------------------ one owner a folder
-
-
-class OutputLock:
-    """Holds an output folder for one run. The lock is the kernel's (POSIX, so that forked
-    data workers do not hold it), and ends with its owner, however that
-    ends; the file's text only says who it is.
-
-    Errors: `UserError` naming the owner."""
-
-    def __init__(self, output_dir):
-        Path(output_dir).mkdir(parents=True, exist_ok=True)
-        path = Path(output_dir) / ".lock"
-        self._file = open(path, "a+", encoding="utf-8")  # noqa: SIM115 - held until the process ends
-        try:
-            fcntl.lockf(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            self._file.seek(0)
-            owner = self._file.read().strip() or "another process"
-            raise UserError(
-                f"output_dir {output_dir} is in use by {owner}; wait for it to end or choose another output_dir"
-            ) from None
-        except OSError as error:  # a file system without locks
-            print(f"No lock on {output_dir} ({error.strerror}): two jobs in it would not notice each other", flush=True)
-        job = os.environ.get("SLURM_JOB_ID")
-        self._file.truncate(0)
-        self._file.write(
-            f"process {os.getpid()} on {socket.gethostname()}{f', Slurm job {job}' if job else ''}, "
-            f"since {time.strftime('%Y-%m-%d %H:%M:%S')}\n"
-        )
-        self._file.flush()
+        if states[name]:
+            optimizer.state[parameter] = states[name]

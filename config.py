@@ -101,11 +101,12 @@ class Config:
     num_labels: int | None = None  # cls only
 
 
-# A resumed run may change these; every other key changes the mathematics. The micro-batch may change too, as long as
+# A resumed run may change these; every other key changes the mathematics. (The samples themselves are compared by their
+# content, so the data may move.) The micro-batch may change too, as long as
 # train_bs × grad_accum × number of GPUs, the batch of one optimizer step, stays.
 FREE_ON_RESUME = frozenset(
-    "experiment output_dir results_dir eval_bs eval_steps eval_max_samples logging_steps save_steps save_total_limit "
-    "dataloader_num_workers resume share_prefix gradient_checkpointing train_bs grad_accum".split()
+    "experiment data output_dir results_dir eval_bs eval_steps eval_max_samples logging_steps save_steps "
+    "save_total_limit dataloader_num_workers resume share_prefix gradient_checkpointing train_bs grad_accum".split()
 )
 _AT_LEAST = {
     **dict.fromkeys(

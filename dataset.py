@@ -4,6 +4,7 @@ A worker builds one rank's whole optimizer step at a time, so that a picture is 
 the step. Which questions those are, and how they are laid out, is decided in `batches.py`.
 """
 
+import hashlib
 import json
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
@@ -37,6 +38,10 @@ class SampleList(Sequence):
     def __getitem__(self, row: int) -> dict:
         start = self._ends[row - 1] if row else 0
         return json.loads(self._bytes[start : self._ends[row]].tobytes())
+
+    @property
+    def sha256(self) -> str:
+        return hashlib.sha256(self._bytes).hexdigest()
 
     def name(self, row: int) -> str:
         """How messages call a sample: file, row (counted from 1) and id."""

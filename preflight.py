@@ -5,6 +5,7 @@
 
 from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 import torch
 from tqdm import tqdm
@@ -22,10 +23,14 @@ TEMPLATE_TOKENS = 300  # more than any template adds to a sample's own text
 
 
 def check_samples(samples: SampleList, encoder: SampleEncoder) -> None:
-    """Every sample must make a conversation that fits into max_tokens, with pictures inside image_root.
+    """Errors: `UserError` with the number of bad samples and the first ten."""
+    report_problems(sample_problems(samples, encoder), SHOWN)
 
-    Quick: a byte is at least one token in no text, so that only samples whose bytes might not fit are tokenised.
-    Errors: `UserError` with the number of bad samples and the first ten.
+
+def sample_problems(samples: SampleList, encoder: SampleEncoder) -> list[str]:
+    """A line for each sample that makes no conversation, exceeds max_tokens, or has a picture outside image_root.
+
+    Quick: no text has more tokens than bytes, so that only samples whose bytes might not fit are tokenised.
     """
     problems = []
     for row in range(len(samples)):
@@ -42,14 +47,14 @@ def check_samples(samples: SampleList, encoder: SampleEncoder) -> None:
                 encoder.encode(sample, [_size_only(encoder, path) for path in paths])
         except UserError as error:
             problems.append(f"{samples.name(row)}: {error}")
-    report_problems(problems)
+    return problems
 
 
-def report_problems(problems: list[str]) -> None:
-    """Errors: `UserError` that counts them and lists the first ten."""
+def report_problems(problems: list[str], shown: int) -> None:
+    """Errors: `UserError` that counts them and lists the first ones."""
     if problems:
-        more = f"\n  ... and {len(problems) - SHOWN} more" if len(problems) > SHOWN else ""
-        listed = problems[0] if len(problems) == 1 else "\n  " + "\n  ".join(problems[:SHOWN])
+        more = f"\n  ... and {len(problems) - shown} more" if len(problems) > shown else ""
+        listed = problems[0] if len(problems) == 1 else "\n  " + "\n  ".join(problems[:shown])
         count = "" if len(problems) == 1 else f"{len(problems)} samples cannot be used:"
         raise UserError(f"{count}{listed}{more}")
 
@@ -81,24 +86,36 @@ def _size_only(encoder: SampleEncoder, path: str) -> ModelImage:
 
 def full_check(config: Config, splits: Mapping[str, SampleList], encoder: SampleEncoder, ranks_world: int) -> None:
     """`--check`: decode every picture, look for leaks between splits, show a sample, count parameters and steps."""
-    from leakage import refuse_identical
-
     problems = []
     for name, samples in splits.items():
         print(f"{name}: {len(samples):,} samples in {samples.source}", flush=True)
-        try:
-            check_samples(samples, encoder)
-        except UserError as error:
-            problems.append(str(error))
-        problems += undecodable(samples, encoder, name)
-    report_problems(problems)
+        problems += sample_problems(samples, encoder) + undecodable(samples, encoder, name)
+    report_problems(problems, shown=1000)
     if encoder.family.has_vision:
-        refuse_identical(splits, config.data.image_root)
-    print("Every picture decodes, and no picture stands in two splits." if encoder.family.has_vision else "")
+        print("Every picture decodes.", flush=True)
+        check_leakage(config, splits)
     show_sample(splits["train"][0], encoder)
     print("\n".join(["Parameters:", *count_parameters(config)]))
     print("\n".join(batch_arithmetic(config, make_plan(config, splits["train"], encoder, ranks_world), ranks_world)))
     print("Check passed: nothing was trained.", flush=True)
+
+
+def check_leakage(config: Config, splits: Mapping[str, SampleList]) -> None:
+    """Identical pictures in two splits are fatal; near-identical ones go to near_identical.html for a human to judge.
+
+    A file given for two splits on purpose, to see a model memorise, is not compared with itself."""
+    import leakage
+
+    distinct = {samples.source: (name, samples) for name, samples in splits.items()}
+    compared = dict(distinct.values())
+    leakage.refuse_identical(compared, config.data.image_root)
+    pairs = leakage.find_near_identical(compared, config.data.image_root)
+    print(f"No picture stands in two of {', '.join(compared)}; {len(pairs)} pairs look nearly alike.", flush=True)
+    if pairs:
+        page = Path(config.output_dir) / "near_identical.html"
+        page.parent.mkdir(parents=True, exist_ok=True)
+        page.write_text(leakage.side_by_side(pairs, config.data.image_root), encoding="utf-8")
+        print(f"Look at them side by side in {page}", flush=True)
 
 
 def undecodable(samples: SampleList, encoder: SampleEncoder, split: str) -> list[str]:

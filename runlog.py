@@ -1,4 +1,4 @@
-"""What a run leaves to read: console lines, log.jsonl and TensorBoard, continued without overlap on resume."""
+"""What a run leaves to read: console lines, log.jsonl, order.jsonl and TensorBoard, continued without overlap on resume."""
 
 import json
 import os
@@ -28,25 +28,14 @@ class RunLog:
     """Writes on the first rank only; calling it elsewhere does nothing, so callers need no rank gate."""
 
     def __init__(self, config: Config, ranks: Ranks, resumed_step: int):
-        """Lines of log.jsonl after `resumed_step` belong to steps that will be trained again: they are dropped."""
+        """Lines after `resumed_step` belong to steps that will be trained again: they are dropped."""
         self.active = ranks.is_first
         self._tensorboard = None
         if not self.active:
             return
         output = Path(config.output_dir)
-        path = output / "log.jsonl"
-        kept = []
-        if path.exists():
-            for line in path.read_text(encoding="utf-8").splitlines():
-                try:
-                    if json.loads(line)["step"] <= resumed_step:
-                        kept.append(line)
-                except (ValueError, KeyError):
-                    continue  # the last line of a killed run may be cut
-        temporary = path.with_name(".log.jsonl.tmp")
-        temporary.write_text("".join(line + "\n" for line in kept), encoding="utf-8")
-        temporary.replace(path)
-        self._jsonl = open(path, "a", encoding="utf-8")  # noqa: SIM115 - open as long as the run
+        self._log = _continue_lines(output / "log.jsonl", resumed_step)
+        self._order = _continue_lines(output / "order.jsonl", resumed_step)
         from torch.utils.tensorboard import SummaryWriter
 
         self._tensorboard = SummaryWriter(str(output / "runs"), purge_step=resumed_step + 1)
@@ -61,12 +50,18 @@ class RunLog:
         """One line in log.jsonl, and its numbers as TensorBoard curves `prefix/key` (eval_ keys: `eval/key`)."""
         if not self.active:
             return
-        self._jsonl.write(json.dumps(values) + "\n")
-        self._jsonl.flush()
+        self._log.write(json.dumps(values) + "\n")
+        self._log.flush()
         for key, value in values.items():
             if key not in ("step", "epoch") and isinstance(value, (int, float)):
                 self._tensorboard.add_scalar(f"{prefix}/{key.removeprefix('eval_')}", value, values["step"])
         self._tensorboard.flush()
+
+    def order(self, steps: list) -> None:
+        """Record which samples each step trained, in order: [[step, [sample id, ...] over all ranks], ...]."""
+        if self.active:
+            self._order.writelines(json.dumps(step, ensure_ascii=False) + "\n" for step in steps)
+            self._order.flush()
 
     def image(self, tag: str, pixels, caption: str) -> None:
         """A picture (height, width, 3) uint8 with a caption, as TensorBoard's image and text of the same name."""
@@ -76,8 +71,26 @@ class RunLog:
 
     def close(self) -> None:
         if self.active:
-            self._jsonl.close()
+            self._log.close()
+            self._order.close()
             self._tensorboard.close()
+
+
+def _continue_lines(path: Path, resumed_step: int):
+    """A file of JSON lines open for appending, after the lines of later steps are dropped."""
+    kept = []
+    for line in path.read_text(encoding="utf-8").splitlines() if path.exists() else []:
+        try:
+            entry = json.loads(line)
+            step = entry["step"] if isinstance(entry, dict) else entry[0]
+        except (ValueError, KeyError, IndexError, TypeError):
+            continue  # the last line of a killed run may be cut
+        if step <= resumed_step:
+            kept.append(line + "\n")
+    temporary = path.with_name(f".{path.name}.tmp")
+    temporary.write_text("".join(kept), encoding="utf-8")
+    temporary.replace(path)
+    return open(path, "a", encoding="utf-8")
 
 
 def step_line(values: dict, total_steps: int, eta_seconds: float) -> str:

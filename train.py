@@ -20,13 +20,14 @@ from torch.nn.parallel import DistributedDataParallel
 
 import checkpoint
 import model as modeling
-from checkpoint import OutputLock, TrainerState
+from checkpoint import TrainerState
 from config import Config, UserError, check_data_files, exit_on_user_error, load_config, to_dict, to_yaml
 from dataset import SampleEncoder, StepDataset, load, load_samples
 from distributed import Ranks, StopSignal, start_ranks, stop_ranks
 from evaluation import Stopped, answer_split, split_loss
 from family import load_family
 from preflight import batch_arithmetic, check_samples, describe_pictures, full_check, make_plan
+from run_folder import OutputLock, find_resume, rotate
 from runlog import RunLog, git_commit, memory_gb, step_line
 
 # Of transformers and torch to peft and DDP, about arguments that this code cannot change for them.
@@ -68,11 +69,11 @@ def backward_step(loss, micro_batches: list[dict], ranks: Ranks, autocast) -> di
 def out_of_memory_message(micro_batches: list[dict], config: Config) -> str:
     batch = max(micro_batches, key=lambda batch: batch["input_ids"].numel())
     grids = [f"{h}×{w} patches" for _, h, w in batch.get("image_grid_thw", torch.empty(0, 3)).tolist()]
-    rows, length = batch["input_ids"].shape
+    questions, (rows, length) = len(batch["sample_ids"]), batch["input_ids"].shape
     remedy = f"train_bs={max(1, config.train_bs // 2)} grad_accum={config.grad_accum * 2}"
     return (
-        f"out of memory on a micro-batch of {len(batch['sample_ids'])} questions: {rows} rows of {length} tokens, images "
-        f"{', '.join(grids) or 'none'}. Set {remedy} (the same mathematics), or gradient_checkpointing=true"
+        f"out of memory on a micro-batch of {questions} questions: {rows} rows of {length} tokens, "
+        f"images {', '.join(grids) or 'none'}. Set {remedy} (the same mathematics), or gradient_checkpointing=true"
     )
 
 
@@ -81,7 +82,8 @@ def is_due(steps: int | str | None, step: int, steps_per_epoch: int) -> bool:
 
 
 def train(config: Config, check_only: bool, source: str) -> None:
-    # --- the config, the ranks, the data: everything that can be wrong is found before weights load ---
+    stop = StopSignal()
+    # --- the config, the data, the ranks: everything that can be wrong is found before weights load ---
     check_data_files(config, ["train", *(["val"] if config.eval_steps else [])])
     family = load_family(config.model_name)
     if family.has_vision and config.resize == "letterbox":
@@ -100,18 +102,18 @@ def train(config: Config, check_only: bool, source: str) -> None:
     plan = make_plan(config, train_samples, encoder, world)
 
     output = Path(config.output_dir)
+    resume_from, notes = None, []
     if int(os.environ.get("RANK", "0")) == 0:
         lock = OutputLock(output)  # noqa: F841 - held until the process ends
-        resume_from, ignored = find_resume(config, output)
-        checkpoint_state = checkpoint.read_state(resume_from) if resume_from else None
-        if checkpoint_state:
-            checkpoint.check_same_mathematics(checkpoint_state, config, plan.batch, resume_from)
+        resume_from, notes = find_resume(config, plan.batch, train_samples.sha256)
     ranks = start_ranks()
-    stop = StopSignal()
     # Rank 0 has looked; the others follow it, or a folder that changes meanwhile could split them.
-    shared = ranks.gather([[str(resume_from) if resume_from else "", ignored]] if ranks.is_first else [])[0]
-    resume_from, ignored = Path(shared[0]) if shared[0] else None, shared[1]
-    state = checkpoint.read_state(resume_from) if resume_from else TrainerState()
+    resume_from, notes = ranks.gather([[str(resume_from or ""), notes]] if ranks.is_first else [])[0]
+    state = checkpoint.read_state(Path(resume_from)) if resume_from else TrainerState()
+    if state.step == plan.total_steps and checkpoint.is_final(output):
+        if ranks.is_first:
+            print(f"{config.experiment}: already complete at step {state.step}; the model is in {output}", flush=True)
+        return stop_ranks()
     log = RunLog(config, ranks, state.step)
     if ranks.is_first:
         (output / checkpoint.MARKER).unlink(missing_ok=True)
@@ -128,11 +130,11 @@ def train(config: Config, check_only: bool, source: str) -> None:
     if config.init_adapter and not resume_from:
         checkpoint.load_adapter(model, config.init_adapter)
     if resume_from:
-        checkpoint.load_weights(model, resume_from, config)
+        checkpoint.load_weights(model, Path(resume_from), config)
     optimizer = torch.optim.AdamW(modeling.optimizer_groups(model, config), betas=(0.9, 0.999), eps=1e-8)
     peak_rates = [group["lr"] for group in optimizer.param_groups]
     if resume_from:
-        checkpoint.load_optimizer(optimizer, names, resume_from / checkpoint.OPTIMIZER_FILE)
+        checkpoint.load_optimizer(optimizer, names, Path(resume_from) / checkpoint.OPTIMIZER_FILE)
     module = modeling.AnswerLoss(model, family)
     loss = module
     if ranks.world > 1:
@@ -155,7 +157,7 @@ def train(config: Config, check_only: bool, source: str) -> None:
     log.say(config.experiment)
     seconds = time.perf_counter() - started
     log.say(f"Model {config.model_name} ({family.model_type}), ready in {seconds:.1f} s; commit {git_commit()}")
-    for line in [*modeling.parameter_table(model), *batch_arithmetic(config, plan, ranks.world), *ignored]:
+    for line in [*modeling.parameter_table(model), *batch_arithmetic(config, plan, ranks.world), *notes]:
         log.say(line)
     if resume_from:
         log.say(f"Resuming from {resume_from}: step {state.step}/{plan.total_steps}")
@@ -163,15 +165,27 @@ def train(config: Config, check_only: bool, source: str) -> None:
         log.say(f"Starting from the adapter {config.init_adapter}, with a fresh optimizer and schedule")
 
     # --- the loop ---
+    trained: list = []  # [step, sample ids of this rank], until written out
+
+    def write_order() -> None:
+        """All ranks: contains all_gathers."""
+        by_step: dict = {}
+        for step, ids in ranks.gather(trained):
+            by_step.setdefault(step, []).extend(ids)  # rank by rank, which is the order within the step
+        log.order(sorted(by_step.items()))
+        trained.clear()
+
     def save(reason: str = "") -> None:
         """All ranks: contains all_reduces."""
+        write_order()
         state.config, state.global_batch, state.ranks = to_dict(config), plan.batch, ranks.world
+        state.train_data = train_samples.sha256
         failure = None
         if ranks.is_first:
             try:
                 size, seconds = checkpoint.save(output, model, optimizer, names, state, config)
                 log.say(f"Saved checkpoint-{state.step} ({size / 1e6:.1f} MB in {seconds:.2f} s){reason}")
-                checkpoint.rotate(output, config.save_total_limit, state.best_step)
+                rotate(output, config.save_total_limit, state.best_step)
             except UserError as error:
                 failure = error
         if ranks.any(failure is not None):
@@ -233,6 +247,7 @@ def train(config: Config, check_only: bool, source: str) -> None:
                 optimizer.step()
             optimizer.zero_grad(set_to_none=True)
             state.step += 1
+            trained.append([state.step, [i for b in micro_batches for i in b["sample_ids"] if b["answer_tokens"]]])
 
             # ---- once in a while: a loss that is no number ----
             state.nonfinite_in_a_row = 0 if finite else state.nonfinite_in_a_row + 1
@@ -309,25 +324,6 @@ def train(config: Config, check_only: bool, source: str) -> None:
     log.close()
     ranks.barrier()
     stop_ranks()
-
-
-def find_resume(config: Config, output: Path) -> tuple[Path | None, list[str]]:
-    """The checkpoint to go on from, or None for a fresh run, and lines about unusable ones.
-
-    Errors: `UserError` rather than mixing a fresh run into a folder with checkpoints."""
-    if config.resume not in ("auto", "never"):
-        folder = Path(config.resume)
-        wrong = checkpoint.whats_wrong(folder)
-        if wrong:
-            raise UserError(f"resume: {folder} is no complete checkpoint ({wrong}); give another, or resume: auto")
-        return folder, []
-    existing = checkpoint.checkpoints(output)
-    if config.resume == "never" and existing:
-        raise UserError(
-            f"output_dir {output} already holds {existing[-1].name} and resume is 'never'; "
-            "set resume: auto to go on, or choose a new output_dir"
-        )
-    return checkpoint.newest_complete(output)
 
 
 def main(arguments: list[str] | None = None) -> None:

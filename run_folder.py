@@ -1,0 +1,134 @@
+"""One output folder, one run: who owns it, which checkpoint it goes on from, and which old ones go."""
+
+import contextlib
+import fcntl
+import os
+import re
+import shutil
+import socket
+import threading
+import time
+from pathlib import Path
+
+from checkpoint import TrainerState, read_state, whats_wrong
+from config import FREE_ON_RESUME, Config, UserError, to_dict
+
+
+class OutputLock:
+    """Holds an output folder for one run. The lock is the kernel's (POSIX, so that forked
+    data workers do not hold it), and ends with its owner, however that
+    ends; the file's text only says who it is.
+
+    Errors: `UserError` naming the owner."""
+
+    def __init__(self, output_dir):
+        Path(output_dir).mkdir(parents=True, exist_ok=True)
+        path = Path(output_dir) / ".lock"
+        self._file = open(path, "a+", encoding="utf-8")  # noqa: SIM115 - held until the process ends
+        try:
+            fcntl.lockf(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            self._file.seek(0)
+            owner = self._file.read().strip() or "another process"
+            raise UserError(
+                f"output_dir {output_dir} is in use by {owner}; wait for it to end or choose another output_dir"
+            ) from None
+        except OSError as error:  # a file system without locks
+            print(f"No lock on {output_dir} ({error.strerror}): two jobs in it would not notice each other", flush=True)
+        job = os.environ.get("SLURM_JOB_ID")
+        self._file.truncate(0)
+        self._file.write(
+            f"process {os.getpid()} on {socket.gethostname()}{f', Slurm job {job}' if job else ''}, "
+            f"since {time.strftime('%Y-%m-%d %H:%M:%S')}\n"
+        )
+        self._file.flush()
+
+
+def step_of(folder: Path) -> int:
+    return int(folder.name.rpartition("-")[2])
+
+
+def checkpoints(output_dir) -> list[Path]:
+    """Checkpoint folders in order of their step, complete or not."""
+    folders = [p for p in Path(output_dir).glob("checkpoint-*") if re.fullmatch(r"checkpoint-\d+", p.name)]
+    return sorted(folders, key=step_of)
+
+
+def newest_complete(output_dir) -> tuple[Path | None, list[str]]:
+    """The checkpoint to resume from, and a line for each newer one that is not complete."""
+    ignored = []
+    for folder in reversed(checkpoints(output_dir)):
+        wrong = whats_wrong(folder)
+        if wrong is None:
+            return folder, ignored
+        ignored.append(f"Ignoring {folder}: {wrong}")
+    return None, ignored
+
+
+def find_resume(config: Config, global_batch: int, train_data: str) -> tuple[Path | None, list[str]]:
+    """The checkpoint to go on from, or None for a fresh run, and a line about each unusable one.
+
+    Errors: `UserError` where the run could not be the same experiment, or would mix with another in the folder."""
+    if config.resume not in ("auto", "never"):
+        folder, ignored = Path(config.resume), []
+        if wrong := whats_wrong(folder):
+            raise UserError(f"resume: {folder} is no complete checkpoint ({wrong}); give another, or resume: auto")
+    else:
+        existing = checkpoints(config.output_dir)
+        if config.resume == "never" and existing:
+            raise UserError(
+                f"output_dir {config.output_dir} already holds {existing[-1].name} and resume is 'never'; "
+                "set resume: auto to go on, or choose a new output_dir"
+            )
+        folder, ignored = newest_complete(config.output_dir)
+    if folder:
+        check_same_mathematics(read_state(folder), config, global_batch, train_data, folder)
+    return folder, ignored
+
+
+def check_same_mathematics(
+    state: TrainerState, config: Config, global_batch: int, train_data: str, folder: Path
+) -> None:
+    """Errors: `UserError` naming the keys in which a resumed run would not be the same experiment."""
+    old, new = _flatten(state.config), _flatten(to_dict(config))
+    changed = [
+        f"{key}: {old.get(key)!r} → {new.get(key)!r}"
+        for key in sorted(old.keys() | new.keys())
+        if old.get(key) != new.get(key) and key.split(".")[0] not in FREE_ON_RESUME
+    ]
+    if state.global_batch != global_batch:
+        changed.append(f"train_bs × grad_accum × GPUs: {state.global_batch} → {global_batch}")
+    if state.train_data != train_data:
+        changed.append(f"the samples in data.train ({config.data.train}) or max_samples")
+    if changed:
+        raise UserError(
+            f"{folder} was trained with another config ({'; '.join(changed)}); "
+            "set these back, or choose a new output_dir for the new experiment"
+        )
+
+
+def _flatten(values: dict, prefix: str = "") -> dict:
+    flat = {}
+    for key, value in values.items():
+        flat |= _flatten(value, f"{prefix}{key}.") if isinstance(value, dict) else {prefix + key: value}
+    return flat
+
+
+def rotate(output_dir, keep: int, best_step: int | None) -> threading.Thread:
+    """Delete the oldest checkpoints beyond `keep`, never the newest or the best. In the background: deleting a large
+    folder on a network disk takes seconds that the next step need not wait for."""
+    complete = [folder for folder in checkpoints(output_dir) if whats_wrong(folder) is None]
+    doomed = [folder for folder in complete[:-keep] if step_of(folder) != best_step]
+    doomed += [p for p in Path(output_dir).glob(".deleted-*")]  # left by a run that was killed while deleting
+
+    def delete():
+        for folder in doomed:
+            # Renamed first, so that a kill while deleting cannot leave half a checkpoint under a good name.
+            hidden = folder if folder.name.startswith(".") else folder.with_name(f".deleted-{folder.name}")
+            with contextlib.suppress(OSError):
+                folder.rename(hidden)
+            shutil.rmtree(hidden, ignore_errors=True)
+
+    thread = threading.Thread(target=delete)
+    thread.start()
+    return thread
