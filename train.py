@@ -44,8 +44,10 @@ def learning_rate_factor(kind: str, step: int, warmup_steps: int, total_steps: i
         return step / max(1, warmup_steps)
     if kind == "constant":
         return 1.0
-    progress = (step - warmup_steps) / max(1, total_steps - warmup_steps)
-    return max(0.0, 1.0 - progress) if kind == "linear" else max(0.0, 0.5 * (1.0 + math.cos(math.pi * progress)))
+    decay_steps = max(1, total_steps - warmup_steps)
+    if kind == "linear":
+        return max(0.0, (total_steps - step) / decay_steps)
+    return max(0.0, 0.5 * (1.0 + math.cos(math.pi * ((step - warmup_steps) / decay_steps))))
 
 
 def backward_step(loss, micro_batches: list[dict], ranks: Ranks, autocast) -> dict:

@@ -1,0 +1,397 @@
+"""A run that cannot be lost: exact resume, stopping, and every fault with its exact outcome."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+import torch
+from run_helpers import (
+    REPO,
+    children,
+    finish,
+    history,
+    log_rows,
+    order,
+    send,
+    start,
+    wait_for_step,
+    weights,
+    write_config,
+    write_samples,
+)
+
+import run_folder
+import train
+from config import UserError
+from run_folder import OutputLock
+
+WRAPPED = REPO / "tests" / "wrapped_train.py"
+
+
+@pytest.fixture(scope="session")
+def data(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("data")
+    write_samples(folder)
+    return folder
+
+
+@pytest.fixture
+def run(data, tiny_models, tmp_path, restore_signals):
+    """run(name, **changes) trains in this process; returns the output folder."""
+
+    def run(name, *overrides, **changes):
+        output = tmp_path / name
+        train.main(["--config", str(write_config(data, tiny_models["qwen3_vl"], output, **changes)), *overrides])
+        return output
+
+    return run
+
+
+@pytest.fixture
+def restore_signals():
+    """train.main installs handlers; a test session must keep its own."""
+    numbers = (signal.SIGUSR1, signal.SIGTERM, signal.SIGINT)
+    handlers = [signal.getsignal(number) for number in numbers]
+    yield
+    for number, handler in zip(numbers, handlers, strict=True):
+        signal.signal(number, handler)
+
+
+def stop_at(monkeypatch, step, number=signal.SIGUSR1):
+    """Make a run in this process stop after a step: the signal comes when the step before is logged."""
+    record = train.RunLog.record
+
+    def record_and_stop(self, values, prefix):
+        record(self, values, prefix)
+        if prefix == "train" and values["step"] == step - 1:
+            os.kill(os.getpid(), number)
+
+    monkeypatch.setattr(train.RunLog, "record", record_and_stop)
+
+
+# ------------------------------------------------------------------------------------------------------- schedule
+
+
+@pytest.mark.parametrize("kind", ["cosine", "linear", "constant"])
+@pytest.mark.parametrize("warmup_steps, total_steps", [(0, 7), (5, 40), (3, 3)])
+def test_the_schedule_equals_that_of_transformers_at_every_step(kind, warmup_steps, total_steps):
+    import transformers
+
+    parameter = torch.nn.Parameter(torch.zeros(1))
+    optimizer = torch.optim.AdamW([parameter], lr=1.0)
+    name = "constant_with_warmup" if kind == "constant" else kind
+    schedule = transformers.get_scheduler(name, optimizer, warmup_steps, total_steps)
+    for step in range(total_steps):
+        assert train.learning_rate_factor(kind, step, warmup_steps, total_steps) == optimizer.param_groups[0]["lr"]
+        optimizer.step()
+        schedule.step()
+
+
+# -------------------------------------------------------------------------------------------------- stop and resume
+
+
+def test_two_ranks_stopped_by_one_signal_and_resumed_equal_an_uninterrupted_run(data, tiny_models, tmp_path):
+    """Dropout on, accumulation, cut in the middle of an epoch, the signal to one rank only and twice."""
+    whole, cut = tmp_path / "whole", tmp_path / "cut"
+    changes = {"num_train_epochs": 10, "dataloader_num_workers": 1, "save_steps": 100}
+    slow = {"FAULT": "slow_steps"}
+    first = start(
+        write_config(data, tiny_models["qwen3_vl"], cut, **changes), ranks=2, script=WRAPPED, environment=slow
+    )
+    wait_for_step(cut, 6, first)
+    rank_1 = children(first)[1]
+    send(rank_1)
+    send(rank_1, signal.SIGTERM)
+    code, text = finish(first)
+    assert code == 0, text
+    stopped_at = json.loads((cut / "PREEMPTED").read_text())["step"]
+    assert 6 <= stopped_at < 20 and (cut / f"checkpoint-{stopped_at}").is_dir()
+    assert text.count("Saved checkpoint-") == 1 and f"Stopped at step {stopped_at}/20 on request" in text
+    assert not (cut / "adapter_model.safetensors").exists()
+
+    resumed = start(data / "cut.yaml", ranks=2)
+    uninterrupted = start(write_config(data, tiny_models["qwen3_vl"], whole, **changes), ranks=2)
+    code, text = finish(resumed)
+    assert code == 0 and f"Resuming from {cut}/checkpoint-{stopped_at}: step {stopped_at}/20" in text
+    assert finish(uninterrupted)[0] == 0
+    assert history(cut) == history(whole)
+    assert [row["step"] for row in log_rows(cut)] == list(range(1, 21))
+    assert order(cut) == order(whole)
+    assert weights(cut) == weights(whole)
+    assert not (cut / "PREEMPTED").exists()
+
+
+def test_a_run_goes_on_under_another_number_of_ranks_with_the_same_batches_and_losses(
+    data, tiny_models, tmp_path, run, monkeypatch
+):
+    changes = {"lora": {"r": 8, "alpha": 16, "dropout": 0.0}, "save_steps": 5}
+    one = run("one", grad_accum=4, **changes)
+    stop_at(monkeypatch, 3)
+    mixed = run("mixed", grad_accum=4, **changes)
+    monkeypatch.undo()
+    assert order(mixed) == order(one)[:3]
+    code, text = finish(start(data / "mixed.yaml", "grad_accum=2", ranks=2))
+    assert code == 0, text
+    assert order(mixed) == order(one)  # no sample twice, none missing
+    for mine, theirs in zip(history(mixed), history(one), strict=True):
+        assert mine == pytest.approx(theirs, rel=2e-4)
+
+
+@pytest.mark.parametrize("number", [signal.SIGUSR1, signal.SIGTERM, signal.SIGINT])
+def test_each_stop_signal_saves_the_step_it_met_and_leaves_the_marker(run, monkeypatch, number):
+    stop_at(monkeypatch, 2, number)
+    output = run("stopped")
+    assert json.loads((output / "PREEMPTED").read_text())["step"] == 2
+    assert [folder.name for folder in output.glob("checkpoint-*")] == ["checkpoint-2"]
+
+
+def test_a_signal_inside_an_evaluation_stops_it_and_the_resumed_run_evaluates_again(run, monkeypatch):
+    changes = {"eval_steps": 3, "eval_max_samples": 4, "eval_bs": 2, "num_train_epochs": 2}
+    whole = run("whole", **changes)
+    split_loss = train.split_loss
+
+    def interrupted(*arguments):
+        os.kill(os.getpid(), signal.SIGUSR1)
+        return split_loss(*arguments)
+
+    monkeypatch.setattr(train, "split_loss", interrupted)
+    cut = run("cut", **changes)
+    assert json.loads((cut / "checkpoint-3" / "trainer_state.json").read_text())["evaluation_due"]
+    assert not log_rows(cut, "eval_loss")
+    monkeypatch.undo()
+    run("cut", **changes)
+    assert history(cut) == history(whole) and weights(cut) == weights(whole)
+    keys = ("step", "eval_loss", "eval_accuracy")
+    assert [[row[k] for k in keys] for row in log_rows(cut, "eval_loss")] == [
+        [row[k] for k in keys] for row in log_rows(whole, "eval_loss")
+    ]
+
+
+def test_the_interval_of_a_log_line_survives_an_interruption(run, monkeypatch):
+    whole = run("whole", logging_steps=4)
+    save = train.checkpoint.save
+
+    def save_and_stop(*arguments):
+        os.kill(os.getpid(), signal.SIGUSR1)
+        return save(*arguments)
+
+    monkeypatch.setattr(train.checkpoint, "save", save_and_stop)
+    cut = run("cut", logging_steps=4, save_steps=6)
+    monkeypatch.undo()
+    assert (cut / "PREEMPTED").exists()
+    run("cut", logging_steps=4, save_steps=6)
+    assert history(cut) == history(whole)
+
+
+def test_a_complete_run_started_again_says_so_and_changes_nothing(run, capsys):
+    output = run("done")
+    before = {path: path.stat().st_mtime_ns for path in output.rglob("*") if path.name != ".lock"}
+    run("done")
+    assert "already complete at step 16" in capsys.readouterr().out
+    assert before == {path: path.stat().st_mtime_ns for path in output.rglob("*") if path.name != ".lock"}
+
+
+def test_tensorboard_curves_go_on_across_a_resume_without_a_jump_or_an_overlap(run, monkeypatch):
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    record = train.RunLog.record
+
+    def killed_after_5(self, values, prefix):
+        record(self, values, prefix)
+        if values["step"] == 5:
+            raise KeyboardInterrupt  # as a SIGKILL would: step 5 is on the curves, but in no checkpoint
+
+    monkeypatch.setattr(train.RunLog, "record", killed_after_5)
+    with pytest.raises(KeyboardInterrupt):
+        run("curves")
+    monkeypatch.undo()
+    output = run("curves")
+    events = EventAccumulator(str(output / "runs"))
+    events.Reload()
+    scalars = events.Scalars("train/loss")
+    assert [scalar.step for scalar in scalars] == list(range(1, 17))
+    assert [scalar.value for scalar in scalars] == pytest.approx([row[2] for row in history(output)])
+
+
+# ----------------------------------------------------------------------------------------------- refusing to resume
+
+
+def test_a_resume_with_changed_mathematics_is_refused_and_names_the_keys(run):
+    run("first", "num_train_epochs=1")
+    with pytest.raises(UserError, match=r"checkpoint-4 was trained with another config \(learning_rate: 0.01 → 0.1\)"):
+        run("first", "num_train_epochs=1", "learning_rate=0.1")
+    with pytest.raises(UserError, match="train_bs × grad_accum × GPUs: 4 → 8"):
+        run("first", "num_train_epochs=1", "train_bs=4")
+    run("first", "num_train_epochs=1", "train_bs=4", "grad_accum=1", "logging_steps=2")  # the same mathematics
+
+
+def test_a_resume_with_other_training_samples_under_the_same_path_is_refused(run, data, tmp_path):
+    copy = tmp_path / "samples.json"
+    copy.write_text((data / "samples.json").read_text())
+    run("first", f"data.train={copy}", "num_train_epochs=1")
+    copy.write_text(json.dumps(list(reversed(json.loads(copy.read_text())))))
+    with pytest.raises(UserError, match=r"the samples in data\.train"):
+        run("first", f"data.train={copy}", "num_train_epochs=1")
+
+
+def test_a_fresh_run_into_a_folder_with_checkpoints_is_refused(run):
+    run("first", "num_train_epochs=1")
+    with pytest.raises(UserError, match="already holds checkpoint-4 and resume is 'never'"):
+        run("first", "num_train_epochs=1", "resume=never")
+
+
+@pytest.mark.parametrize("damage", ["truncated", "missing", "no state"])
+def test_a_damaged_newest_checkpoint_is_reported_and_the_one_before_is_used(run, monkeypatch, capsys, damage):
+    whole = run("whole")
+    stop_at(monkeypatch, 10)
+    output = run("damaged")
+    monkeypatch.undo()
+    adapter = output / "checkpoint-10" / "adapter_model.safetensors"
+    if damage == "truncated":
+        os.truncate(adapter, adapter.stat().st_size // 2)
+    elif damage == "missing":
+        adapter.unlink()
+    else:
+        (output / "checkpoint-10" / "trainer_state.json").write_text('{"step": 10')
+    run("damaged")
+    text = capsys.readouterr().out
+    assert f"Ignoring {output}/checkpoint-10: " in text and f"Resuming from {output}/checkpoint-8: step 8/16" in text
+    assert history(output) == history(whole) and weights(output) == weights(whole)
+
+
+# ----------------------------------------------------------------------------------------------------------- faults
+
+
+def test_nan_on_one_rank_skips_the_step_everywhere_names_the_samples_and_stops_the_run(data, tiny_models, tmp_path):
+    output = tmp_path / "nan"
+    config = write_config(data, tiny_models["qwen3_vl"], output, save_steps=1, save_total_limit=9, num_train_epochs=9)
+    code, text = finish(start(config, ranks=2, script=WRAPPED, environment={"FAULT": "nan_on_rank_1"}))
+    assert code != 0
+    assert [folder.name for folder in run_folder.checkpoints(output)] == [f"checkpoint-{step}" for step in range(1, 7)]
+    saved = {step: (output / f"checkpoint-{step}" / "adapter_model.safetensors").read_bytes() for step in range(1, 7)}
+    assert saved[1] == saved[2] and saved[2] != saved[3] != saved[4] and saved[4] == saved[5] == saved[6]
+    trained = dict(order(output))
+    rank_1 = trained[2][4:]  # the second step of an epoch has 7 questions: 4 for rank 0, 3 for rank 1
+    assert (
+        f"step 2: loss nan, grad_norm nan: not finite, no update. Samples of the ranks concerned: {', '.join(rank_1)}"
+        in text
+    )
+    assert "error: 3 steps in a row without a finite loss, the last at step 7; lower learning_rate" in text
+
+
+def test_a_killed_rank_ends_the_job_within_a_minute(data, tiny_models, tmp_path):
+    output = tmp_path / "killed"
+    config = write_config(data, tiny_models["qwen3_vl"], output, num_train_epochs=200)
+    process = start(config, ranks=2)
+    wait_for_step(output, 3, process)
+    send(children(process)[1], signal.SIGKILL)
+    killed = time.monotonic()
+    code, _ = finish(process)
+    assert code != 0 and time.monotonic() - killed < 60
+
+
+def test_a_full_disk_stops_the_run_with_path_and_free_space_and_keeps_the_checkpoint_before(
+    data, tiny_models, tmp_path
+):
+    mount = tmp_path / "small"
+    mount.mkdir()
+    size = 420_000  # bytes: one checkpoint of about 190 kB and the logs, not two
+    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", f"size={size}", "none", str(mount)], capture_output=True)
+    if mounted.returncode:
+        pytest.skip("mounting a small disk needs root")
+    try:
+        output = mount / "run"
+        config = write_config(data, tiny_models["qwen3_vl"], output, save_total_limit=9)
+        code, text = finish(start(config, ranks=2))
+        assert code != 0
+        assert f"cannot save {output}/checkpoint-" in text and "GB are free there" in text
+        assert (output / "checkpoint-4" / "trainer_state.json").is_file()
+        from checkpoint import whats_wrong
+
+        assert whats_wrong(output / "checkpoint-4") is None
+        assert not list(output.glob(".checkpoint-*"))
+    finally:
+        subprocess.run(["umount", str(mount)], check=True)
+
+
+def test_a_second_job_in_the_same_folder_fails_at_once_and_names_the_owner(run, tmp_path):
+    output = tmp_path / "owned"
+    hold = f"from run_folder import OutputLock; lock = OutputLock({str(output)!r}); print('held', flush=True); input()"
+    owner = subprocess.Popen([sys.executable, "-c", hold], cwd=REPO, stdin=-1, stdout=-1, text=True)
+    assert owner.stdout.readline() == "held\n"
+    try:
+        with pytest.raises(UserError, match=f"output_dir {output} is in use by process {owner.pid} on "):
+            run("owned")
+    finally:
+        owner.kill()
+        owner.wait()
+    OutputLock(output)  # a dead owner's lock does not block the next
+
+
+def test_out_of_memory_names_grid_length_micro_batch_and_two_remedies(run, monkeypatch):
+    def out_of_memory(self, batch):
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(train.modeling.AnswerLoss, "forward", out_of_memory)
+    with pytest.raises(UserError) as raised:
+        run("oom")
+    message = str(raised.value)
+    assert "micro-batch of 2 questions" in message and "4×4 patches" in message and "tokens" in message
+    assert "train_bs=1 grad_accum=4" in message and "gradient_checkpointing=true" in message
+
+
+def test_a_busy_rendezvous_port_is_one_line_that_names_it(data, tiny_models, tmp_path):
+    import socket
+
+    with socket.socket() as busy:
+        busy.bind(("127.0.0.1", 0))
+        busy.listen()
+        port = str(busy.getsockname()[1])
+        environment = {
+            "RANK": "0",
+            "WORLD_SIZE": "2",
+            "LOCAL_RANK": "0",
+            "MASTER_ADDR": "127.0.0.1",
+            "MASTER_PORT": port,
+        }
+        config = write_config(data, tiny_models["qwen3_vl"], tmp_path / "busy")
+        code, text = finish(start(config, environment=environment))
+    assert code == 2 and "Traceback" not in text
+    assert f"the ranks cannot meet at 127.0.0.1:{port}" in text and "--standalone" in text
+
+
+# -------------------------------------------------------------------------------------------------------------- soak
+
+
+@pytest.mark.slow
+def test_thirty_kills_at_random_moments_lose_nothing(data, tiny_models, tmp_path):
+    """A run that saves every 2 steps, killed 30 times, inside saves included, equals one that was left alone."""
+    import random
+
+    changes = {"num_train_epochs": 60, "save_steps": 2}
+    whole, killed = tmp_path / "whole", tmp_path / "killed"
+    assert finish(start(write_config(data, tiny_models["qwen3_vl"], whole, **changes)))[0] == 0
+    config = write_config(data, tiny_models["qwen3_vl"], killed, **changes)
+    generator = random.Random(0)
+    kills = 0
+    while kills < 30:
+        process = start(config)
+        steps_before = len(order(killed)) if (killed / "order.jsonl").exists() else 0
+        if kills < 28:  # let it get into its stride, then at any moment
+            try:
+                wait_for_step(killed, min(steps_before + generator.randint(1, 8), 236), process)
+            except AssertionError:
+                break
+        time.sleep(generator.random() * 0.3)
+        process.kill()
+        process.communicate()
+        kills += 1
+    code, text = finish(start(config), timeout=300)
+    assert code == 0 and kills == 30, text
+    assert history(killed) == history(whole)
+    assert order(killed) == order(whole)
+    assert weights(killed) == weights(whole)
