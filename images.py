@@ -80,15 +80,29 @@ class Placement:
         )
 
 
-def letterbox(image: Image.Image, size: int) -> tuple[Image.Image, Placement]:
-    """Fit a picture into a size × size square: aspect kept, centred, padded with `LETTERBOX_FILL`."""
-    width, height = image.size
+def upright_size(path) -> tuple[int, int]:
+    """(width, height) of a picture file as `open_image` gives it, from its header alone. Errors: `UserError`."""
+    try:
+        with Image.open(path) as image:
+            return image.size[::-1] if image.getexif().get(0x0112, 1) >= 5 else image.size  # turned by EXIF
+    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+        raise UserError(f"image {path} cannot be opened ({error}); replace or drop it") from None
+
+
+def letterbox_placement(width: int, height: int, size: int) -> Placement:
+    """Where a picture lies in a size × size square: aspect kept, centred."""
     scale = size / max(width, height)
     content = (max(1, round(width * scale)), max(1, round(height * scale)))
     offset = ((size - content[0]) // 2, (size - content[1]) // 2)
+    return Placement((width, height), (size, size), content, offset)
+
+
+def letterbox(image: Image.Image, size: int) -> tuple[Image.Image, Placement]:
+    """Fit a picture into a size × size square, padded with `LETTERBOX_FILL`."""
+    placement = letterbox_placement(*image.size, size)
     canvas = Image.new("RGB", (size, size), LETTERBOX_FILL)
-    canvas.paste(image.resize(content, Image.Resampling.BICUBIC), offset)
-    return canvas, Placement((width, height), (size, size), content, offset)
+    canvas.paste(image.resize(placement.content_size, Image.Resampling.BICUBIC), placement.offset)
+    return canvas, placement
 
 
 def native_size(width: int, height: int, factor: int, min_pixels: int, max_pixels: int) -> tuple[int, int]:
@@ -111,10 +125,15 @@ def native_size(width: int, height: int, factor: int, min_pixels: int, max_pixel
     return fitted
 
 
+def native_placement(width: int, height: int, factor: int, min_pixels: int, max_pixels: int) -> Placement:
+    size = native_size(width, height, factor, min_pixels, max_pixels)
+    return Placement((width, height), size, size)
+
+
 def native_resize(image: Image.Image, factor: int, min_pixels: int, max_pixels: int) -> tuple[Image.Image, Placement]:
     """Resize as the family's own image processor does, under `max_pixels`."""
-    size = native_size(*image.size, factor, min_pixels, max_pixels)
-    return image.resize(size, Image.Resampling.BICUBIC), Placement(image.size, size, size)
+    placement = native_placement(*image.size, factor, min_pixels, max_pixels)
+    return image.resize(placement.model_size, Image.Resampling.BICUBIC), placement
 
 
 def patchify(image: Image.Image, patch_size: int, merge_size: int) -> np.ndarray:
@@ -127,6 +146,13 @@ def patchify(image: Image.Image, patch_size: int, merge_size: int) -> np.ndarray
     pixels = pixels.reshape(rows, merge_size, patch_size, columns, merge_size, patch_size, 3)
     # → (row, column, row in token, column in token, channel, y, x)
     return pixels.transpose(0, 3, 1, 4, 6, 2, 5).reshape(-1, 3 * patch_size * patch_size)
+
+
+def unpatchify(patches: np.ndarray, grid: tuple[int, int], patch_size: int, merge_size: int) -> np.ndarray:
+    """The picture the model sees, uint8 (height, width, 3): the inverse of `patchify`. grid: (height, width) in patches."""
+    rows, columns = grid[0] // merge_size, grid[1] // merge_size
+    pixels = patches.reshape(rows, columns, merge_size, merge_size, 3, patch_size, patch_size)
+    return pixels.transpose(0, 2, 5, 1, 3, 6, 4).reshape(grid[0] * patch_size, grid[1] * patch_size, 3)
 
 
 @dataclass(frozen=True)

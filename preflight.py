@@ -13,7 +13,7 @@ from tqdm import tqdm
 from config import Config, UserError
 from dataset import BatchPlan, SampleEncoder, SampleList
 from family import Family
-from images import ModelImage, image_path, native_size, open_image
+from images import ModelImage, image_path, open_image
 from model import parameter_table, prepare_training
 from runlog import on_terminal
 from templates import IGNORE, sample_images, to_messages
@@ -39,7 +39,7 @@ def sample_problems(samples: SampleList, encoder: SampleEncoder) -> list[str]:
             paths = encoder.images_of(sample)
             for path in paths:
                 image_path(encoder.config.data.image_root, path)
-            messages = to_messages(sample, encoder.config.template, encoder.image_shown)
+            messages = to_messages(encoder.spoken(sample), encoder.config.template, encoder.image_shown)
             if not encoder.family.has_vision and sample_images(sample):
                 raise UserError(f"the sample has images but model_name is a text model ({encoder.family.model_type})")
             length = sum(len(str(message["content"]).encode()) for message in messages) + TEMPLATE_TOKENS
@@ -67,21 +67,10 @@ def _most_image_tokens(encoder: SampleEncoder) -> int:
 
 def _size_only(encoder: SampleEncoder, path: str) -> ModelImage:
     """A picture's grid without decoding it."""
-    from PIL import Image
-
-    config, family = encoder.config, encoder.family
-    if config.resize == "letterbox":
-        side = config.image_size // family.patch_size
-        return ModelImage(None, (side, side), None)
-    file = image_path(config.data.image_root, path)
-    try:
-        with Image.open(file) as image:
-            size = image.size[::-1] if image.getexif().get(0x0112, 1) >= 5 else image.size  # turned by EXIF
-    except OSError as error:
-        raise UserError(f"image {file} cannot be opened ({error}); replace or drop it") from None
-    limit = config.max_pixels or family.max_pixels
-    width, height = native_size(*size, family.factor, min(family.min_pixels, limit), limit)
-    return ModelImage(None, (height // family.patch_size, width // family.patch_size), None)
+    placement = encoder.placement(path)
+    width, height = placement.model_size
+    patch_size = encoder.family.patch_size
+    return ModelImage(None, (height // patch_size, width // patch_size), placement)
 
 
 def full_check(config: Config, splits: Mapping[str, SampleList], encoder: SampleEncoder, ranks_world: int) -> None:
@@ -100,15 +89,21 @@ def full_check(config: Config, splits: Mapping[str, SampleList], encoder: Sample
     print("Check passed: nothing was trained.", flush=True)
 
 
-def check_leakage(config: Config, splits: Mapping[str, SampleList]) -> None:
-    """Identical pictures in two splits are fatal; near-identical ones go to near_identical.html for a human to judge.
-
-    A file given for two splits on purpose, to see a model memorise, is not compared with itself."""
+def refuse_leakage(config: Config, splits: Mapping[str, SampleList]) -> dict[str, SampleList]:
+    """Errors: `UserError` where a picture file stands in two splits. Returns the splits that were compared: a file
+    given for two splits on purpose, to see a model memorise, is not compared with itself."""
     import leakage
 
-    distinct = {samples.source: (name, samples) for name, samples in splits.items()}
-    compared = dict(distinct.values())
+    compared = dict({samples.source: (name, samples) for name, samples in splits.items()}.values())
     leakage.refuse_identical(compared, config.data.image_root)
+    return compared
+
+
+def check_leakage(config: Config, splits: Mapping[str, SampleList]) -> None:
+    """Identical pictures in two splits are fatal; near-identical ones go to near_identical.html for a human to judge."""
+    import leakage
+
+    compared = refuse_leakage(config, splits)
     pairs = leakage.find_near_identical(compared, config.data.image_root)
     print(f"No picture stands in two of {', '.join(compared)}; {len(pairs)} pairs look nearly alike.", flush=True)
     if pairs:
@@ -150,6 +145,14 @@ def show_sample(sample: dict, encoder: SampleEncoder) -> None:
         (width, height), (model_width, model_height) = place.original_size, place.model_size
         inside = f"content {place.content_size[0]}×{place.content_size[1]} at {place.offset}"
         print(f"Picture {path}: {width}×{height} → {model_width}×{model_height} ({inside})")
+
+
+def sample_pictures(sample: dict, encoder: SampleEncoder) -> tuple[list, str]:
+    """The sample's pictures as the model sees them, uint8 (height, width, 3), and its text with the label mask."""
+    images = [encoder.load_image(path) for path in encoder.images_of(sample)]
+    family = encoder.family
+    pixels = [unpatchify(image.patches, image.grid, family.patch_size, family.merge_size) for image in images]
+    return pixels, marked_text(encoder.encode(sample, images), encoder)
 
 
 def marked_text(item, encoder: SampleEncoder) -> str:

@@ -1,4 +1,4 @@
-"""What a run leaves to read: console lines, log.jsonl, order.jsonl and TensorBoard, continued without overlap on resume."""
+"""What a run leaves to read: console lines, log.jsonl, order.jsonl and TensorBoard, without overlap on resume."""
 
 import json
 import os
@@ -63,11 +63,12 @@ class RunLog:
             self._order.writelines(json.dumps(step, ensure_ascii=False) + "\n" for step in steps)
             self._order.flush()
 
-    def image(self, tag: str, pixels, caption: str) -> None:
-        """A picture (height, width, 3) uint8 with a caption, as TensorBoard's image and text of the same name."""
+    def sample(self, number: int, pictures: list, text: str) -> None:
+        """A training sample as the model sees it: pictures uint8 (height, width, 3), text with the label mask."""
         if self.active:
-            self._tensorboard.add_image(tag, pixels, 0, dataformats="HWC")
-            self._tensorboard.add_text(tag, caption, 0)
+            for picture in pictures:
+                self._tensorboard.add_image(f"sample_{number}", picture, 0, dataformats="HWC")
+            self._tensorboard.add_text(f"sample_{number}", f"```\n{text}\n```", 0)
 
     def close(self) -> None:
         if self.active:

@@ -26,7 +26,15 @@ from dataset import SampleEncoder, StepDataset, load, load_samples
 from distributed import Ranks, StopSignal, start_ranks, stop_ranks
 from evaluation import Stopped, answer_split, split_loss
 from family import load_family
-from preflight import batch_arithmetic, check_samples, describe_pictures, full_check, make_plan
+from preflight import (
+    batch_arithmetic,
+    check_samples,
+    describe_pictures,
+    full_check,
+    make_plan,
+    refuse_leakage,
+    sample_pictures,
+)
 from run_folder import OutputLock, find_resume, rotate
 from runlog import RunLog, git_commit, memory_gb, step_line
 
@@ -34,6 +42,7 @@ from runlog import RunLog, git_commit, memory_gb, step_line
 warnings.filterwarnings("ignore", message=".*is_gradient_checkpointing` is deprecated.*")
 warnings.filterwarnings("ignore", message=".*broadcast_buffers` is deprecated.*")
 
+SAMPLES_ON_TENSORBOARD = 4
 MAX_NONFINITE_STEPS = 3  # in a row; then the run stops: it would not recover by itself
 
 
@@ -86,20 +95,18 @@ def is_due(steps: int | str | None, step: int, steps_per_epoch: int) -> bool:
 def train(config: Config, check_only: bool, source: str) -> None:
     stop = StopSignal()
     # --- the config, the data, the ranks: everything that can be wrong is found before weights load ---
-    check_data_files(config, ["train", *(["val"] if config.eval_steps else [])])
+    named = [name for name in ("train", "val", "test") if getattr(config.data, name)]
+    check_data_files(config, named + ["val"] * bool(config.eval_steps))
     family = load_family(config.model_name)
     if family.has_vision and config.resize == "letterbox":
         family.check_image_size(config.image_size, source)
     encoder = SampleEncoder(config, family, modeling.load_tokenizer(config.model_name))
-    train_samples = load_samples(config.data.train, config.max_samples)
+    splits = {name: load_samples(getattr(config.data, name)) for name in named}
+    train_samples = splits["train"] = load_samples(config.data.train, config.max_samples)
     world = int(os.environ.get("WORLD_SIZE", "1"))
     if check_only:
-        named = {name: path for name in ("val", "test") if (path := getattr(config.data, name))}
-        check_data_files(config, named)
-        splits = {"train": train_samples} | {name: load_samples(path) for name, path in named.items()}
         return full_check(config, splits, encoder, world)
-    val_samples = load_samples(config.data.val) if config.eval_steps else None
-    for samples in filter(None, (train_samples, val_samples)):
+    for samples in splits.values():
         check_samples(samples, encoder)
     plan = make_plan(config, train_samples, encoder, world)
 
@@ -108,6 +115,8 @@ def train(config: Config, check_only: bool, source: str) -> None:
     if int(os.environ.get("RANK", "0")) == 0:
         lock = OutputLock(output)  # noqa: F841 - held until the process ends
         resume_from, notes = find_resume(config, plan.batch, train_samples.sha256)
+        if family.has_vision and not resume_from:
+            refuse_leakage(config, splits)
     ranks = start_ranks()
     # Rank 0 has looked; the others follow it, or a folder that changes meanwhile could split them.
     resume_from, notes = ranks.gather([[str(resume_from or ""), notes]] if ranks.is_first else [])[0]
@@ -161,6 +170,9 @@ def train(config: Config, check_only: bool, source: str) -> None:
     log.say(f"Model {config.model_name} ({family.model_type}), ready in {seconds:.1f} s; commit {git_commit()}")
     for line in [*modeling.parameter_table(model), *batch_arithmetic(config, plan, ranks.world), *notes]:
         log.say(line)
+    if not resume_from and ranks.is_first:
+        for row in range(min(SAMPLES_ON_TENSORBOARD, len(train_samples))):
+            log.sample(row, *sample_pictures(train_samples[row], encoder))
     if resume_from:
         log.say(f"Resuming from {resume_from}: step {state.step}/{plan.total_steps}")
     elif config.init_adapter:
@@ -198,10 +210,10 @@ def train(config: Config, check_only: bool, source: str) -> None:
         state.evaluation_due = True
         began = time.perf_counter()
         model.eval()
-        values = {"eval_loss": split_loss(module, val_samples, encoder, ranks, lambda: stop.requested)}
+        values = {"eval_loss": split_loss(module, splits["val"], encoder, ranks, lambda: stop.requested)}
         if config.eval_max_samples:
-            rows = range(min(config.eval_max_samples, len(val_samples)))
-            answers = answer_split(model, val_samples, encoder, ranks, rows, lambda: stop.requested)
+            rows = range(min(config.eval_max_samples, len(splits["val"])))
+            answers = answer_split(model, splits["val"], encoder, ranks, rows, lambda: stop.requested)
             values["eval_accuracy"] = sum(line["correct"] for line in answers) / len(answers)
         model.train()
         state.evaluation_due = False
