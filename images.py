@@ -149,7 +149,7 @@ def patchify(image: Image.Image, patch_size: int, merge_size: int) -> np.ndarray
 
 
 def unpatchify(patches: np.ndarray, grid: tuple[int, int], patch_size: int, merge_size: int) -> np.ndarray:
-    """The picture the model sees, uint8 (height, width, 3): the inverse of `patchify`. grid: (height, width) in patches."""
+    """The inverse of `patchify`: uint8 (height, width, 3). grid: (height, width) in patches."""
     rows, columns = grid[0] // merge_size, grid[1] // merge_size
     pixels = patches.reshape(rows, columns, merge_size, merge_size, 3, patch_size, patch_size)
     return pixels.transpose(0, 2, 5, 1, 3, 6, 4).reshape(grid[0] * patch_size, grid[1] * patch_size, 3)

@@ -13,7 +13,7 @@ from tqdm import tqdm
 from config import Config, UserError
 from dataset import BatchPlan, SampleEncoder, SampleList
 from family import Family
-from images import ModelImage, image_path, open_image
+from images import ModelImage, image_path, open_image, unpatchify
 from model import parameter_table, prepare_training
 from runlog import on_terminal
 from templates import IGNORE, sample_images, to_messages
@@ -100,7 +100,7 @@ def refuse_leakage(config: Config, splits: Mapping[str, SampleList]) -> dict[str
 
 
 def check_leakage(config: Config, splits: Mapping[str, SampleList]) -> None:
-    """Identical pictures in two splits are fatal; near-identical ones go to near_identical.html for a human to judge."""
+    """Identical pictures in two splits are fatal; near-identical ones go to near_identical.html, for a human."""
     import leakage
 
     compared = refuse_leakage(config, splits)
