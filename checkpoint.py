@@ -17,7 +17,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from config import Config, UserError
-from model import load_base
+from model import load_base, quiet_peft
 
 STATE_FILE, OPTIMIZER_FILE = "trainer_state.json", "optimizer.safetensors"
 ADAPTER_FILE, ADAPTER_CONFIG = "adapter_model.safetensors", "adapter_config.json"
@@ -215,7 +215,9 @@ def load_trained(model_name: str, folder: Path | None, device: torch.device) -> 
     if (folder / ADAPTER_CONFIG).is_file() and (folder / ADAPTER_FILE).is_file():
         from peft import PeftModel
 
-        return PeftModel.from_pretrained(load_base(model_name, dtype), folder).to(device)
+        base = load_base(model_name, dtype)
+        with quiet_peft():
+            return PeftModel.from_pretrained(base, folder).to(device)
     if (folder / TRAINED_FILE).is_file():
         model = load_base(model_name, dtype)
         model.load_state_dict(load_file(folder / TRAINED_FILE), strict=False)

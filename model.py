@@ -4,8 +4,10 @@ The loss asks only for what training uses: vision under `no_grad` where it is fr
 logits at supervised positions alone.
 """
 
+import contextlib
 import re
 import types
+import warnings
 from collections import OrderedDict
 
 import torch
@@ -111,6 +113,14 @@ def lora_target_pattern(model: nn.Module, groups: list[str]) -> str:
     return "|".join(patterns)
 
 
+@contextlib.contextmanager
+def quiet_peft():
+    """Without transformers' warning to peft about a property that only peft can rename."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message=".*is_gradient_checkpointing` is deprecated.*")
+        yield
+
+
 def attach_lora(model: nn.Module, lora: Lora, groups: list[str], seed: int) -> nn.Module:
     """Wrap the model with a fresh adapter, float32 whatever the base's type. Same seed → same adapter on all ranks."""
     from peft import LoraConfig, get_peft_model
@@ -120,7 +130,8 @@ def attach_lora(model: nn.Module, lora: Lora, groups: list[str], seed: int) -> n
     peft_config = LoraConfig(
         r=lora.r, lora_alpha=lora.alpha, lora_dropout=lora.dropout, target_modules=pattern, task_type="CAUSAL_LM"
     )
-    peft_model = get_peft_model(model, peft_config, autocast_adapter_dtype=True)
+    with quiet_peft():
+        peft_model = get_peft_model(model, peft_config, autocast_adapter_dtype=True)
     adapted = {name.rsplit(".lora_", 1)[0] for name, p in peft_model.named_parameters() if ".lora_" in name}
     assert all(group_of(name) in groups for name in adapted), "LoRA landed outside the trained groups"
     return peft_model

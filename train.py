@@ -38,8 +38,7 @@ from preflight import (
 from run_folder import OutputLock, find_resume, rotate
 from runlog import RunLog, git_commit, memory_gb, step_line
 
-# Of transformers and torch to peft and DDP, about arguments that this code cannot change for them.
-warnings.filterwarnings("ignore", message=".*is_gradient_checkpointing` is deprecated.*")
+# torch 2.13 renames the argument, which 2.11 does not know under its new name.
 warnings.filterwarnings("ignore", message=".*broadcast_buffers` is deprecated.*")
 
 SAMPLES_ON_TENSORBOARD = 4
