@@ -1,0 +1,288 @@
+"""The page of compare.py: one self-contained HTML file with the pictures on which the experiments disagree."""
+
+import base64
+import hashlib
+import io
+import random
+import re
+from collections import defaultdict
+from html import escape
+from pathlib import Path
+
+from config import UserError
+from images import image_path, open_image
+from metrics import answer_correct, answer_items, click_correct, click_distance
+
+TEMPLATE = Path(__file__).with_name("compare_page.html")
+THUMBNAIL_SIDE = 320  # pixels
+MOST_OPTIONS = 60  # distinct questions that still make a list to choose from
+TEXT_SHOWN = 400  # characters of a text sample
+
+
+def page(
+    report: dict, unit: str, size: str, tables: list, results: list, image_root: Path | None, most_pictures: int
+) -> tuple[str, str]:
+    """The finished page, and one line that says which pictures it holds and which are missing.
+
+    report, size, tables: from compare.compare, size_of_test and tables. unit: what is scored, "question".
+    results: results_folder.Results of one test set.
+    image_root: folder of the pictures, over what the results say. most_pictures: more are left out, and counted.
+    """
+    cards = _disagreements(report["task"], results)
+    shown = _choose(cards, most_pictures)
+    root = image_root or next((Path(result.image_root) for result in results if result.image_root), Path("."))
+    unreadable: list[str] = []
+    html_cards = [_card(card, results, root, unreadable) for card in shown]
+
+    items = sum(len(card["items"]) for card in shown)
+    noun = "pictures" if report["task"] == "vqa" else f"{unit}s"
+    if not cards:
+        summary = "The experiments gave the same answers everywhere: there is nothing to show."
+    else:
+        summary = f"The experiments disagree on {len(cards)} {noun}; the page shows {len(shown)}"
+        summary += f", with {items} {unit}s." if noun == "pictures" else "."
+    if len(shown) < len(cards):
+        turns = "the questions take turns, each in random order" if noun == "pictures" else "chosen at random"
+        summary += f" {len(cards) - len(shown)} are left out (--pictures {most_pictures}); {turns}."
+    if unreadable:
+        summary += (
+            f" {len(unreadable)} pictures could not be opened under {root} (--image-root), first {unreadable[0]}."
+        )
+
+    template = TEMPLATE.read_text(encoding="utf-8")
+    script = re.search(r"<script>(.*?)</script>", template, re.DOTALL).group(1)
+    title = " · ".join(scores["name"] for scores in report["experiments"])
+    fields = {
+        "script_hash": base64.b64encode(hashlib.sha256(script.encode()).digest()).decode(),
+        "title": escape(title),
+        "size": escape(size),
+        "sentences": "".join(f"<li>{_prose(pair['sentence'])}</li>" for pair in report["pairs"]),
+        "chart": _chart(report),
+        "tables": "".join(_table(*table, is_open=number == 0) for number, table in enumerate(tables)),
+        "notes": "".join(f"<li>{_prose(note)}</li>" for note in report["notes"]),
+        "summary": escape(summary),
+        "filters": _filters(shown, results, unit) if shown else "",
+        "cards": "".join(html_cards),
+    }
+    return re.sub(r"\{\{(\w+)\}\}", lambda match: fields[match.group(1)], template), summary
+
+
+# --- which pictures ---------------------------------------------------------------------------------------------------
+
+
+def _disagreements(task: str, results: list) -> list[dict]:
+    """One card per picture (per sample for cls and click) on which experiments that see the picture disagree."""
+    voters = [n for n, result in enumerate(results) if not result.without_pictures]
+    voters = voters if len(voters) > 1 else list(range(len(results)))
+    cards: dict = {}
+    for sample_id in results[0].rows:
+        rows = [result.rows[sample_id] for result in results]
+        if len({_verdict(task, rows[n]) for n in voters}) > 1:
+            images = next(
+                (row.get("images") or [row["image"]] for row in rows if row.get("images") or row.get("image")), []
+            )
+            key = tuple(images) if task == "vqa" and images else sample_id
+            card = cards.setdefault(key, {"images": images, "items": []})
+            card["items"].append(_item(task, rows))
+    return list(cards.values())
+
+
+def _verdict(task: str, row: dict):
+    """What experiments can disagree on: the answer, the label, or (points are never equal) whether the click hit."""
+    return {
+        "vqa": lambda r: answer_items(r["prediction"]),
+        "cls": lambda r: r["predicted_label"],
+        "click": click_correct,
+    }[task](row)
+
+
+def _item(task: str, rows: list[dict]) -> dict:
+    row = rows[0]
+    if task == "vqa":
+        texts, gold = [r["prediction"] for r in rows], row["answer"]
+        asked, rights = row["question"], [answer_correct(r) for r in rows]
+    elif task == "cls":
+        texts = [f"label {r['predicted_label']} (p {r['probabilities'][r['predicted_label']]:.2f})" for r in rows]
+        asked, gold = row.get("title") or row.get("text") or row["id"], f"label {row['true_label']}"
+        rights = [r["predicted_label"] == r["true_label"] for r in rows]
+    else:
+        distances = [click_distance(r) for r in rows]
+        texts = ["no point in the answer" if d is None else f"{d:.0f} px off" for d in distances]
+        asked, gold = row.get("instruction") or row["id"], f"({row['point'][0]:.0f}, {row['point'][1]:.0f})"
+        rights = [click_correct(r) for r in rows]
+    stage = row.get("stage")
+    item = {
+        "id": str(row["id"]),
+        "stage": "" if stage is None else str(stage),
+        "asked": str(asked)[:TEXT_SHOWN] + "…" * (len(str(asked)) > TEXT_SHOWN),
+        "gold": str(gold),
+        "texts": [str(text) for text in texts],
+        "rights": rights,
+    }
+    if task == "click":
+        item["points"] = [row["point"], *(r["predicted_point"] for r in rows)]
+        item["size"] = row["image_size"]
+    return item
+
+
+def _choose(cards: list[dict], most: int) -> list[dict]:
+    """At most so many cards; the questions take turns, so that a rare one is not crowded out. Seeded, then in order."""
+    if len(cards) <= most:
+        return cards
+    queues = defaultdict(list)
+    for number in random.Random(0).sample(range(len(cards)), len(cards)):
+        for asked in {item["asked"] for item in cards[number]["items"]}:
+            queues[asked].append(number)
+    chosen: set[int] = set()
+    waiting = [iter(queues[asked]) for asked in sorted(queues)]
+    while len(chosen) < most:
+        for queue in waiting:
+            number = next((n for n in queue if n not in chosen), None)
+            if number is not None and len(chosen) < most:
+                chosen.add(number)
+    return [cards[number] for number in sorted(chosen)]
+
+
+# --- HTML -------------------------------------------------------------------------------------------------------------
+
+
+def _thumbnail(path: Path) -> tuple[str, int, int]:
+    """A small JPEG as data URI, with its width and height. Raises UserError on what is no picture."""
+    picture = open_image(path)
+    picture.thumbnail((THUMBNAIL_SIDE, THUMBNAIL_SIDE))
+    buffer = io.BytesIO()
+    picture.save(buffer, "JPEG", quality=80, optimize=True)
+    return "data:image/jpeg;base64," + base64.b64encode(buffer.getvalue()).decode(), *picture.size
+
+
+def _card(card: dict, results: list, root: Path, unreadable: list[str]) -> str:
+    figure = ""
+    if card["images"]:
+        name = str(card["images"][0])
+        try:
+            source, width, height = _thumbnail(image_path(root, name))
+            picture = f'<img src="{source}" width="{width}" height="{height}" alt="picture {escape(name)}">'
+            picture = f'<div class="picture">{picture}{_marks(card["items"][0])}</div>'
+        except UserError:
+            unreadable.append(name)
+            picture = '<div class="missing">picture not found</div>'
+        more = f" and {len(card['images']) - 1} more" if len(card["images"]) > 1 else ""
+        figure = f"<figure>{picture}<figcaption>{escape(name)}{more}</figcaption></figure>"
+    items = "".join(_answers(item, results) for item in card["items"])
+    return f'<article class="card">{figure}<ul class="items">{items}</ul></article>\n'
+
+
+def _marks(item: dict) -> str:
+    """Clicks: a ring at the gold point, a cross with the experiment's number at each predicted one."""
+    if "points" not in item:
+        return ""
+    width, height = item["size"]
+    unit = max(width, height) / 320
+    (x, y), marks = item["points"][0], []
+    for css in ("halo", "gold"):
+        marks.append(f'<circle class="{css}" cx="{x:.1f}" cy="{y:.1f}" r="{9 * unit:.1f}"/>')
+    for number, point in enumerate(item["points"][1:], start=1):
+        if point is not None:
+            x, y, arm = point[0], point[1], 6 * unit
+            side = 2 * arm
+            lines = f"M{x - arm:.1f} {y - arm:.1f}l{side:.1f} {side:.1f}m0 {-side:.1f}l{-side:.1f} {side:.1f}"
+            marks += [f'<path class="halo" d="{lines}"/><path class="cross" d="{lines}"/>']
+            place = f'x="{x + arm + 2 * unit:.1f}" y="{y + 4 * unit:.1f}" font-size="{13 * unit:.1f}"'
+            marks.append(f'<text {place} stroke-width="{3 * unit:.1f}">{number}</text>')
+    return f'<svg viewBox="0 0 {width} {height}" aria-hidden="true">{"".join(marks)}</svg>'
+
+
+def _answers(item: dict, results: list) -> str:
+    right = " ".join(str(n) for n, is_right in enumerate(item["rights"]) if is_right)
+    stage = f'<span class="stage">stage {escape(item["stage"])}</span>' if item["stage"] else ""
+    rows = f'<tr class="gold"><th scope="row">gold</th><td>{escape(item["gold"])}</td></tr>'
+    for number, (result, text, is_right) in enumerate(
+        zip(results, item["texts"], item["rights"], strict=True), start=1
+    ):
+        mark, word = ("✓", "right") if is_right else ("✗", "wrong")
+        label = f'<span class="number">{number}</span> ' * ("points" in item) + _breakable(result.name)
+        answer = escape(text) if text.strip() else "<em>(empty answer)</em>"
+        rows += (
+            f'<tr class="{word}"><th scope="row">{label}</th><td><span class="mark" aria-hidden="true">{mark}</span>'
+        )
+        rows += f'<span class="word">{word}: </span>{answer}</td></tr>'
+    attributes = f'data-stage="{escape(item["stage"])}" data-question="{escape(item["asked"])}" data-right="{right}"'
+    return f'<li {attributes}><p class="asked">{stage}{escape(item["asked"])}</p><table>{rows}</table></li>'
+
+
+def _filters(cards: list[dict], results: list, unit: str) -> str:
+    items = [item for card in cards for item in card["items"]]
+    stages = sorted({item["stage"] for item in items} - {""})
+    questions = sorted({item["asked"] for item in items})
+    out = ""
+    if len(stages) > 1:
+        chips = [("", "all"), *((stage, stage) for stage in stages)]
+        out += '<fieldset><legend>Stage</legend><div class="chips">'
+        for value, text in chips:
+            box = f'<input type="radio" name="stage" value="{escape(value)}"{" checked" * (not value)}>'
+            out += f"<label>{box}<span>{escape(text)}</span></label>"
+        out += "</div></fieldset>"
+    if 1 < len(questions) <= MOST_OPTIONS and len(questions) < len(items):
+        options = "".join(f'<option value="{escape(asked)}">{escape(asked)}</option>' for asked in questions)
+        options = f'<option value="">all</option>{options}'
+        out += f'<label class="field">Question<select name="question">{options}</select></label>'
+    options = '<option value="">anyone</option>'
+    for number, result in enumerate(results):
+        name = escape(result.name)
+        options += f'<option value="right-{number}">{name} is right</option>'
+        options += f'<option value="wrong-{number}">{name} is wrong</option>'
+        if len(results) > 2:
+            options += f'<option value="only-{number}">only {name} is right</option>'
+    options += '<option value="none">nobody is right</option>'
+    out += f'<label class="field">Who is right<select name="right">{options}</select></label>'
+    out += '<button type="reset">Clear</button><output id="count" role="status"></output>'
+    return f'<form id="filters" data-unit="{unit}">{out}</form>'
+
+
+def _prose(text: str) -> str:
+    """Escaped text whose numbers keep to their units at a line's end."""
+    return escape(re.sub(r" (?=%|points)|(?<=\bp) (?=[<=])|(?<=\bp [<=]) ", "\u00a0", text))
+
+
+def _breakable(name: str) -> str:
+    """A name that may break its line after an underscore."""
+    return escape(name).replace("_", "_<wbr>")
+
+
+def _chart(report: dict) -> str:
+    """Accuracy with its interval, one line per experiment and baseline, on a common axis that fits them."""
+    lines = [s for s in report["experiments"] + report["majority_baselines"] if s.get("predict_accuracy") is not None]
+    ends = [end for s in lines for end in (s["predict_accuracy_ci"] or [s["predict_accuracy"]] * 2)]
+    step = next(s for s in (1, 2, 5, 10, 20) if 100 * (max(ends) - min(ends)) <= 6 * s or s == 20)
+    low = max(0, int(100 * min(ends) // step * step - step))
+    high = min(100, int(-(-100 * max(ends) // step) * step + step))
+
+    def place(share: float) -> str:
+        return f"{(100 * share - low) / (high - low) * 100:.2f}%"
+
+    out = ""
+    for scores in lines:
+        value, interval = scores["predict_accuracy"], scores["predict_accuracy_ci"]
+        text = f"{100 * value:.1f} %" + (f" [{100 * interval[0]:.1f}, {100 * interval[1]:.1f}]" if interval else "")
+        bar = ""
+        if interval:
+            width = (interval[1] - interval[0]) * 10000 / (high - low)
+            bar = f'<span class="bar" style="left:{place(interval[0])};width:{width:.2f}%"></span>'
+        track = f'<div class="track">{bar}<span class="dot" style="left:{place(value)}"></span></div>'
+        label = f'<span class="tag">baseline: {escape(scores["baseline"])}</span>' if scores["baseline"] else ""
+        name = _breakable(scores["name"])
+        css = ' class="baseline"' if scores["baseline"] else ""
+        out += f'<li{css}><span class="name">{name} {label}</span>{track}<span class="value">{text}</span></li>'
+    ticks = "".join(f'<span style="left:{place(t / 100)}">{t}</span>' for t in range(low, high + 1, step))
+    return f'<ol class="chart">{out}<li class="axis" aria-hidden="true"><div class="track">{ticks}</div></li></ol>'
+
+
+def _table(title: str, header: list[str], rows: list[list[str]], is_open: bool) -> str:
+    head = "".join(f'<th scope="col">{_prose(cell)}</th>' for cell in header)
+    body = "".join(
+        f'<tr><th scope="row">{escape(row[0])}</th>{"".join(f"<td>{escape(cell)}</td>" for cell in row[1:])}</tr>'
+        for row in rows
+    )
+    region = f'<div class="wide" tabindex="0" role="region" aria-label="{escape(title)}">'
+    table = f"<table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table>"
+    return f"<details{' open' * is_open}><summary>{escape(title)}</summary>{region}{table}</div></details>"

@@ -1,0 +1,317 @@
+"""Three pictures of results, drawn with Pillow: reliability diagram, loss curves, contact sheet of missed clicks.
+
+Matplotlib would be a run-time dependency for three PNGs. Everything is drawn three times too large and scaled down,
+because Pillow's lines have no soft edges.
+"""
+
+import math
+import os
+import re
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+
+import numpy as np
+from PIL import Image, ImageDraw, ImageFont
+
+from images import open_image
+from metrics import CALIBRATION_BINS, calibration_bins, click_correct, click_distance
+
+OVERSIZE = 3
+INK, QUIET, GRID, PAPER = "#1c2024", "#5b626b", "#e3e3de", "#ffffff"
+BLUE, LIGHT_BLUE, ORANGE, SALMON = "#2456a6", "#8fb4ea", "#c4620a", "#f2b8a0"
+GREEN, RED = "#10a35a", "#e0352b"
+TILE_WIDTH, TILE_HEIGHT, CAPTION_HEIGHT, TILE_COLUMNS = 300, 300, 62, 4  # pixels of the contact sheet
+# The font that Pillow brings along has ASCII only; for other captions, whichever of these the machine has.
+WIDE_FONTS = ("NotoSansCJK-Regular.ttc", "Arial Unicode.ttf", "msyh.ttc")
+
+
+class _Canvas:
+    """A white picture whose coordinates are final pixels."""
+
+    def __init__(self, width: int, height: int):
+        self.size = (width, height)
+        self.image = Image.new("RGB", (width * OVERSIZE, height * OVERSIZE), PAPER)
+        self.draw = ImageDraw.Draw(self.image)
+
+    def line(self, points: Sequence[tuple[float, float]], colour: str, width: float = 1.0) -> None:
+        scaled = [(x * OVERSIZE, y * OVERSIZE) for x, y in points]
+        self.draw.line(scaled, fill=colour, width=max(1, round(width * OVERSIZE)), joint="curve")
+
+    def dashes(self, start: tuple[float, float], end: tuple[float, float], colour: str, dash: float = 5.0) -> None:
+        count = max(1, round(math.dist(start, end) / (2 * dash)))
+        for n in range(count):
+            ends = [n / count, (n + 0.5) / count]
+            self.line([tuple(a + (b - a) * t for a, b in zip(start, end, strict=True)) for t in ends], colour, 1.2)
+
+    def box(self, left: float, top: float, right: float, bottom: float, fill=None, outline=None, width=1.0) -> None:
+        corners = [value * OVERSIZE for value in (left, top, right, bottom)]
+        self.draw.rectangle(corners, fill=fill, outline=outline, width=round(width * OVERSIZE))
+
+    def ring(self, x: float, y: float, radius: float, colour: str, width: float, fill=None) -> None:
+        corners = [value * OVERSIZE for value in (x - radius, y - radius, x + radius, y + radius)]
+        self.draw.ellipse(corners, outline=colour, width=round(width * OVERSIZE), fill=fill)
+
+    def cross(self, x: float, y: float, arm: float, colour: str, width: float) -> None:
+        self.line([(x - arm, y - arm), (x + arm, y + arm)], colour, width)
+        self.line([(x - arm, y + arm), (x + arm, y - arm)], colour, width)
+
+    def text(self, x: float, y: float, text: str, size: int = 13, anchor: str = "la", colour: str = INK) -> None:
+        font, text = _font(size * OVERSIZE, text)
+        self.draw.text((x * OVERSIZE, y * OVERSIZE), text, fill=colour, font=font, anchor=anchor)
+
+    def paste(self, picture: Image.Image, left: float, top: float, width: float, height: float) -> None:
+        size = (max(1, round(width * OVERSIZE)), max(1, round(height * OVERSIZE)))
+        self.image.paste(
+            picture.resize(size, Image.Resampling.LANCZOS), (round(left * OVERSIZE), round(top * OVERSIZE))
+        )
+
+    def save(self, path) -> None:
+        """Scaled down, written beside and renamed, so that nobody reads half a picture."""
+        path = Path(path)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        temporary = path.with_name(f".{path.name}.{os.getpid()}")
+        self.image.resize(self.size, Image.Resampling.LANCZOS).save(temporary, "PNG", optimize=True)
+        os.replace(temporary, path)
+
+
+def _font(pixels: int, text: str):
+    """A font, and the text as far as that font can show it."""
+    for name in () if text.isascii() else WIDE_FONTS:
+        try:
+            return ImageFont.truetype(name, pixels), text
+        except OSError:
+            continue
+    return ImageFont.load_default(pixels), re.sub(r"[^\x00-\x7f]+", "[...]", text)
+
+
+class _Axes:
+    """A plot area on a canvas, given by its edges in pixels, with data ranges on x and y."""
+
+    def __init__(self, canvas: _Canvas, edges: tuple[int, int, int, int], x_range, y_range):
+        self.canvas, self.edges, self.x_range, self.y_range = canvas, edges, x_range, y_range
+
+    def at(self, x: float, y: float) -> tuple[float, float]:
+        left, top, right, bottom = self.edges
+        (x0, x1), (y0, y1) = self.x_range, self.y_range
+        return left + (x - x0) / (x1 - x0) * (right - left), bottom - (y - y0) / (y1 - y0) * (bottom - top)
+
+    def frame(self, x_ticks: Iterable[float], y_ticks: Iterable[float], x_label: str, title: str) -> None:
+        """Grid, tick labels, the x axis' name below and the title above (which also names what y shows)."""
+        left, top, right, bottom = self.edges
+        for tick in y_ticks:
+            y = self.at(self.x_range[0], tick)[1]
+            self.canvas.line([(left, y), (right, y)], GRID)
+            self.canvas.text(left - 8, y, _number(tick), 12, "rm", QUIET)
+        for tick in x_ticks:
+            x = self.at(tick, self.y_range[0])[0]
+            self.canvas.line([(x, bottom), (x, bottom + 5)], QUIET)
+            self.canvas.text(x, bottom + 9, _number(tick), 12, "ma", QUIET)
+        self.canvas.line([(left, bottom), (right, bottom)], QUIET)
+        self.canvas.text((left + right) / 2, bottom + 28, x_label, 13, "ma", QUIET)
+        self.canvas.text(left, top - 12, title, 15, "ls")
+
+
+def _number(value: float) -> str:
+    return f"{value:.6g}".replace("-0", "0") if abs(value) < 1e-12 else f"{value:.6g}"
+
+
+def _ticks(low: float, high: float, about: int = 5) -> list[float]:
+    """Round numbers, 1, 2 or 5 times a power of ten apart, that enclose low ... high."""
+    largest = max(abs(low), abs(high))
+    raw = (high - low if high - low > 1e-6 * largest else largest or 1) / about  # a flat line gets an axis too
+    power = 10 ** math.floor(math.log10(raw))
+    step = next(factor * power for factor in (1, 2, 5, 10) if factor * power >= raw * 0.999)
+    first, last = math.floor(low / step + 1e-9), math.ceil(high / step - 1e-9)
+    return [round(number * step, 12) for number in range(first, max(last, first + 1) + 1)]
+
+
+# --- reliability diagram ----------------------------------------------------------------------------------------------
+
+
+def reliability_diagram(probabilities, labels, path) -> None:
+    """Accuracy against confidence in the 15 bins of predict_ece, with how many samples each bin holds, as PNG.
+
+    probabilities: (samples, num_labels), rows sum to 1. labels: (samples,) true labels. The confidence is the largest
+    probability. The line in each bin is its mean confidence: what a calibrated model's accuracy would be.
+    """
+    probabilities, labels = np.asarray(probabilities, dtype=float), np.asarray(labels)
+    if len(labels) == 0:
+        raise ValueError("no samples to draw")
+    confidence, correct = probabilities.max(axis=1), probabilities.argmax(axis=1) == labels
+    bins = calibration_bins(confidence)
+    counts = np.bincount(bins, minlength=CALIBRATION_BINS)
+    filled = np.flatnonzero(counts)
+    accuracy = np.bincount(bins, correct, CALIBRATION_BINS)[filled] / counts[filled]
+    mean_confidence = np.bincount(bins, confidence, CALIBRATION_BINS)[filled] / counts[filled]
+    error = float((counts[filled] * np.abs(accuracy - mean_confidence)).sum() / len(labels))
+
+    canvas = _Canvas(560, 680)
+    axes = _Axes(canvas, (70, 78, 530, 458), (0, 1), (0, 1))
+    tenths = [0, 0.2, 0.4, 0.6, 0.8, 1]
+    axes.frame(tenths, tenths, "confidence (largest probability)", "Accuracy by confidence")
+    canvas.text(
+        70, 22, f"{len(labels)} samples, calibration error {error:.3f} ({CALIBRATION_BINS} bins)", 13, "la", QUIET
+    )
+    for number, height, middle in zip(filled, accuracy, mean_confidence, strict=True):
+        low, high = number / CALIBRATION_BINS, (number + 1) / CALIBRATION_BINS
+        left, right = axes.at(low, 0)[0] + 1, axes.at(high, 0)[0] - 1
+        base, top, line = axes.at(0, 0)[1], axes.at(0, height)[1], axes.at(0, middle)[1]
+        canvas.box(left, max(top, line), right, base, fill=BLUE)
+        canvas.box(left, min(top, line), right, max(top, line), fill=SALMON if height < middle else LIGHT_BLUE)
+        canvas.line([(left, line), (right, line)], INK, 2)
+    canvas.dashes(axes.at(0, 0), axes.at(1, 1), INK)
+    legend = ((BLUE, "accuracy"), (SALMON, "missing: overconfident"), (LIGHT_BLUE, "extra accuracy: underconfident"))
+    canvas.box(80, 84, 320, 170, fill=PAPER)
+    for row, (colour, text) in enumerate(legend):  # upper left: no bar gets there unless a model is underconfident
+        canvas.box(86, 92 + 20 * row, 98, 104 + 20 * row, fill=colour)
+        canvas.text(106, 98 + 20 * row, text, 12, "lm")
+    canvas.line([(85, 158), (99, 158)], INK, 2)
+    canvas.text(106, 158, "mean confidence", 12, "lm")
+
+    most = _ticks(0, counts.max(), 2)
+    histogram = _Axes(canvas, (70, 540, 530, 630), (0, 1), (0, most[-1]))
+    histogram.frame(tenths, most, "", "Samples")
+    for number in filled:
+        left, top = histogram.at(number / CALIBRATION_BINS, counts[number])
+        right, base = histogram.at((number + 1) / CALIBRATION_BINS, 0)
+        canvas.box(left + 1, top, right - 1, base, fill=QUIET)
+    canvas.save(path)
+
+
+# --- loss curves ------------------------------------------------------------------------------------------------------
+
+
+def loss_curves(log_rows: Sequence[dict], path) -> None:
+    """Training and evaluation loss and, where recorded, accuracy per evaluation, over epochs, as PNG.
+
+    log_rows: the lines of log.jsonl or entries of all_results.json: step and epoch (where absent, step is the x axis)
+    with any of loss (training), eval_loss, val_loss, test_loss, and the same with accuracy or predict_accuracy.
+    """
+    x_key = "epoch" if all("epoch" in row for row in log_rows) else "step"
+    losses: dict[str, list[tuple[float, float]]] = {}
+    accuracies: dict[str, list[tuple[float, float]]] = {}
+    for row in log_rows:
+        for key, value in row.items():
+            match = re.fullmatch(r"(?:(eval|val|test)_)?(?:predict_)?(loss|accuracy)", key)
+            if match and isinstance(value, int | float) and math.isfinite(value):
+                split = {None: "train", "eval": "validation", "val": "validation"}.get(match[1], match[1])
+                curves = losses if match[2] == "loss" else accuracies
+                curves.setdefault(split, []).append((row[x_key], value))
+    if not losses and not accuracies:
+        raise ValueError("no loss and no accuracy in the log: nothing to draw")
+    panels = [(title, curves) for title, curves in (("Loss", losses), ("Accuracy", accuracies)) if curves]
+    canvas = _Canvas(40 + 500 * len(panels), 400)
+    all_x = [x for _, curves in panels for points in curves.values() for x, _ in points]
+    x_ticks = _ticks(0, max(all_x), 6)
+    x_end = max(all_x) or x_ticks[-1]
+    for number, (title, curves) in enumerate(panels):
+        values = [y for points in curves.values() for _, y in points]
+        y_ticks = _ticks(min(values), max(values))
+        if title == "Accuracy":  # padding may not promise more than 100 %
+            y_ticks = [tick for tick in y_ticks if 0 <= tick <= 1]
+            y_ticks = y_ticks if len(y_ticks) > 1 else [0, 0.5, 1]
+        left = 70 + 500 * number
+        axes = _Axes(canvas, (left, 60, left + 430, 340), (0, x_end), (y_ticks[0], y_ticks[-1]))
+        axes.frame([tick for tick in x_ticks if tick <= x_end * 1.001], y_ticks, x_key, title)
+        _curves(axes, curves, left + 430)
+    canvas.save(path)
+
+
+def _curves(axes: _Axes, curves: dict[str, list[tuple[float, float]]], right: float) -> None:
+    colours = {"train": "#9aa5b1", "validation": BLUE, "test": ORANGE}
+    legend_x = right - sum(40 + 7 * len(split) for split in curves) + 12
+    for split, points in curves.items():
+        placed = [axes.at(x, y) for x, y in sorted(points)]
+        if len(placed) > 1:
+            axes.canvas.line(placed, colours[split], 1.5 if split == "train" else 2.2)
+        if split != "train" or len(placed) == 1:
+            for x, y in placed:  # filled rings for validation, hollow ones for test: not by colour alone
+                axes.canvas.ring(x, y, 4, colours[split], 2, fill=PAPER if split == "test" else colours[split])
+        axes.canvas.line([(legend_x, 44), (legend_x + 16, 44)], colours[split], 2.5)
+        if split != "train":
+            fill = PAPER if split == "test" else colours[split]
+            axes.canvas.ring(legend_x + 8, 44, 4, colours[split], 2, fill=fill)
+        axes.canvas.text(legend_x + 22, 44, split, 12, "lm")
+        legend_x += 40 + 7 * len(split)
+
+
+# --- contact sheet ----------------------------------------------------------------------------------------------------
+
+
+def worst_misses(rows: Sequence[dict], count: int = 12) -> list[dict]:
+    """The wrong rows (as for metrics.score_click) farthest off as a share of the diagonal; unparsable ones last."""
+    wrong = [row for row in rows if not click_correct(row)]
+
+    def off(row: dict) -> float:
+        distance = click_distance(row)
+        return -1.0 if distance is None else distance / math.hypot(*row["image_size"])
+
+    return sorted(wrong, key=off, reverse=True)[:count]
+
+
+def contact_sheet(items: Sequence[dict], path) -> None:
+    """Tiles of clicks with gold point (green ring, the box where known) and predicted point (red cross), as PNG.
+
+    items: image (path or PIL picture), point, predicted_point (or None), bbox (optional), in pixels of that picture,
+    and caption, the first line below the tile.
+    """
+    rows = max(1, math.ceil(len(items) / TILE_COLUMNS))
+    columns = max(2, min(TILE_COLUMNS, len(items)))
+    pitch_x, pitch_y = TILE_WIDTH + 16, TILE_HEIGHT + CAPTION_HEIGHT + 16
+    canvas = _Canvas(16 + columns * pitch_x, 56 + rows * pitch_y)
+    canvas.ring(30, 28, 9, GREEN, 3)
+    canvas.text(48, 28, "gold point and box", 14, "lm")
+    canvas.cross(210, 28, 7, RED, 3)
+    canvas.text(226, 28, "predicted point", 14, "lm")
+    if not items:
+        canvas.text(16, 90, "No click missed its target.", 16)
+    for number, item in enumerate(items):
+        left, top = 16 + number % TILE_COLUMNS * pitch_x, 56 + number // TILE_COLUMNS * pitch_y
+        picture = item["image"] if isinstance(item["image"], Image.Image) else open_image(item["image"])
+        scale = min(TILE_WIDTH / picture.width, TILE_HEIGHT / picture.height)
+        width, height = picture.width * scale, picture.height * scale
+        x0, y0 = left + (TILE_WIDTH - width) / 2, top + (TILE_HEIGHT - height) / 2
+        canvas.box(left, top, left + TILE_WIDTH, top + TILE_HEIGHT, fill="#efefeb")
+        canvas.paste(picture, x0, y0, width, height)
+
+        def place(x, y, x0=x0, y0=y0, scale=scale):
+            return x0 + x * scale, y0 + y * scale
+
+        if item.get("bbox") is not None:
+            corners = (*place(*item["bbox"][:2]), *place(*item["bbox"][2:]))
+            canvas.box(*corners, outline=PAPER, width=3)
+            canvas.box(*corners, outline=GREEN, width=1.5)
+        gold = place(*item["point"])
+        canvas.ring(*gold, 10, PAPER, 5)
+        canvas.ring(*gold, 9, GREEN, 3)
+        if item["predicted_point"] is None:
+            verdict = "no point in the answer"
+        else:
+            predicted = place(*item["predicted_point"])
+            canvas.cross(*predicted, 8, PAPER, 6)
+            canvas.cross(*predicted, 7, RED, 3)
+            distance = math.dist(item["point"], item["predicted_point"])
+            verdict = f"{distance:.0f} px off, {100 * distance / math.hypot(*picture.size):.1f}% of the diagonal"
+        lines = _wrap(str(item.get("caption", "")), 13, TILE_WIDTH, most=2)
+        for row, text in enumerate(lines):
+            canvas.text(left, top + TILE_HEIGHT + 6 + 17 * row, text, 13)
+        canvas.text(left, top + TILE_HEIGHT + 6 + 17 * len(lines), verdict, 12, "la", QUIET)
+    canvas.save(path)
+
+
+def _wrap(text: str, size: int, width: float, most: int) -> list[str]:
+    """Lines no wider than width pixels, at most so many, the last one cut with dots."""
+    (font, text), lines = _font(size, text), [""]
+    for word in re.findall(r"[^\x00-\x7f]|[!-~]+", text):  # other scripts may break anywhere
+        joined = (
+            f"{lines[-1]} {word}" if lines[-1] and (word.isascii() or lines[-1][-1].isascii()) else lines[-1] + word
+        )
+        if font.getlength(joined) <= width or not lines[-1]:
+            lines[-1] = joined
+        else:
+            lines.append(word)
+    if len(lines) > most:
+        lines = [*lines[: most - 1], lines[most - 1] + " ..."]
+    while lines[-1] and font.getlength(lines[-1]) > width:
+        lines[-1] = lines[-1].removesuffix(" ...")[:-1].rstrip() + " ..." if len(lines[-1]) > 5 else ""
+    return lines

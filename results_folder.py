@@ -1,0 +1,153 @@
+"""The results folders of experiments, read and checked: whatever cannot be compared is refused in one line."""
+
+import json
+import os
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from config import UserError
+
+PREDICTIONS, SCORES = "generated_predictions.jsonl", "predict_results.json"
+
+REQUIRED_KEYS = {
+    "vqa": ("id", "question", "answer", "prediction"),
+    "cls": ("id", "probabilities", "predicted_label", "true_label"),
+    "click": ("id", "point", "predicted_point", "image_size"),
+}
+TEST_KEYS = {  # what makes two samples of one id the same test
+    "vqa": ("question", "answer"),
+    "cls": ("true_label",),  # one paper may be text here and pages there
+    "click": ("instruction", "point", "bbox"),
+}
+
+
+@dataclass
+class Results:
+    """One experiment's answers to the whole test set."""
+
+    name: str
+    folder: str  # as given on the command line
+    task: str
+    rows: dict[str, dict]  # by sample id, in the order of the file
+    stated_accuracy: float | None  # what the score file says, to be checked against the rows
+    majority_accuracy: float | None
+    majority_accuracy_ci: list[float] | None
+    without_pictures: bool  # evaluate.py image=none: what the questions alone give away
+    image_root: str | None
+
+
+def read_results(argument: str) -> Results:
+    """One command line argument, [NAME=]FOLDER[+FOLDER ...], -> Results. Raises UserError on anything incomplete."""
+    name, separator, rest = argument.partition("=")
+    folders, name = (argument, None) if Path(argument).exists() or not separator else (rest, name)
+    parts = [folders] if Path(folders).exists() else folders.split("+")
+    rows, scores = {}, []
+    for folder in parts:
+        part, score = _read_folder(Path(folder))
+        if twice := [sample_id for sample_id in part if sample_id in rows]:
+            raise UserError(f"{folders}: {_some(twice)} in more than one of the joined folders; join disjoint parts")
+        rows.update(part)
+        scores.append(score)
+    tasks = {_task_of(row, folders) for row in rows.values()}
+    if len(tasks) > 1:
+        raise UserError(f"{folders}: rows of several tasks in one test set ({', '.join(sorted(tasks))})")
+    only = scores[0] if len(scores) == 1 else {}
+    return Results(
+        name=name or "+".join(Path(os.path.abspath(folder)).name for folder in parts),
+        folder=folders,
+        task=tasks.pop(),
+        rows=rows,
+        stated_accuracy=_joined_mean(scores, "predict_accuracy"),
+        majority_accuracy=_joined_mean(scores, "majority_accuracy"),
+        majority_accuracy_ci=only.get("majority_accuracy_ci"),
+        without_pictures=all(score.get("image") == "none" for score in scores),
+        image_root=next((score["image_root"] for score in scores if score.get("image_root")), None),
+    )
+
+
+def _read_folder(folder: Path) -> tuple[dict[str, dict], dict]:
+    if not folder.is_dir():
+        raise UserError(f"{folder}: no such results folder")
+    for name in (PREDICTIONS, SCORES):
+        if not (folder / name).is_file():
+            raise UserError(f"{folder / name}: missing; run evaluate.py for this experiment first")
+    try:
+        scores = json.loads((folder / SCORES).read_text(encoding="utf-8"), parse_constant=_refuse_nan)
+    except ValueError as error:
+        raise UserError(f"{folder / SCORES}: not JSON ({error}); run evaluate.py again") from None
+    if not isinstance(scores, dict):
+        raise UserError(f"{folder / SCORES}: holds no table of scores; run evaluate.py again")
+    rows: dict[str, dict] = {}
+    try:
+        lines = (folder / PREDICTIONS).read_text(encoding="utf-8").splitlines()
+    except UnicodeDecodeError as error:
+        raise UserError(f"{folder / PREDICTIONS}: not UTF-8 text ({error}); run evaluate.py again") from None
+    for number, line in enumerate(lines, start=1):
+        where = f"{folder / PREDICTIONS}, line {number}"
+        try:
+            row = json.loads(line)
+        except ValueError as error:
+            raise UserError(f"{where}: not JSON ({error}); run evaluate.py again") from None
+        if not isinstance(row, dict) or "id" not in row:
+            raise UserError(f"{where}: not a sample with an id; run evaluate.py again")
+        if str(row["id"]) in rows:
+            raise UserError(f"{where}: id {row['id']!r} is there twice; ids must tell samples apart")
+        rows[str(row["id"])] = row
+    if not rows:
+        raise UserError(f"{folder / PREDICTIONS}: empty; run evaluate.py again")
+    if scores.get("predict_samples", len(rows)) != len(rows):
+        raise UserError(
+            f"{folder}: {PREDICTIONS} holds {len(rows)} samples, {SCORES} speaks of {scores['predict_samples']}; "
+            "they are of different runs, or one was cut off: run evaluate.py again"
+        )
+    return rows, scores
+
+
+def _refuse_nan(name: str):
+    raise ValueError(f"{name} is no JSON")
+
+
+def _task_of(row: dict, folder: str) -> str:
+    task = "cls" if "predicted_label" in row else "click" if "predicted_point" in row else "vqa"
+    if missing := [key for key in REQUIRED_KEYS[task] if key not in row]:
+        raise UserError(f"{folder}: sample {row['id']!r} lacks {', '.join(missing)}; run evaluate.py again")
+    return task
+
+
+def _joined_mean(scores: list[dict], key: str) -> float | None:
+    if any(not isinstance(score.get(key), int | float) or not score.get("predict_samples") for score in scores):
+        return None
+    return float(np.average([s[key] for s in scores], weights=[s["predict_samples"] for s in scores]))
+
+
+def _some(ids: list[str]) -> str:
+    shown = ", ".join(ids[:5])
+    return f"{len(ids)} id{'s' * (len(ids) > 1)} ({shown}{', ...' * (len(ids) > 5)})"
+
+
+def check_same_test(results: list[Results]) -> None:
+    """Raise UserError unless all results answer the same samples with the same gold answers."""
+    first = results[0]
+    names = [result.name for result in results]
+    if twice := sorted({name for name in names if names.count(name) > 1}):
+        raise UserError(f"{', '.join(twice)}: two results of one name; name them apart with NAME=FOLDER")
+    for other in results[1:]:
+        if other.task != first.task:
+            raise UserError(
+                f"{first.name} holds {first.task} results, {other.name} {other.task} results: no comparison"
+            )
+        only_first = [sample_id for sample_id in first.rows if sample_id not in other.rows]
+        only_other = [sample_id for sample_id in other.rows if sample_id not in first.rows]
+        if only_first or only_other:
+            sides = ((only_first, first.name), (only_other, other.name))
+            found = ", ".join(f"{_some(ids)} only in {name}" for ids, name in sides if ids)
+            raise UserError(f"{first.name} and {other.name} answer different test sets: {found}; evaluate on one split")
+        for key in TEST_KEYS[first.task]:
+            differing = [i for i, row in first.rows.items() if row.get(key) != other.rows[i].get(key)]
+            if differing:
+                raise UserError(
+                    f"{first.name} and {other.name} disagree on the {key} of {_some(differing)}: "
+                    "their test files differ; evaluate both on the same file"
+                )

@@ -1,0 +1,384 @@
+"""compare.py on constructed predictions: the numbers, what it refuses, what it says, and its page in a browser."""
+
+import json
+import re
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+from conftest import REPO_ROOT
+from headless_browser import headless_browser
+from PIL import Image
+from scipy import stats
+
+import compare
+import compare_page
+from config import UserError
+from metrics import score_click, score_cls, score_vqa
+
+HOSTILE = '<img src=x onerror="document.title=1"></script><script>document.title=1</script> & "quoted" {{title}} | pipe'
+
+
+def write_results(folder, rows, **scores):
+    folder.mkdir(parents=True)
+    score = score_cls if "predicted_label" in rows[0] else score_click if "predicted_point" in rows[0] else None
+    measured = score(rows) if score else score_vqa(rows, {rows[0]["question"]: rows[0]["answer"]})
+    lines = "".join(json.dumps(row) + "\n" for row in rows)
+    (folder / "generated_predictions.jsonl").write_text(lines, encoding="utf-8")
+    (folder / "predict_results.json").write_text(json.dumps({**measured, **scores}), encoding="utf-8")
+    return str(folder)
+
+
+def vqa_rows(skill, seed, images=24, questions=6):
+    """Answers of one experiment; which sample is hard depends on the image alone."""
+    generator = np.random.default_rng(seed)
+    rows = []
+    for image in range(images):
+        ease = skill + 0.4 * np.sin(image)
+        for question in range(questions):
+            answer = "yes" if question < 3 else "polyp; ulcer"
+            right = generator.random() < ease
+            rows.append(
+                {
+                    "id": f"{image}-{question}",
+                    "images": [f"{image}.png"],
+                    "question": f"question {question}?",
+                    "answer": answer,
+                    "prediction": answer.upper() if right else "no",
+                    "stage": question % 3 + 1,
+                    "multi_label": question >= 3,
+                    "candidates": ["yes", "no", "polyp", "ulcer"],
+                    "group": f"group {image}",
+                }
+            )
+    return rows
+
+
+def right_of(rows):
+    return np.array([row["prediction"] != "no" for row in rows], dtype=int)
+
+
+def run(*arguments, out):
+    compare.main([*arguments, "--out", str(out)])
+    return json.loads((out / "compare.json").read_text(encoding="utf-8"))
+
+
+@pytest.fixture
+def two(tmp_path):
+    first = write_results(tmp_path / "exp1", vqa_rows(0.5, 1))
+    second = write_results(tmp_path / "exp2", vqa_rows(0.7, 2))
+    return first, second
+
+
+# --- the numbers ------------------------------------------------------------------------------------------------------
+
+
+def test_difference_interval_and_p_value_agree_with_scipy(two, tmp_path):
+    report = run(*two, out=tmp_path / "out")
+    pair = report["pairs"][0]
+    differences = (right_of(vqa_rows(0.5, 1)) - right_of(vqa_rows(0.7, 2))).reshape(24, 6).sum(axis=1)
+    p = stats.permutation_test((differences,), np.sum, permutation_type="samples", n_resamples=50_000, rng=0).pvalue
+    interval = stats.bootstrap((differences / 6,), np.mean, method="percentile", rng=0).confidence_interval
+    assert pair["difference"] == pytest.approx(differences.sum() / 144)
+    assert pair["p"] == pair["p_holm"] == pytest.approx(p, rel=0.1)
+    assert pair["difference_ci"] == pytest.approx(list(interval), abs=0.01)
+    assert pair["clusters_that_differ"] == np.count_nonzero(differences)
+
+
+def test_parts_agree_with_scipy_too(two, tmp_path):
+    report = run(*two, out=tmp_path / "out")
+    assert [(part["kind"], part["name"]) for part in report["parts"]] == [
+        *(("stage", str(stage)) for stage in (1, 2, 3)),
+        *(("question", f"question {number}?") for number in range(6)),
+    ]
+    both = [right_of(vqa_rows(skill, seed)).reshape(24, 6) for skill, seed in ((0.5, 1), (0.7, 2))]
+    for number in range(6):  # one question of every image: the exact sign test
+        part = report["parts"][3 + number]
+        first, second = (right[:, number] for right in both)
+        only_first, only_second = int((first > second).sum()), int((second > first).sum())
+        assert (part["pairs"][0]["only_first_right"], part["pairs"][0]["only_second_right"]) == (
+            only_first,
+            only_second,
+        )
+        assert part["pairs"][0]["p"] == pytest.approx(stats.binomtest(only_first, only_first + only_second).pvalue)
+        assert [a["accuracy"] for a in part["accuracies"]] == pytest.approx([first.mean(), second.mean()])
+    assert {part["pairs"][0]["family_size"] for part in report["parts"][:3]} == {3}
+    assert {part["pairs"][0]["family_size"] for part in report["parts"][3:]} == {6}
+
+
+def test_accuracy_and_its_interval_are_those_of_evaluate(two, tmp_path):
+    report = run(*two, out=tmp_path / "out")
+    for folder, experiment in zip(two, report["experiments"], strict=True):
+        scores = json.loads((compare.Path(folder) / "predict_results.json").read_text())
+        for name in ("predict_accuracy", "predict_accuracy_ci", "predict_f1_ci", "predict_accuracy_stage2_ci"):
+            assert experiment[name] == pytest.approx(scores[name])
+    for part in report["parts"][:3]:  # one bootstrap, two rooms: the same draws
+        assert part["accuracies"][0]["accuracy_ci"] == pytest.approx(
+            report["experiments"][0][f"predict_accuracy_stage{part['name']}_ci"]
+        )
+
+
+def test_holm_runs_over_all_pairs(two, tmp_path):
+    third = write_results(tmp_path / "exp3", vqa_rows(0.95, 3))
+    pairs = run(*two, third, out=tmp_path / "out")["pairs"]
+    ordered = sorted(pairs, key=lambda pair: pair["p"])
+    assert len(pairs) == 3 and {pair["family_size"] for pair in pairs} == {3}
+    assert ordered[0]["p_holm"] == pytest.approx(3 * ordered[0]["p"])
+    assert ordered[1]["p_holm"] == pytest.approx(max(ordered[0]["p_holm"], min(1, 2 * ordered[1]["p"])))
+
+
+def test_the_order_of_the_file_changes_nothing(two, tmp_path):
+    shuffled = write_results(tmp_path / "shuffled" / "exp2", vqa_rows(0.7, 2)[::-1])
+    assert run(*two, out=tmp_path / "a")["pairs"] == run(two[0], shuffled, out=tmp_path / "b")["pairs"]
+
+
+def test_folders_joined_with_plus_count_as_one_experiment(two, tmp_path):
+    rows = vqa_rows(0.7, 2)
+    parts = [write_results(tmp_path / f"stage{s}", [r for r in rows if r["stage"] == s]) for s in (1, 2, 3)]
+    report = run(two[0], "exp2=" + "+".join(parts), out=tmp_path / "joined")
+    whole = run(*two, out=tmp_path / "whole")
+    assert report["pairs"] == whole["pairs"]
+    assert report["experiments"][1]["predict_accuracy_ci"] == whole["experiments"][1]["predict_accuracy_ci"]
+
+
+def test_question_only_results_and_majority_answer_are_labelled_as_baselines(two, tmp_path):
+    rows = [{**row, "images": []} for row in vqa_rows(0.2, 4)]
+    for row in rows:
+        del row["group"]  # nothing ties the samples of an image together but the other experiments
+    blind = write_results(tmp_path / "blind", rows, image="none", predict_accuracy_ci=None)
+    report = run(blind, *two, out=tmp_path / "out")
+    assert report["clusters"] == 24
+    assert [scores["baseline"] for scores in report["experiments"]] == ["question only", None, None]
+    assert report["majority_baselines"][0]["predict_accuracy"] == pytest.approx(1 / 6)
+    text = (tmp_path / "out" / "compare.md").read_text()
+    assert "blind (baseline: question only)" in text and "majority answer (baseline: no model)" in text
+    assert text.count("majority answer") == 1  # the experiments agree about it
+
+
+def test_six_classifications_make_one_table(tmp_path, capsys):
+    generator = np.random.default_rng(5)
+    truth = generator.integers(0, 2, 80)
+    folders = []
+    for number in range(6):
+        positive = np.clip(0.5 + 0.3 * (truth - 0.5) * number + generator.normal(0, 0.2, 80), 0.01, 0.99)
+        rows = [
+            {"id": n, "title": f"paper {n}", "logits": [0, 0], "probabilities": [1 - p, p], "label": int(t)}
+            | {"predicted_label": int(p > 0.5), "true_label": int(t)}
+            for n, (p, t) in enumerate(zip(positive.tolist(), truth, strict=True))
+        ]
+        if number >= 3:
+            rows = [{**row, "images": [f"{row['id']}.png"]} for row in rows]  # the vision half of the experiment
+        folders.append(write_results(tmp_path / f"lr_{number}", rows))
+    report = run(*folders, out=tmp_path / "out")
+    assert report["task"] == "cls" and len(report["pairs"]) == 15 and report["clusters"] == 80
+    printed = capsys.readouterr().out
+    for heading in ("accuracy %", "F1 %", "AUROC", "Brier score", "calibration error %"):
+        assert heading in printed
+    assert all(f"lr_{number} " in printed for number in range(6))
+
+
+def test_clicks_are_compared_by_hits_and_by_target_size(tmp_path):
+    def rows(spread, seed):
+        generator = np.random.default_rng(seed)
+        return [
+            {"id": str(n), "images": [f"{n}.png"], "instruction": "click", "point": [50, 50], "image_size": [100, 100]}
+            | {"bbox": [40, 40, 60, 60] if n % 2 else [49, 49, 51, 51]}
+            | {"predicted_point": None if n == 3 else generator.normal(50, spread, 2).tolist()}
+            for n in range(40)
+        ]
+
+    folders = [write_results(tmp_path / f"click{n}", rows(spread, n)) for n, spread in enumerate((1, 30))]
+    report = run(*folders, out=tmp_path / "out")
+    assert [(part["kind"], part["name"]) for part in report["parts"]] == [("size", "large"), ("size", "small")]
+    assert report["experiments"][0]["unparsable"] == 1 and report["pairs"][0]["p"] < 0.001
+
+
+# --- the words --------------------------------------------------------------------------------------------------------
+
+
+def test_a_difference_beyond_chance_is_said_without_a_boast(two, tmp_path):
+    third = write_results(tmp_path / "exp3", vqa_rows(1.2, 3))
+    text = run(two[0], third, out=tmp_path / "out")["pairs"][0]["sentence"]
+    assert text.startswith("exp3 is right more often than exp1, by more than the choice of images explains: ")
+    assert re.search(
+        r"\d\d\.\d % against \d\d\.\d %, \d\d\.\d points \(95 % interval .* to .* points, p < 0.0001\)", text
+    )
+    assert "significan" not in text
+
+
+def test_no_shown_difference_is_not_called_equality(tmp_path):
+    folders = [write_results(tmp_path / f"exp{seed}", vqa_rows(0.6, seed)) for seed in (1, 2)]
+    text = run(*folders, out=tmp_path / "out")["pairs"][0]["sentence"]
+    assert text.startswith("These numbers do not tell ") and "nor show them equal" in text
+
+
+def test_too_few_differing_images_are_named_as_such(tmp_path):
+    rows = vqa_rows(0.6, 1)
+    better = [{**row, "prediction": row["answer"]} if int(row["id"].split("-")[0]) < 5 else row for row in rows]
+    folders = [write_results(tmp_path / "exp1", rows), write_results(tmp_path / "exp2", better)]
+    text = run(*folders, out=tmp_path / "out")["pairs"][0]["sentence"]
+    assert re.search("exp2 and exp1 differ on only [2-5] images, too few for any test to tell them apart", text)
+
+
+def test_identical_results_are_said_to_be_identical_in_what_was_right(tmp_path):
+    folders = [write_results(tmp_path / name, vqa_rows(0.6, 1)) for name in ("exp1", "exp2")]
+    report = run(*folders, out=tmp_path / "out")
+    assert report["pairs"][0]["sentence"] == "exp1 and exp2 are right and wrong on exactly the same questions."
+    assert "nothing to show" in (tmp_path / "out" / "compare.html").read_text()
+
+
+# --- what it refuses --------------------------------------------------------------------------------------------------
+
+
+def refused(*arguments, out):
+    with pytest.raises(UserError) as caught:
+        compare.main([*map(str, arguments), "--out", str(out)])
+    assert not out.exists()
+    assert "\n" not in str(caught.value)
+    return str(caught.value)
+
+
+def test_different_test_sets_are_refused_with_how_many_ids_differ_and_the_first_of_them(two, tmp_path):
+    other = write_results(tmp_path / "other", vqa_rows(0.7, 2, images=26)[6:])
+    message = refused(two[0], other, out=tmp_path / "out")
+    assert "6 ids (0-0, 0-1, 0-2, 0-3, 0-4, ...) only in exp1" in message
+    assert "12 ids (24-0, 24-1, 24-2, 24-3, 24-4, ...) only in other" in message
+
+
+@pytest.mark.parametrize("key", ["answer", "question"])
+def test_another_gold_answer_or_question_under_the_same_id_is_refused(two, tmp_path, key):
+    rows = vqa_rows(0.7, 2)
+    rows[7][key] += "?"
+    other = write_results(tmp_path / "other", rows)
+    assert f"disagree on the {key} of 1 id (1-1)" in refused(two[0], other, out=tmp_path / "out")
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("generated_predictions.jsonl", None, "missing; run evaluate.py"),
+        ("predict_results.json", None, "missing; run evaluate.py"),
+        ("generated_predictions.jsonl", "", "empty"),
+        ("generated_predictions.jsonl", '{"id": "1"}\n{"id": "2", "que', "line 2: not JSON"),
+        ("generated_predictions.jsonl", "[1]\n", "line 1: not a sample with an id"),
+        ("generated_predictions.jsonl", '{"id": "1"}\n{"id": 1}\n', "line 2: id 1 is there twice"),
+        ("generated_predictions.jsonl", b"\xff\xfe", "not UTF-8"),
+        ("predict_results.json", "", "not JSON"),
+        ("predict_results.json", '{"predict_accuracy": NaN}', "NaN is no JSON"),
+        ("predict_results.json", "[]", "no table of scores"),
+        ("predict_results.json", '{"predict_samples": 7}', "144 samples, predict_results.json speaks of 7"),
+        ("predict_results.json", '{"predict_samples": 144, "predict_accuracy": 0.123}', "of different runs"),
+    ],
+)
+def test_missing_empty_and_corrupt_files_are_refused_in_one_line(two, tmp_path, name, content, message):
+    path = tmp_path / "exp2" / name
+    path.unlink()
+    if content is not None:
+        path.write_bytes(content if isinstance(content, bytes) else content.encode())
+    error = refused(*two, out=tmp_path / "out")
+    assert message in error and "exp2" in error
+
+
+def test_rows_without_what_their_task_needs_are_refused(two, tmp_path):
+    rows = vqa_rows(0.7, 2)
+    other = write_results(tmp_path / "other", rows)
+    (tmp_path / "other" / "generated_predictions.jsonl").write_text(
+        "".join(json.dumps({k: v for k, v in row.items() if k != "prediction"}) + "\n" for row in rows)
+    )
+    assert "sample '0-0' lacks prediction" in refused(two[0], other, out=tmp_path / "out")
+
+
+def test_one_folder_two_of_one_name_two_tasks_and_overlapping_parts_are_refused(two, tmp_path):
+    out = tmp_path / "out"
+    assert "at least two" in refused(two[0], out=out)
+    assert "two results of one name" in refused(two[0], two[0], out=out)
+    assert "no such results folder" in refused(two[0], tmp_path / "nowhere", out=out)
+    assert "more than one of the joined folders" in refused(two[0], f"x={two[0]}+{two[1]}", out=out)
+    row = {"id": "1", "probabilities": [0.5, 0.5], "predicted_label": 0, "true_label": 0}
+    assert "no comparison" in refused(two[0], write_results(tmp_path / "cls", [row]), out=out)
+
+
+def test_the_command_ends_with_one_line_and_code_2(two, tmp_path):
+    command = [sys.executable, str(REPO_ROOT / "compare.py"), two[0], str(tmp_path / "nowhere"), "--out", str(tmp_path)]
+    ended = subprocess.run(command, capture_output=True, text=True)
+    assert ended.returncode == 2 and ended.stdout == ""
+    assert ended.stderr == f"error: {tmp_path / 'nowhere'}: no such results folder\n"
+
+
+# --- the page ---------------------------------------------------------------------------------------------------------
+
+
+def draw_pictures(folder, count=24):
+    folder.mkdir()
+    for number in range(count):
+        Image.new("RGB", (640, 480), (10 * number, 90, 120)).save(folder / f"{number}.png")
+    return str(folder)
+
+
+def test_the_page_needs_no_network_and_shows_hostile_text_as_text(two, tmp_path):
+    rows = vqa_rows(0.7, 2)
+    rows[0]["prediction"] = HOSTILE
+    other = write_results(tmp_path / "<b>bold", rows, image_root=draw_pictures(tmp_path / "pictures"))
+    run(two[0], other, out=tmp_path / "out")
+    page = (tmp_path / "out" / "compare.html").read_text(encoding="utf-8")
+    assert "<img src=x" not in page and "<b>bold" not in page
+    assert "&lt;img src=x" in page and "{{title}} | pipe" in page
+    assert page.count("<script>") == 1
+    assert not re.search(r"(src|href)=\"(?!data:)|url\(|@import|https?://", page)
+    assert "default-src 'none'" in page
+
+
+def test_left_out_and_missing_pictures_are_counted(two, tmp_path, capsys):
+    root = draw_pictures(tmp_path / "pictures", count=3)
+    compare.main([*two, "--out", str(tmp_path / "out"), "--image-root", root, "--pictures", "10"])
+    summary = next(line for line in capsys.readouterr().out.splitlines() if "disagree" in line)
+    found = re.search(
+        r"disagree on (\d+) pictures; the page shows 10.* (\d+) are left out .*\. (\d+) pictures could not", summary
+    )
+    total, left_out, unreadable = map(int, found.groups())
+    assert total == left_out + 10 and 7 <= unreadable <= 10
+    page = (tmp_path / "out" / "compare.html").read_text(encoding="utf-8")
+    assert page.count("picture not found") == unreadable
+    assert summary.split(";")[0] in page
+
+
+def test_no_question_is_crowded_out_of_the_chosen_pictures():
+    cards = [{"items": [{"asked": "common"}]} for _ in range(50)] + [{"items": [{"asked": "rare"}]}]
+    assert cards[-1] in compare_page._choose(cards, 4)
+    assert len(compare_page._choose(cards, 4)) == 4 and compare_page._choose(cards, 60) == cards
+
+
+def test_in_a_browser_a_filter_is_clicked_and_pictures_are_seen(two, tmp_path):
+    rows = vqa_rows(0.7, 2)
+    rows[0]["prediction"] = HOSTILE
+    other = write_results(tmp_path / "exp3", rows, image_root=draw_pictures(tmp_path / "pictures"))
+    report = run(*two, other, out=tmp_path / "out")
+    shown = "[...document.querySelectorAll('.items > li')].filter(e => e.offsetParent).map(e => e.dataset.stage)"
+    with headless_browser(tmp_path / "profile") as browser:
+        browser.open(tmp_path / "out" / "compare.html")
+        assert browser.run("document.title") == " · ".join(e["name"] for e in report["experiments"])  # no script ran
+        assert set(browser.run(shown)) == {"1", "2", "3"}
+        everything = len(browser.run(shown))
+
+        browser.click("input[name=stage][value='2']")
+        seen = browser.run(shown)
+        assert set(seen) == {"2"} and browser.run("location.hash") == "#stage=2"
+        assert f"{len(seen)} of {everything} questions" in browser.run("document.getElementById('count').textContent")
+        sizes = "[...document.querySelectorAll('.card img')].filter(e => e.offsetParent).map(e => e.naturalWidth)"
+        assert set(browser.run(sizes)) == {320}
+
+        browser.click("button[type=reset]")
+        browser.run("new Promise(done => setTimeout(done, 50))")
+        assert len(browser.run(shown)) == everything and browser.run("location.hash") == ""
+
+        browser.open(tmp_path / "out" / "compare.html", "#stage=3&question=question+2%3F&right=only-0", width=400)
+        assert browser.run("document.documentElement.scrollWidth <= innerWidth")
+        asked = shown.replace("dataset.stage", "dataset.right + e.dataset.question")
+        assert set(browser.run(asked)) == {"0question 2?"}
+        marks = "[...document.querySelectorAll('.items > li:not([hidden]) .mark')].map(e => e.textContent).join('')"
+        assert re.fullmatch("(✓✗✗)+", browser.run(marks))  # right and wrong differ in more than colour
+
+        browser.open(tmp_path / "out" / "compare.html", "#stage=99&length=3&right=nonsense")  # a stale address
+        assert len(browser.run(shown)) in (0, everything)
+        assert {request.split(":")[0] for request in browser.requests} <= {"file", "data", "about"}
