@@ -126,6 +126,8 @@ class _UniqueKeyLoader(yaml.SafeLoader):
         seen = set()
         for key_node, _ in node.value:
             key = self.construct_object(key_node, deep=deep)
+            if not isinstance(key, typing.Hashable):
+                continue  # a list as a key: PyYAML reports it, with its place
             if key in seen:
                 raise UserError(f"{key_node.start_mark.name}: key '{key}' is given twice; keep one")
             seen.add(key)
@@ -217,9 +219,11 @@ def _convert(value, hint, key: str, source: str):
         if option is int and (isinstance(value, int) or (isinstance(value, float) and value.is_integer())):
             return _in_range(int(value), key, source)
         if option is float:
+            number = math.nan
             with contextlib.suppress(TypeError, ValueError):
-                if math.isfinite(float(value)):  # YAML 1.1 reads 2e-5, without a dot, as a text
-                    return _in_range(float(value), key, source)
+                number = float(value)  # YAML 1.1 reads 2e-5, without a dot, as a text
+            if math.isfinite(number):
+                return _in_range(number, key, source)
         if option is str and isinstance(value, str) and value:
             expanded = os.path.expanduser(os.path.expandvars(value))
             if re.search(r"\$\{?\w+\}?", expanded) and "$" in value:

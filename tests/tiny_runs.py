@@ -1,0 +1,177 @@
+"""What the core's tests share: small pictures, samples, a config for each tiny model, and the real commands run here."""
+
+import functools
+import io
+import runpy
+import sys
+from contextlib import redirect_stderr, redirect_stdout
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import torch
+import yaml
+from conftest import REPO_ROOT
+from PIL import Image
+
+from config import load_config
+from dataset import SampleEncoder, SampleList
+from family import Family, load_family
+from model import LANGUAGE, attach_lora, load_base, load_tokenizer
+from templates import IGNORE
+
+FAMILIES = ["qwen2_vl", "qwen2_5_vl", "qwen3_vl"]
+IMAGE_SIZE = {"qwen2_vl": 112, "qwen2_5_vl": 112, "qwen3_vl": 128}  # pixels a side; 16 image tokens each
+END = "<|im_end|>"
+
+
+def write_pictures(folder: Path, names, size=(60, 45), seed=0) -> Path:
+    """Pictures of smooth noise, each different. size: (width, height) in pixels."""
+    folder.mkdir(parents=True, exist_ok=True)
+    for number, name in enumerate(names):
+        noise = np.random.default_rng([seed, number]).integers(0, 256, (6, 8, 3), dtype=np.uint8)
+        Image.fromarray(noise).resize(size, Image.Resampling.BICUBIC).save(folder / name)
+    return folder
+
+
+def vqa_samples(pictures=3, questions=4, images_each=1) -> list[dict]:
+    """Samples in the order of the pictures, `questions` for each; answers and questions differ in length."""
+    answers = ["red", "blue; green", "none", "upper-left; center; lower-right"]
+    samples = []
+    for picture in range(pictures):
+        shown = [f"{(picture + i) % pictures}.png" for i in range(images_each)]
+        for question in range(questions):
+            samples.append(
+                {
+                    "id": f"p{picture}q{question}",
+                    **({"image": shown[0]} if images_each == 1 else {"images": shown}),
+                    "question": f"What color is finding {question}?" + " Look well." * (question % 3),
+                    "answer": answers[(picture + question) % len(answers)],
+                    "candidates": ["red", "blue", "green", "none"],
+                    "multi_label": True,
+                    "stage": 1 + question % 3,
+                    "group": str(picture),
+                }
+            )
+    return samples
+
+
+def config_values(folder: Path, model, family: str = "qwen3_vl", **changes) -> dict:
+    """The values of a small run's YAML file; its data lie in `folder`. `data` changes are merged."""
+    data = {"train": "train.json", "val": "val.json", "test": "test.json"}
+    values = {
+        "experiment": "A SMALL RUN",
+        "model_name": str(model),
+        "task": "vqa",
+        "data": {name: str(folder / file) for name, file in data.items()} | {"image_root": str(folder)},
+        "output_dir": str(folder / "out"),
+        "results_dir": str(folder / "results"),
+        "learning_rate": 1e-3,
+        "lora": {"r": 4, "alpha": 8, "dropout": 0.0},
+        "template": "ultra_condensed",
+        "image_size": IMAGE_SIZE[family],
+        "train_bs": 2,
+        "grad_accum": 2,
+        "max_tokens": 1000,
+        "dataloader_num_workers": 0,
+    }
+    values["data"] |= changes.pop("data", {})
+    return {key: value for key, value in {**values, **changes}.items() if value is not None}
+
+
+def write_config(folder: Path, model, family: str = "qwen3_vl", **changes) -> Path:
+    path = folder / "config.yaml"
+    path.write_text(yaml.safe_dump(config_values(folder, model, family, **changes)), encoding="utf-8")
+    return path
+
+
+class TinyRun:
+    """A family's tiny model with a config, a tokenizer and three pictures. Shared over tests: leave it as it is."""
+
+    def __init__(self, model_folder: Path, folder: Path, family: str):
+        self.name, self.model_folder = family, model_folder
+        self.folder = write_pictures(folder, ["0.png", "1.png", "2.png"])
+        self.config = load_config(write_config(self.folder, model_folder, family))
+        self.family: Family = load_family(self.config.model_name)
+        self.tokenizer = load_tokenizer(self.config.model_name)
+
+    def encoder(self, **changes) -> SampleEncoder:
+        return SampleEncoder(replace(self.config, **changes), self.family, self.tokenizer)
+
+    @functools.lru_cache(maxsize=4)  # noqa: B019 - the run lives as long as the session
+    def model(self, dtype: torch.dtype = torch.float32):
+        """The adapted model. Its adapter is random in both halves: a fresh one has B = 0 and hides half the path."""
+        model = attach_lora(load_base(self.config.model_name, dtype), self.config.lora, [LANGUAGE], seed=0).to(dtype)
+        generator = torch.Generator().manual_seed(1)
+        for name, parameter in model.named_parameters():
+            if "lora_B" in name:
+                parameter.data = (torch.randn(parameter.shape, generator=generator) * 0.05).to(dtype)
+        return model.eval()
+
+
+_RUNS: dict[str, TinyRun] = {}
+
+
+def tiny_run(tiny_models, family: str) -> TinyRun:
+    """The family's run, made once a session."""
+    folder = tiny_models[family]
+    if str(folder) not in _RUNS:
+        _RUNS[str(folder)] = TinyRun(folder, tiny_models.root / f"run-{family}", family)
+    return _RUNS[str(folder)]
+
+
+def build_items(encoder: SampleEncoder, samples, generation: bool = False):
+    """(items, decoded pictures) of samples, as the datasets make them."""
+    images: dict = {}
+    items = []
+    for sample in SampleList(samples, "samples"):
+        for path in encoder.images_of(sample):
+            images.setdefault(path, encoder.load_image(path))
+        items.append(encoder.encode(sample, [images[path] for path in encoder.images_of(sample)], generation))
+    return items, images
+
+
+def supervised_text(batch: dict, tokenizer) -> list[str]:
+    """What each question of a collated batch is trained to say: its labels, decoded, in the order of the items."""
+    texts = {}
+    for row, items in enumerate(batch["slots"].tolist()):
+        for segment, item in enumerate(items, 1):
+            own = (batch["segments"][row] == segment) & (batch["targets"][row] != IGNORE)
+            if item >= 0:
+                texts[item] = tokenizer.decode(batch["targets"][row][own])
+    in_no_segment = (batch["segments"] <= 0) & (batch["targets"] != IGNORE)
+    assert not in_no_segment.any(), "labels on the shared prefix or on padding"
+    return [texts[item] for item in range(len(texts))]
+
+
+def loss_and_gradients(loss, batch: dict):
+    """(loss, {name: gradient}) of one micro-batch."""
+    loss.zero_grad()
+    value = loss(batch)
+    value.backward()
+    gradients = {name: p.grad.clone() for name, p in loss.named_parameters() if p.grad is not None}
+    loss.zero_grad()
+    return value.item(), gradients
+
+
+def largest_relative_difference(first: dict, second: dict) -> float:
+    """Of two sets of named tensors, over the tensors: norm of the difference / norm."""
+    assert first.keys() == second.keys() and first
+    return max(float((first[name] - second[name]).norm() / first[name].norm()) for name in first)
+
+
+def run_script(script: str, *arguments: str) -> tuple[int, str, str]:
+    """Run a script of the repo as `python SCRIPT ARGUMENTS` would, in this process (a new one spends seconds on
+    imports). Returns (exit code, stdout, stderr)."""
+    out, err = io.StringIO(), io.StringIO()
+    before = sys.argv
+    sys.argv = [script, *map(str, arguments)]
+    code = 0
+    try:
+        with redirect_stdout(out), redirect_stderr(err):
+            runpy.run_path(str(REPO_ROOT / script), run_name="__main__")
+    except SystemExit as end:
+        code = end.code or 0
+    finally:
+        sys.argv = before
+    return code, out.getvalue(), err.getvalue()
