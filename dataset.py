@@ -14,11 +14,23 @@ import numpy as np
 import torch
 from torch.utils.data import DataLoader, Dataset
 
+import clicks
 from batches import BatchPlan, Item, collate
 from config import Config, UserError
 from distributed import ignore_stop_signals
 from family import Family
-from images import ModelImage, image_path, letterbox, native_resize, open_image, patchify
+from images import (
+    ModelImage,
+    Placement,
+    image_path,
+    letterbox,
+    letterbox_placement,
+    native_placement,
+    native_resize,
+    open_image,
+    patchify,
+    upright_size,
+)
 from templates import IGNORE, encode, sample_images, split_answer, to_messages
 
 
@@ -121,10 +133,30 @@ class SampleEncoder:
         if self.config.resize == "letterbox":
             image, placement = letterbox(image, self.config.image_size)
         else:
-            limit = self.config.max_pixels or family.max_pixels
-            image, placement = native_resize(image, family.factor, min(family.min_pixels, limit), limit)
+            image, placement = native_resize(image, *self._native_limits())
         grid = (image.height // family.patch_size, image.width // family.patch_size)
         return ModelImage(patchify(image, family.patch_size, family.merge_size), grid, placement)
+
+    def _native_limits(self) -> tuple[int, int, int]:
+        limit = self.config.max_pixels or self.family.max_pixels
+        return self.family.factor, min(self.family.min_pixels, limit), limit
+
+    def placement(self, path: str, size: tuple[int, int] | None = None) -> Placement:
+        """Where a picture lies in what the model sees of it. size: (width, height) in pixels, where it is known; else
+        it is read from the file's header."""
+        width, height = size or upright_size(image_path(self.config.data.image_root, path))
+        if self.config.resize == "letterbox":
+            return letterbox_placement(width, height, self.config.image_size)
+        return native_placement(width, height, *self._native_limits())
+
+    def spoken(self, sample: dict, placement: Placement | None = None) -> dict:
+        """The sample as `templates.to_messages` takes it: a click's point becomes what the family says of it, which
+        depends on where its picture lies. placement: where it is known; else the sample's own image_size is trusted."""
+        if self.config.task != "click":
+            return sample
+        if placement is None:
+            placement = self.placement(clicks.picture_of(sample), clicks.stated_size(sample))
+        return clicks.as_question(sample, placement, self.family)
 
     def images_of(self, sample: dict) -> tuple[str, ...]:
         return tuple(sample_images(sample)) if self.image_shown else ()
@@ -135,6 +167,7 @@ class SampleEncoder:
         Errors: `UserError` where the sample is longer than max_tokens: neither picture nor answer is ever cut.
         """
         family, merge_size = self.family, self.family.merge_size
+        sample = self.spoken(sample, images[0].placement if images else None)
         messages = to_messages(sample, self.config.template, self.image_shown)
         if generation:
             messages, _ = split_answer(messages)

@@ -5,6 +5,7 @@ from collections.abc import Callable, Sequence
 import torch
 from tqdm import tqdm
 
+import clicks
 import metrics
 from config import Config
 from dataset import EvalDataset, SampleEncoder, SampleList, load
@@ -70,17 +71,22 @@ def answer_split(
         for row, (ids, finished) in zip(batch["rows"], tokens, strict=True):
             answers.append((row, tokenizer.decode(ids, skip_special_tokens=True).strip(), finished))
     gathered = sorted(ranks.gather(answers))
-    return [prediction_line(samples[row], config.template, text, finished) for row, text, finished in gathered]
+    return [prediction_line(samples[row], encoder, text, finished) for row, text, finished in gathered]
 
 
-def prediction_line(sample: dict, template: str, prediction: str, finished: bool) -> dict:
+def prediction_line(sample: dict, encoder: SampleEncoder, prediction: str, finished: bool) -> dict:
     """One line of `generated_predictions.jsonl`."""
-    prompt, gold = split_answer(to_messages(sample, template))
-    question = sample.get("question") or _text_of(prompt[-1]["content"])
+    spoken = encoder.spoken(sample)
+    prompt, gold = split_answer(to_messages(spoken, encoder.config.template))
+    question = spoken.get("question") or _text_of(prompt[-1]["content"])
     line = {"id": sample["id"], "images": sample_images(sample), "question": question, "answer": gold}
     line["prediction"] = prediction
-    line["correct"] = metrics.answer_correct(line)
-    line["outside_candidates"] = metrics.answer_outside_candidates({**sample, **line})
+    if encoder.config.task == "click":
+        line |= clicks.predicted(prediction, encoder.placement(line["images"][0]), encoder.family)
+        line["correct"] = metrics.click_correct({**sample, **line})
+    else:
+        line["correct"] = metrics.answer_correct(line)
+        line["outside_candidates"] = metrics.answer_outside_candidates({**sample, **line})
     line["cut_off"] = not finished
     skipped = line.keys() | {"image", "messages", "conversations"}
     return line | {key: value for key, value in sample.items() if key not in skipped}
