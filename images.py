@@ -4,7 +4,10 @@ Pixels travel as uint8 patches without the temporal copy (1.8 MB for 768², wher
 14 MB); `model.normalise_patches` finishes the work on the device, equal to the family's own image processor.
 """
 
+import contextlib
 import math
+import os
+import threading
 import warnings
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,19 +20,18 @@ from config import UserError
 LETTERBOX_FILL = (0, 0, 0)  # black, as the border of an endoscope's round picture
 
 
-def open_image(path) -> Image.Image:
-    """Decode a picture fully, turned upright by its EXIF orientation, as RGB.
+_OPENING = threading.Lock()  # warning filters belong to the whole process, and pictures are decoded in several threads
 
-    Transparent pixels lie on white; 16-bit values keep their upper 8 bits. Errors: `UserError` naming the file, also
-    for a truncated file (Pillow's `open` and `verify` accept half a JPEG) and for a decompression bomb.
-    """
+
+@contextlib.contextmanager
+def _opened(path):
+    """A picture file with its header read. Errors: `UserError` naming the file, whatever its reader stumbles over."""
     try:
-        with warnings.catch_warnings():
+        with _OPENING, warnings.catch_warnings():
             warnings.simplefilter("error", Image.DecompressionBombWarning)
-            with Image.open(path) as image:
-                image.load()
-                image = ImageOps.exif_transpose(image)
-                return _to_rgb(image)
+            image = Image.open(path)
+        with image:
+            yield image
     except FileNotFoundError:
         raise UserError(f"image {path} does not exist; correct the path or data.image_root") from None
     except (Image.DecompressionBombWarning, Image.DecompressionBombError):
@@ -38,6 +40,17 @@ def open_image(path) -> Image.Image:
     except (OSError, SyntaxError, ValueError, EOFError, IndexError) as error:
         reason = " ".join(str(error).split()) or type(error).__name__
         raise UserError(f"image {path} cannot be decoded ({reason}); replace or drop it") from None
+
+
+def open_image(path) -> Image.Image:
+    """Decode a picture fully, turned upright by its EXIF orientation, as RGB.
+
+    Transparent pixels lie on white; 16-bit values keep their upper 8 bits. Errors: `UserError` naming the file, also
+    for a truncated file (Pillow's `open` and `verify` accept half a JPEG) and for a decompression bomb.
+    """
+    with _opened(path) as image:
+        image.load()
+        return _to_rgb(ImageOps.exif_transpose(image))
 
 
 def _to_rgb(image: Image.Image) -> Image.Image:
@@ -82,11 +95,8 @@ class Placement:
 
 def upright_size(path) -> tuple[int, int]:
     """(width, height) of a picture file as `open_image` gives it, from its header alone. Errors: `UserError`."""
-    try:
-        with Image.open(path) as image:
-            return image.size[::-1] if image.getexif().get(0x0112, 1) >= 5 else image.size  # turned by EXIF
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-        raise UserError(f"image {path} cannot be opened ({error}); replace or drop it") from None
+    with _opened(path) as image:
+        return image.size[::-1] if image.getexif().get(0x0112, 1) >= 5 else image.size  # turned by EXIF
 
 
 def letterbox_placement(width: int, height: int, size: int) -> Placement:
@@ -167,15 +177,10 @@ class ModelImage:
 def image_path(image_root, relative: str) -> Path:
     """The file of an image path in a sample. Errors: `UserError` where it leaves `image_root`.
 
-    Purely lexical, so that a symbolic link inside the root may point to another disk.
+    Purely lexical, so that a symbolic link inside the root may point to another disk, and `link/..` is the root again.
     """
-    root = Path(image_root)
-    normal = Path(root, relative)
-    parts_out = Path(relative).is_absolute() and not normal.is_relative_to(root.absolute())
-    depth = 0
-    for part in () if Path(relative).is_absolute() else Path(relative).parts:
-        depth += -1 if part == ".." else 1
-        parts_out |= depth < 0
-    if parts_out or (".." in Path(relative).parts and Path(relative).is_absolute()):
+    root, path = Path(image_root), Path(os.path.normpath(relative))
+    leaves = not path.is_relative_to(os.path.abspath(root)) if path.is_absolute() else path.parts[:1] == ("..",)
+    if leaves:
         raise UserError(f"image path {relative!r} leaves data.image_root ({image_root}); keep images inside it")
-    return normal
+    return root / path

@@ -239,5 +239,5 @@ def test_the_script_prints_the_resolved_config_or_one_value_for_shell_scripts(tm
     assert yaml.safe_load(script("lora.r=3"))["lora"] == {"r": 3, "alpha": 32, "dropout": 0.05}
     assert script("--get", "output_dir") == "out\n"
     assert script("--get", "data.val") == "\n"
-    with pytest.raises(UserError, match="no key 'data.nothing'"):
+    with pytest.raises(UserError, match=r"no key 'data\.nothing'"):
         script("--get", "data.nothing")

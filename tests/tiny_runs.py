@@ -1,4 +1,4 @@
-"""What the core's tests share: small pictures, samples, a config for each tiny model, and the real commands run here."""
+"""What the core's tests share: small pictures, samples, a config for each tiny model, and the real commands."""
 
 import functools
 import io
