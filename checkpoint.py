@@ -206,16 +206,20 @@ def is_final(output_dir: Path) -> bool:
     )
 
 
-def load_trained(model_name: str, folder: Path | None, device: torch.device) -> torch.nn.Module:
+def load_trained(
+    model_name: str, folder: Path | None, device: torch.device, quantization: str = "none"
+) -> torch.nn.Module:
     """The base model with what was trained on top, for inference. folder: an adapter, a checkpoint, or a whole model
-    folder; None: the base alone. Errors: `UserError` where the folder holds none of these."""
+    folder; None: the base alone. quantization: the base's, as in training.
+
+    Errors: `UserError` where the folder holds none of these."""
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
     if folder is None:
-        return load_base(model_name, dtype).to(device)
+        return load_base(model_name, dtype, quantization).to(device)
     if (folder / ADAPTER_CONFIG).is_file() and (folder / ADAPTER_FILE).is_file():
         from peft import PeftModel
 
-        base = load_base(model_name, dtype)
+        base = load_base(model_name, dtype, quantization)
         with quiet_peft():
             return PeftModel.from_pretrained(base, folder).to(device)
     if (folder / TRAINED_FILE).is_file():

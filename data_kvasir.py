@@ -46,6 +46,10 @@ def prepare(source: str, out: str, order: str, stager: str, seed: int, split: st
         counts["near-identical pairs of images across splits"] = len(pairs)
         told = [f"order {order}", f"stager {stager}", f"seed {seed}", f"split {split}"]
         files = {f"{name}.json": splits.json_list(by_split[name]) for name in SPLITS}
+        for name in SPLITS:  # for experiments on one stage; a stage without questions has no file
+            for stage in stagers.STAGES:
+                of_stage = [sample for sample in by_split[name] if sample["stage"] == stage]
+                files[f"{name}_stage{stage}.json"] = splits.json_list(of_stage) if of_stage else None
         files["stages.json"] = stagers.stages_text(entries)
         files[NEAR_IDENTICAL] = leakage.side_by_side(pairs, raw.folder) if pairs else None
         files["report.md"] = report(source, told, table, counts, questions, stage_of, by_hand, entries)

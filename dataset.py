@@ -31,7 +31,16 @@ from images import (
     patchify,
     upright_size,
 )
-from templates import IGNORE, encode, sample_images, split_answer, to_messages
+from templates import (
+    CONVERSATION_TEMPLATE,
+    IGNORE,
+    SYSTEM_PROMPTS,
+    as_conversations,
+    encode,
+    sample_images,
+    split_answer,
+    to_messages,
+)
 
 
 class SampleList(Sequence):
@@ -93,6 +102,16 @@ def load_samples(path, max_samples: int | None = None) -> SampleList:
     return SampleList(samples, str(path))
 
 
+def load_split(config: Config, split: str) -> SampleList:
+    """A split of the config as it is trained on and evaluated: with `max_samples` (train), and one conversation per
+    image where the template asks for it."""
+    path = getattr(config.data, split)
+    samples = load_samples(path, config.max_samples if split == "train" else None)
+    return (
+        SampleList(as_conversations(list(samples)), str(path)) if config.template == CONVERSATION_TEMPLATE else samples
+    )
+
+
 # ---------------------------------------------------------------------------------------------------- one sample
 
 
@@ -125,6 +144,8 @@ class SampleEncoder:
 
     def __init__(self, config: Config, family: Family, tokenizer):
         self.config, self.family, self.tokenizer = config, family, tokenizer
+        if config.template not in SYSTEM_PROMPTS:
+            raise UserError(f"key 'template' is '{config.template}'; use one of {', '.join(SYSTEM_PROMPTS)}")
         self.image_shown = config.image == "shown" and family.has_vision
 
     def load_image(self, path: str) -> ModelImage:

@@ -19,7 +19,7 @@ import metrics
 import model as modeling
 from checkpoint import load_trained, write_json, write_text
 from config import Config, UserError, check_data_files, exit_on_user_error, load_config
-from dataset import SampleEncoder, load_samples
+from dataset import SampleEncoder, load_samples, load_split
 from distributed import start_ranks, stop_ranks
 from evaluation import answer_split
 from family import load_family
@@ -42,13 +42,15 @@ def run_history(output_dir) -> list[dict]:
 
 
 def table(scores: dict) -> list[str]:
-    """The score table on the console: shares in percent with their 95 % intervals."""
+    """The score table on the console: shares in percent, with 95 % intervals where there are several images."""
     lines = []
     for name, value in scores.items():
         if f"{name}_ci" not in scores or value is None:
             continue
-        low, high = scores[f"{name}_ci"]
-        lines.append(f"  {name:<28}{100 * value:6.1f} %   95 % interval {100 * low:5.1f} to {100 * high:5.1f}")
+        unit, factor = ("pixels", 1) if name.endswith("_pixels") else ("%", 100)
+        interval = scores[f"{name}_ci"]
+        spread = f"   95 % interval {factor * interval[0]:5.1f} to {factor * interval[1]:5.1f}" if interval else ""
+        lines.append(f"  {name:<28}{factor * value:6.1f} {unit}{spread}")
     if scores.get("outside_candidates") is not None:
         lines.append(
             f"  {'outside_candidates':<28}{scores['outside_candidates']:6d} of {scores['predict_samples']} answers"
@@ -65,12 +67,12 @@ def evaluate(config: Config, checkpoint: str | None, split: str, source: str) ->
     if family.has_vision and config.resize == "letterbox":
         family.check_image_size(config.image_size, source)
     encoder = SampleEncoder(config, family, modeling.load_tokenizer(config.model_name))
-    samples = load_samples(getattr(config.data, split))
+    samples = load_split(config, split)
     check_samples(samples, encoder)
     ranks = start_ranks()
     started = time.perf_counter()
     folder = Path(checkpoint or config.output_dir)
-    model = load_trained(config.model_name, None if checkpoint == "base" else folder, ranks.device)
+    model = load_trained(config.model_name, None if checkpoint == "base" else folder, ranks.device, config.quantization)
     model.eval()
     if ranks.is_first:
         print(f"Answering {len(samples):,} questions of {samples.source} with {checkpoint or folder}", flush=True)

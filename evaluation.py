@@ -13,7 +13,7 @@ from distributed import Ranks
 from generate import greedy
 from model import AnswerLoss, to_device
 from runlog import on_terminal
-from templates import sample_images, split_answer, to_messages
+from templates import CONVERSATION_TEMPLATE, sample_images, split_answer, to_messages
 
 
 class Stopped(Exception):
@@ -60,6 +60,15 @@ def answer_split(
     Each line: id, images, question, answer (gold), prediction, correct, outside_candidates, cut_off (no end within the
     token limit), and every other key of the sample.
     """
+    rows = range(len(samples)) if rows is None else rows
+    if encoder.config.template == CONVERSATION_TEMPLATE:
+        return _answer_conversations(model, samples, encoder, ranks, rows, stop)
+    answers = _answers(model, samples, encoder, ranks, rows, stop)
+    return [prediction_line(samples[row], encoder, text, finished) for row, text, finished in answers]
+
+
+def _answers(model, samples, encoder, ranks, rows, stop) -> list[tuple[int, str, bool]]:
+    """(row, answer, finished) of each row, in order, on every rank. All ranks: contains all_gathers."""
     config, tokenizer = encoder.config, encoder.tokenizer
     dataset = EvalDataset(samples, encoder, config.share_prefix, config.eval_bs, generation=True, rows=rows)
     end_ids = {tokenizer.convert_tokens_to_ids("<|im_end|>"), tokenizer.convert_tokens_to_ids("<|endoftext|>")}
@@ -70,8 +79,34 @@ def answer_split(
         tokens = greedy(model, to_device(batch, ranks.device), encoder.family, end_ids)
         for row, (ids, finished) in zip(batch["rows"], tokens, strict=True):
             answers.append((row, tokenizer.decode(ids, skip_special_tokens=True).strip(), finished))
-    gathered = sorted(ranks.gather(answers))
-    return [prediction_line(samples[row], encoder, text, finished) for row, text, finished in gathered]
+    return [tuple(answer) for answer in sorted(ranks.gather(answers))]
+
+
+def _answer_conversations(model, samples, encoder, ranks, rows, stop) -> list[dict]:
+    """Sequential reasoning: all conversations take their first question, then their second, ... Only the model's own
+    earlier answers are put in view of a question: the gold ones are not even in the samples that the prompts come from.
+    """
+    conversations = {row: samples[row] for row in rows}
+    given: dict[int, list[tuple[str, bool]]] = {row: [] for row in rows}
+    for turn in range(max(len(conversation["turns"]) for conversation in conversations.values())):
+        active = [row for row in rows if turn < len(conversations[row]["turns"])]
+        asked = [own_answers_only(conversations[row], [text for text, _ in given[row]]) for row in active]
+        prompts = SampleList(asked, samples.source)
+        for index, text, finished in _answers(model, prompts, encoder, ranks, range(len(active)), stop):
+            given[active[index]].append((text, finished))
+    return [
+        prediction_line(question, encoder, text, finished)
+        for row in rows
+        for question, (text, finished) in zip(conversations[row]["turns"], given[row], strict=True)
+    ]
+
+
+def own_answers_only(conversation: dict, own: list[str]) -> dict:
+    """The conversation up to the question after the model's own answers, without any gold answer."""
+    turns = [{**turn, "answer": ""} for turn in conversation["turns"][: len(own) + 1]]
+    for turn, text in zip(turns, own, strict=False):
+        turn["answer"] = text.replace("<|", "< |")  # a spelt-out control token is text, and must stay so
+    return {**conversation, "turns": turns}
 
 
 def prediction_line(sample: dict, encoder: SampleEncoder, prediction: str, finished: bool) -> dict:

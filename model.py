@@ -14,6 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+import attention
 from config import Config, Lora, UserError
 from family import Family
 from templates import IGNORE
@@ -34,8 +35,11 @@ def load_tokenizer(model_name: str):
     return tokenizer
 
 
-def load_base(model_name: str, dtype: torch.dtype) -> nn.Module:
+def load_base(model_name: str, dtype: torch.dtype, quantization: str = "none") -> nn.Module:
     """The pretrained model on the CPU, every parameter frozen. Never runs code from the hub.
+
+    quantization: `nf4` holds the language model's linear layers in 4 bits (QLoRA, arXiv 2305.14314, with double
+    quantisation and bfloat16 compute); the vision tower, the projector and lm_head keep `dtype`.
 
     Errors: `UserError` where the weights are missing, of another shape or not loaded completely.
     """
@@ -45,7 +49,11 @@ def load_base(model_name: str, dtype: torch.dtype) -> nn.Module:
     transformers_logging.disable_progress_bar()
     try:
         model, report = AutoModelForImageTextToText.from_pretrained(
-            model_name, dtype=dtype, attn_implementation="sdpa", output_loading_info=True
+            model_name,
+            dtype=dtype,
+            attn_implementation="sdpa",
+            output_loading_info=True,
+            quantization_config=_nf4() if quantization == "nf4" else None,
         )
     except (OSError, ValueError, RuntimeError) as error:
         raise UserError(f"model_name '{model_name}' cannot be loaded: {str(error).strip().splitlines()[0]}") from None
@@ -54,7 +62,25 @@ def load_base(model_name: str, dtype: torch.dtype) -> nn.Module:
         raise UserError(f"model_name '{model_name}': {len(names)} weights are missing or misshapen, first {names[0]}")
     model.requires_grad_(False)
     patch_embed_as_matrix_product(model)
+    attention.install(model)
     return model
+
+
+def _nf4():
+    """Errors: `UserError` with the command that installs what is missing."""
+    import importlib.util
+
+    from transformers import BitsAndBytesConfig
+
+    if importlib.util.find_spec("bitsandbytes") is None:
+        raise UserError("quantization 'nf4' needs bitsandbytes; run: pip install -r requirements-extra.txt")
+    return BitsAndBytesConfig(
+        load_in_4bit=True,
+        bnb_4bit_quant_type="nf4",
+        bnb_4bit_use_double_quant=True,
+        bnb_4bit_compute_dtype=torch.bfloat16,
+        llm_int8_skip_modules=["model.visual", "lm_head"],
+    )
 
 
 def patch_embed_as_matrix_product(model: nn.Module) -> None:
@@ -173,8 +199,9 @@ def parameter_table(model: nn.Module) -> list[str]:
     counts = {group: [0, 0] for group in (LANGUAGE, PROJECTOR, VISION)}
     for name, parameter in model.named_parameters():
         count = counts[group_of(name)]
-        count[0] += parameter.numel()
-        count[1] += parameter.numel() * parameter.requires_grad
+        numel = parameter.numel() * (2 if hasattr(parameter, "quant_state") else 1)  # two 4-bit weights in a byte
+        count[0] += numel
+        count[1] += numel * parameter.requires_grad
     lines = [
         f"  {group:<15}{total:>15,} parameters {trained:>13,} trainable" for group, (total, trained) in counts.items()
     ]
@@ -225,30 +252,18 @@ def encode_images(model: nn.Module, batch: dict, family: Family):
     return features
 
 
-def attention_mask(segments: torch.Tensor) -> torch.Tensor | None:
-    """(B, T) segments → bool (B, 1, T, T), True = attend: the prefix and the own segment, never the future.
-
-    None where no row holds more than one question: plain causal attention is then the same, and faster; padding stands
-    at the end, where no question can see it. Never None otherwise: without the mask, questions would read each other.
-    """
-    if int(segments.max()) <= 1:
-        return None
-    query, key = segments[:, None, :, None], segments[:, None, None, :]
-    length = segments.shape[1]
-    causal = torch.ones(length, length, dtype=torch.bool, device=segments.device).tril()
-    return causal & ((key == 0) | (key == query))  # padding sees padding: a row without any key would be NaN
-
-
 def forward_logits(model: nn.Module, batch: dict, family: Family, keep: torch.Tensor, **cache):
     """Run the model on a collated batch. keep: bool (B, T), where logits are wanted. Returns transformers' output with
     logits (positions kept, vocabulary)."""
     features = encode_images(model, batch, family)
+    mask = attention.attention_mask(batch["segments"])
     return model(
         input_ids=batch["input_ids"],
-        attention_mask=attention_mask(batch["segments"]),
+        attention_mask=mask,
         position_ids=batch["position_ids"],
         mm_encoder_outputs={"image": features} if features is not None else None,
         logits_to_keep=keep,
+        **({} if mask is None else {"shared_rows": attention.SharedRows(batch["segments"], mask)}),
         **{"use_cache": False, **cache},
     )
 

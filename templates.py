@@ -19,8 +19,21 @@ ULTRA_CONDENSED = (
     "- Output format: item1; item2; item3 (for multi-label) or item1 (for single-choice)"
 )
 
+STANDARD = (
+    "You are an expert in gastrointestinal endoscopy. Look at the image and answer the question about it. "
+    "Choose your answer from the candidates that are given with the question. If several of them are true, name all of "
+    "them, separated by semicolons (;). Reply with the chosen candidates only, without an explanation."
+)
+SEQUENTIAL_COT = f"{ULTRA_CONDENSED}\n- The questions follow one another: build on your earlier answers about the image"
+
 # template → system prompt; None: the chat template's own default
-SYSTEM_PROMPTS = {"ultra_condensed": ULTRA_CONDENSED, "plain": None}
+SYSTEM_PROMPTS = {
+    "ultra_condensed": ULTRA_CONDENSED,
+    "standard": STANDARD,
+    "plain": None,
+    "sequential_cot": SEQUENTIAL_COT,  # one conversation per image, see `as_conversations`
+}
+CONVERSATION_TEMPLATE = "sequential_cot"
 
 
 def question_text(sample: dict, template: str) -> str:
@@ -37,6 +50,8 @@ def to_messages(sample: dict, template: str, image_shown: bool = True) -> list[d
     Returns [{"role", "content"}] where content is a text, or a list of {"type": "image"} and {"type": "text", "text"}
     parts. Errors: `UserError` that says what is wrong with the sample (the caller adds its name).
     """
+    if "turns" in sample:
+        return _question_by_question(sample, template, image_shown)
     if "messages" in sample or "conversations" in sample:
         messages = _conversation(sample)
         images = count_images(sample)
@@ -57,6 +72,30 @@ def to_messages(sample: dict, template: str, image_shown: bool = True) -> list[d
     images = count_images(sample) if image_shown else 0
     messages.append({"role": "user", "content": _with_images(images, question_text(sample, template))})
     messages.append({"role": "assistant", "content": sample["answer"]})
+    return messages
+
+
+def as_conversations(samples: list[dict]) -> list[dict]:
+    """One sample per image, whose `turns` are the image's questions in stage order (file order inside a stage)."""
+    by_image: dict[tuple, list[dict]] = {}
+    for sample in samples:
+        by_image.setdefault(tuple(sample_images(sample)) or (sample["id"],), []).append(sample)
+    conversations = []
+    for turns in by_image.values():
+        turns = sorted(turns, key=lambda turn: turn.get("stage") or 0)
+        first = {key: turns[0][key] for key in ("image", "images", "group") if key in turns[0]}
+        conversations.append({"id": f"conversation of {turns[0]['id']}", **first, "turns": turns})
+    return conversations
+
+
+def _question_by_question(sample: dict, template: str, image_shown: bool) -> list[dict]:
+    """A conversation through all questions of an image: every earlier answer stands in view of the later question."""
+    messages = [{"role": "system", "content": SYSTEM_PROMPTS[template]}]
+    images = count_images(sample) if image_shown else 0
+    for turn in sample["turns"]:
+        messages.append({"role": "user", "content": _with_images(images, question_text(turn, template))})
+        messages.append({"role": "assistant", "content": turn["answer"]})
+        images = 0  # shown once, with the first question
     return messages
 
 

@@ -22,7 +22,7 @@ import checkpoint
 import model as modeling
 from checkpoint import TrainerState
 from config import Config, UserError, check_data_files, exit_on_user_error, load_config, to_dict, to_yaml
-from dataset import SampleEncoder, StepDataset, load, load_samples
+from dataset import SampleEncoder, StepDataset, load, load_split
 from distributed import Ranks, StopSignal, start_ranks, stop_ranks
 from evaluation import Stopped, answer_split, split_loss
 from family import load_family
@@ -100,8 +100,8 @@ def train(config: Config, check_only: bool, source: str) -> None:
     if family.has_vision and config.resize == "letterbox":
         family.check_image_size(config.image_size, source)
     encoder = SampleEncoder(config, family, modeling.load_tokenizer(config.model_name))
-    splits = {name: load_samples(getattr(config.data, name)) for name in named}
-    train_samples = splits["train"] = load_samples(config.data.train, config.max_samples)
+    splits = {name: load_split(config, name) for name in named}
+    train_samples = splits["train"]
     world = int(os.environ.get("WORLD_SIZE", "1"))
     if check_only:
         return full_check(config, splits, encoder, world)
@@ -134,7 +134,8 @@ def train(config: Config, check_only: bool, source: str) -> None:
     if on_gpu:
         torch.set_float32_matmul_precision("high")
     started = time.perf_counter()
-    base = modeling.load_base(config.model_name, torch.bfloat16 if on_gpu else torch.float32)
+    dtype = torch.bfloat16 if on_gpu else torch.float32
+    base = modeling.load_base(config.model_name, dtype, config.quantization)
     model = modeling.prepare_training(base, config).to(ranks.device)
     names = modeling.trainable_parameters(model)
     if config.init_adapter and not resume_from:
