@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-import attention
+from attention import SharedRows, attention_mask, install_shared_attention
 from config import Config, Lora, UserError
 from family import Family
 from templates import IGNORE
@@ -62,7 +62,7 @@ def load_base(model_name: str, dtype: torch.dtype, quantization: str = "none") -
         raise UserError(f"model_name '{model_name}': {len(names)} weights are missing or misshapen, first {names[0]}")
     model.requires_grad_(False)
     patch_embed_as_matrix_product(model)
-    attention.install(model)
+    install_shared_attention(model)
     return model
 
 
@@ -256,14 +256,14 @@ def forward_logits(model: nn.Module, batch: dict, family: Family, keep: torch.Te
     """Run the model on a collated batch. keep: bool (B, T), where logits are wanted. Returns transformers' output with
     logits (positions kept, vocabulary)."""
     features = encode_images(model, batch, family)
-    mask = attention.attention_mask(batch["segments"])
+    mask = attention_mask(batch["segments"])
     return model(
         input_ids=batch["input_ids"],
         attention_mask=mask,
         position_ids=batch["position_ids"],
         mm_encoder_outputs={"image": features} if features is not None else None,
         logits_to_keep=keep,
-        **({} if mask is None else {"shared_rows": attention.SharedRows(batch["segments"], mask)}),
+        **({} if mask is None else {"shared_rows": SharedRows(batch["segments"], mask)}),
         **{"use_cache": False, **cache},
     )
 

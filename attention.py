@@ -1,0 +1,220 @@
+"""Attention over rows in which several questions stand behind one prefix; every path computes the same numbers.
+
+- `mask`: PyTorch's SDPA with the whole mask, the reference on any device.
+- `two_part` (the default): the prefix by itself, causal and without a mask; what follows it against the whole row. Of a
+  row's (query, key) pairs this leaves out most of those that the mask throws away.
+- `varlen`: CUDA only. Each question attends to a copy of its prefix's keys and its own, and nothing else is computed
+  (`torch.nn.attention.varlen`, torch 2.10 or newer). Asked for with SHARED_ATTENTION=varlen, compared with the
+  reference on the device before its first use; where it does not agree or cannot run, `two_part` does the work.
+
+Rows with one question each need none of this: plain causal attention is the same.
+"""
+
+import functools
+import inspect
+import itertools
+import os
+import warnings
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+NAME = "shared_prefix"  # in transformers' registry
+PATHS = ("mask", "two_part", "varlen")
+
+
+def attention_mask(segments: torch.Tensor) -> torch.Tensor | None:
+    """(B, T) segments → bool (B, 1, T, T), True = attend: the prefix and the own segment, never the future.
+
+    None where no row holds more than one question: plain causal attention is then the same, and faster; padding stands
+    at the end, where no question can see it. Never None otherwise: without the mask, questions would read each other.
+    """
+    if int(segments.max()) <= 1:
+        return None
+    query, key = segments[:, None, :, None], segments[:, None, None, :]
+    length = segments.shape[1]
+    causal = torch.ones(length, length, dtype=torch.bool, device=segments.device).tril()
+    return causal & ((key == 0) | (key == query))  # padding sees padding: a row without any key would be NaN
+
+
+class SharedRows:
+    """What all layers need to know about the rows of one batch, worked out once.
+
+    segments: int (B, T), see `batches.collate`; mask: theirs, from `attention_mask`.
+    """
+
+    def __init__(self, segments: torch.Tensor, mask: torch.Tensor):
+        self.segments = segments
+        self.prefix = int((segments == 0).sum(1).min())  # tokens that are prefix in every row
+        self._mask_after_prefix = mask[:, :, self.prefix :]
+        self.path = chosen_path(segments.device)
+
+    @functools.cached_property
+    def bias(self) -> torch.Tensor:
+        """float32 (B, 1, T - prefix, T), 0 or -inf: SDPA would turn a bool mask into this again in every layer."""
+        zeros = torch.zeros(self._mask_after_prefix.shape, device=self.segments.device)
+        return zeros.masked_fill_(~self._mask_after_prefix, float("-inf"))
+
+    @functools.cached_property
+    def varlen(self) -> dict:
+        return varlen_layout(self.segments)
+
+
+def chosen_path(device: torch.device) -> str:
+    path = os.environ.get("SHARED_ATTENTION", "two_part")
+    if path not in PATHS:
+        raise ValueError(f"SHARED_ATTENTION={path}: choose one of {', '.join(PATHS)}")
+    return path if path != "varlen" or varlen_agrees(device) else "two_part"
+
+
+# ------------------------------------------------------------------------------------------------------------- paths
+
+
+def two_part(query, key, value, prefix: int, bias: torch.Tensor, scaling: float) -> torch.Tensor:
+    """query (B, H, T, D), key and value (B, K, T, D) with H a multiple of K → (B, H, T, D)."""
+    attend = functools.partial(F.scaled_dot_product_attention, scale=scaling)
+    groups = query.shape[1] // key.shape[1]
+    if groups > 1:  # by hand: with a mask, `enable_gqa` falls back to a slow kernel on CUDA
+        key, value = key.repeat_interleave(groups, dim=1), value.repeat_interleave(groups, dim=1)
+    rest = attend(query[:, :, prefix:], key, value, attn_mask=bias.to(query.dtype))
+    if not prefix:
+        return rest
+    head = attend(query[:, :, :prefix], key[:, :, :prefix], value[:, :, :prefix], is_causal=True)
+    return torch.cat([head, rest], dim=2)
+
+
+def varlen_layout(segments: torch.Tensor) -> dict:
+    """Index tensors of the `varlen` path, on the device of `segments` (B, T).
+
+    Every run of one segment is a sequence: its queries are its tokens; its keys are its row's prefix and its tokens.
+    Returns queries, keys: flat indices into (B × T) tokens; cu_q, cu_k: int32 (sequences + 1,) bounds; max_q, max_k;
+    place (B × T,): each token's query, 0 for padding.
+    """
+    rows, length = segments.shape
+    queries, keys, query_lengths, key_lengths = [], [], [], []
+    place = [0] * (rows * length)
+    for row, values in enumerate(segments.tolist()):  # waits for the device, once per batch
+        start, prefix = row * length, range(0)
+        for segment, run in itertools.groupby(values):
+            tokens = range(start, start + len(list(run)))
+            start = tokens.stop
+            if segment < 0:
+                continue
+            own = [*tokens] if segment == 0 else [*prefix, *tokens]
+            prefix = tokens if segment == 0 else prefix
+            for token in tokens:
+                place[token] = len(queries) + token - tokens.start
+            queries += tokens
+            keys += own
+            query_lengths.append(len(tokens))
+            key_lengths.append(len(own))
+
+    def tensor(values, dtype):
+        return torch.tensor(values, dtype=dtype).to(segments.device, non_blocking=True)
+
+    return {
+        "queries": tensor(queries, torch.int64),
+        "keys": tensor(keys, torch.int64),
+        "cu_q": tensor([0, *itertools.accumulate(query_lengths)], torch.int32),
+        "cu_k": tensor([0, *itertools.accumulate(key_lengths)], torch.int32),
+        "max_q": max(query_lengths),
+        "max_k": max(key_lengths),
+        "place": tensor(place, torch.int64),
+    }
+
+
+def varlen(query, key, value, layout: dict, scaling: float, attend=None) -> torch.Tensor:
+    """query (B, H, T, D), key and value (B, K, T, D) → (B, H, T, D).
+
+    attend: (queries (Q, H, D), keys, values (N, K, D), cu_q, cu_k, max_q, max_k, scale) → (Q, H, D), causal with the
+    last query at the last key; by default PyTorch's kernel.
+    """
+    batch, heads, length, size = query.shape
+
+    def tokens_of(states, index):
+        return states.transpose(1, 2).flatten(0, 1).index_select(0, index)
+
+    packed = (attend or _varlen_kernel)(
+        tokens_of(query, layout["queries"]),
+        tokens_of(key, layout["keys"]),
+        tokens_of(value, layout["keys"]),
+        *(layout[name] for name in ("cu_q", "cu_k", "max_q", "max_k")),
+        scaling,
+    )
+    return packed.index_select(0, layout["place"]).view(batch, length, heads, size).transpose(1, 2)
+
+
+def _varlen_kernel(queries, keys, values, cu_q, cu_k, max_q, max_k, scale):
+    from torch.nn.attention.varlen import varlen_attn
+
+    known = inspect.signature(varlen_attn).parameters  # it grew from torch 2.10 to 2.13
+    options = {"window_size": (-1, 0)} if "window_size" in known else {"is_causal": True}
+    if "scale" in known:
+        options["scale"] = scale
+    else:
+        queries = queries * (scale * queries.shape[-1] ** 0.5)
+    if "enable_gqa" in known:
+        options["enable_gqa"] = True
+    else:
+        groups = queries.shape[1] // keys.shape[1]
+        keys, values = keys.repeat_interleave(groups, dim=1), values.repeat_interleave(groups, dim=1)
+    return varlen_attn(queries, keys, values, cu_q, cu_k, max_q, max_k, **options)
+
+
+@functools.cache
+def varlen_agrees(device: torch.device) -> bool:
+    """Whether the `varlen` path gives the reference's outputs and gradients on this device, in bfloat16."""
+    try:
+        if device.type != "cuda":
+            raise RuntimeError("it runs on CUDA only")
+        with torch.random.fork_rng(devices=[device]), torch.enable_grad():
+            torch.manual_seed(0)
+            segments = torch.tensor([[0] * 70 + [1] * 30 + [2] * 41, [0] * 90 + [1] * 20 + [-1] * 31], device=device)
+            heads = [torch.randn(2, n, 141, 64, device=device, dtype=torch.bfloat16) for n in (4, 2, 2)]
+            seen = (segments >= 0)[:, None, :, None]
+            results = []
+            for exact in (True, False):
+                q, k, v = (x.float().requires_grad_() if exact else x.clone().requires_grad_() for x in heads)
+                if exact:
+                    k2, v2 = k.repeat_interleave(2, dim=1), v.repeat_interleave(2, dim=1)
+                    out = F.scaled_dot_product_attention(q, k2, v2, attn_mask=attention_mask(segments), scale=0.1)
+                else:
+                    out = varlen(q, k, v, varlen_layout(segments), 0.1)
+                out = out * seen
+                out.float().square().sum().backward()
+                results.append([x.float() for x in (out, q.grad, k.grad, v.grad)])
+            worst = max(float((a - b).norm() / a.norm()) for a, b in zip(*results, strict=True))
+            if not worst < 0.02:
+                raise RuntimeError(f"relative difference {worst:.1e}")
+    except (ImportError, RuntimeError, TypeError, ValueError) as error:
+        warnings.warn(f"SHARED_ATTENTION=varlen is not usable here ({error}); using two_part", stacklevel=2)
+        return False
+    return True
+
+
+# ------------------------------------------------------------------------------------------------------ transformers
+
+
+def install_shared_attention(model: nn.Module) -> None:
+    """Let the language model of a transformers Qwen-VL use these paths. Without `shared_rows` in the call, or with
+    another mask than its own, it runs transformers' SDPA as before. Source: transformers' AttentionInterface."""
+    from transformers import AttentionInterface, AttentionMaskInterface
+    from transformers.integrations.sdpa_attention import sdpa_attention_forward
+    from transformers.masking_utils import sdpa_mask
+
+    def forward(module, query, key, value, attention_mask, scaling=None, dropout=0.0, shared_rows=None, **others):
+        if shared_rows is None or shared_rows.path == "mask" or dropout:
+            return sdpa_attention_forward(
+                module, query, key, value, attention_mask, scaling=scaling, dropout=dropout, **others
+            )
+        scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
+        if shared_rows.path == "varlen" and query.dtype in (torch.bfloat16, torch.float16):
+            output = varlen(query, key, value, shared_rows.varlen, scaling)
+        else:
+            output = two_part(query, key, value, shared_rows.prefix, shared_rows.bias, scaling)
+        return output.transpose(1, 2).contiguous(), None
+
+    AttentionInterface.register(NAME, forward)
+    AttentionMaskInterface.register(NAME, sdpa_mask)
+    model.set_attn_implementation({"text_config": NAME})
