@@ -14,6 +14,17 @@ Kvasir-VQA (images/<img_id>.jpg and metadata.csv, or the parquet files of its hu
 stages.json (question → stage, yours to edit) and report.md. Identical files stay on one side of the split."""
 
 
+CLICK = """python prepare_data.py click --source FILE.jsonl --out DATA_DIR
+
+Screenshots with instructions → train.json, val.json, test.json and report.md. One JSON object a line, or a JSON list:
+  {"image": "a.png", "instruction": "tap on the card", "point": [x, y], "bbox": [x0, y0, x1, y1]}
+The instruction may be called "instruction", "problem" or "question"; the point "point" or "click_position_px"; the box
+"bbox" or "box". A point or a box is enough; of a box alone, the centre is clicked. A file in ShareGPT form ("messages"
+or "conversations") has its points or boxes in the assistant's text: every user turn with its answer is one click.
+Coordinates count from the upper left corner of the upright picture. Other keys are kept. Identical files stay on one
+side of the split."""
+
+
 def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     def family(name: str, description: str, function) -> argparse.ArgumentParser:
         command, _, text = description.partition("\n")
@@ -49,6 +60,21 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     kvasir.add_argument("--seed", type=int, default=42, help="of the split and the orders (default: %(default)s)")
     kvasir.add_argument("--split", default="70/15/15", metavar="TRAIN/VAL/TEST",
                         help="per cent of the images (default: 70/15/15)")  # fmt: skip
+
+    click = family("click", CLICK, prepare_click)
+    click.add_argument("--source", required=True, metavar="FILE.jsonl", help="the file to read (.jsonl or .json)")
+    click.add_argument("--out", required=True, metavar="DATA_DIR", help="folder to write; it is made if need be")
+    click.add_argument("--image-root", metavar="DIR",
+                       help="folder that the image paths are relative to (default: the source file's)")  # fmt: skip
+    click.add_argument("--coordinates", choices=("pixels", "relative1000", "relative1"), default="pixels",
+                       help="what the numbers are: pixels of the original picture, or shares of its width and height "
+                            "in thousandths or from 0 to 1; never guessed (default: %(default)s)")  # fmt: skip
+    click.add_argument("--boxes", choices=("xyxy", "xywh"), default="xyxy",
+                       help="what a box of four numbers is: two corners, or a corner with width and height "
+                            "(default: %(default)s)")  # fmt: skip
+    click.add_argument("--seed", type=int, default=42, help="of the split and the order (default: %(default)s)")
+    click.add_argument("--split", default="70/15/15", metavar="TRAIN/VAL/TEST",
+                       help="per cent of the clicks, whole pictures only (default: 70/15/15)")  # fmt: skip
     return parser.parse_args(arguments)
 
 
@@ -56,6 +82,20 @@ def prepare_kvasir(options: argparse.Namespace) -> None:
     import data_kvasir  # here, so that --help and the other families do not wait for it
 
     data_kvasir.prepare(options.source, options.out, options.order, options.stager, options.seed, options.split)
+
+
+def prepare_click(options: argparse.Namespace) -> None:
+    import data_click
+
+    data_click.prepare(
+        options.source,
+        options.out,
+        options.image_root,
+        options.coordinates,
+        options.boxes,
+        options.seed,
+        options.split,
+    )
 
 
 def main(arguments: list[str] | None = None) -> None:

@@ -1,0 +1,315 @@
+"""Screenshots with instructions and points or boxes → samples by split and a report. `prepare_data.py click` calls
+`prepare`."""
+
+import json
+import os
+from collections import Counter
+from collections.abc import Iterator
+from pathlib import Path
+
+import clicks
+import leakage
+import splits
+from config import UserError
+from images import image_path, upright_size
+from metrics import target_size
+from splits import SPLITS, first_names
+from templates import sample_images
+
+# The names under which published sets keep each fact, the first one found wins.
+INSTRUCTION_KEYS = ("instruction", "problem", "question")
+POINT_KEYS = ("point", "click_position_px")
+BOX_KEYS = {"xyxy": ("bbox", "box", "bbox_xyxy_px"), "xywh": ("bbox", "box", "bbox_xywh_px")}
+UNITS = {"pixels": None, "relative1000": 1000, "relative1": 1}
+
+
+def prepare(source: str, out: str, image_root: str | None, coordinates: str, boxes: str, seed: int, split: str) -> None:
+    """Read, check, split, write, and print the table. See `prepare_data.py click --help`; errors are `UserError`s."""
+    percents = splits.parse_split(split)
+    source = Path(source)
+    image_root = Path(image_root) if image_root else source.parent
+    rows = read_rows(source)
+    problems, targets, counts = [], [], Counter()
+    for number, row in enumerate(rows, 1):
+        try:
+            image_path(image_root, clicks.picture_of(row))
+            targets += [{**target, "row": number} for target in targets_of(row, boxes, counts)]
+        except UserError as error:
+            problems.append(f"{source} row {number}: {error}")
+    _report(problems)
+    refuse_wrong_units(targets, coordinates, source)
+    prints, sizes = look_at_pictures(dict.fromkeys(target["image"] for target in targets), image_root)
+
+    samples = {}
+    for target in targets:
+        try:
+            sample = to_sample(target, sizes[target["image"]], prints[target["image"]], coordinates)
+        except UserError as error:
+            problems.append(f"{source} row {target['row']}: {error}")
+            continue
+        # Exact repeats of a click, on the same file or a copy of it, are kept once.
+        samples.setdefault((sample["group"], sample["instruction"], *sample["point"]), sample)
+    _report(problems)
+    samples = list(samples.values())
+    name_samples(samples)
+    groups = Counter(sample["group"] for sample in samples)
+    split_of_group = splits.assign_groups(groups, percents, seed)
+    by_split = {name: [] for name in SPLITS}
+    for sample in splits.shuffled(samples, seed, "order", key=lambda sample: sample["id"]):
+        by_split[split_of_group[sample["group"]]].append(sample)
+
+    counted = {
+        "rows read": len(rows),
+        "clicks in them": len(targets),
+        "exact repeats, dropped": len(targets) - len(samples),
+        **{f"{what}, left out of the samples": count for what, count in counts.items()},
+        "clicks kept": len(samples),
+        "... with a box": sum("bbox" in sample for sample in samples),
+        "instructions with several points on one picture, all kept": ambiguous(samples),
+        "image files": len(sizes),
+        "distinct pictures": len(groups),
+    }
+    table = click_table(by_split)
+    told = [f"coordinates {coordinates}", f"boxes {boxes}", f"seed {seed}", f"split {split}"]
+    files = {f"{name}.json": splits.json_list(by_split[name]) for name in SPLITS}
+    files["report.md"] = report(source, told, table, counted, sizes)
+    splits.write_whole(Path(out), files)
+    _print_summary(Path(out), image_root, table, counted, files)
+
+
+def _report(problems: list[str]) -> None:
+    if problems:
+        more = f"\n  ... and {len(problems) - splits.NAMES_SHOWN:,} more" if len(problems) > splits.NAMES_SHOWN else ""
+        listed = "\n  ".join(["", *problems[: splits.NAMES_SHOWN]]) if len(problems) > 1 else f" {problems[0]}"
+        raise UserError(f"{len(problems):,} row(s) cannot be used, nothing was written:{listed}{more}")
+
+
+# ------------------------------------------------------------------------------------------------------ the source
+
+
+def read_rows(source: Path) -> list[dict]:
+    """The objects of a .jsonl file, or of a .json file with a list of them. Errors: `UserError` with the line."""
+    try:
+        text = source.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"--source {source} cannot be read ({error}); give a .jsonl or .json file") from None
+    line_number = 0
+    try:
+        if source.suffix == ".json":
+            rows = json.loads(text)
+        else:
+            rows = []
+            for line_number, line in enumerate(text.splitlines(), 1):  # noqa: B007 - the error names it
+                if line.strip():
+                    rows.append(json.loads(line))
+    except json.JSONDecodeError as error:
+        raise UserError(f"{source} line {line_number or error.lineno}: not valid JSON ({error.msg})") from None
+    if not isinstance(rows, list) or not rows or not all(isinstance(row, dict) for row in rows):
+        raise UserError(f"{source}: expected one JSON object a line, or a list of objects; found none")
+    return rows
+
+
+def targets_of(row: dict, boxes: str, counts: Counter) -> Iterator[dict]:
+    """The clicks of a row, as it states them: image, instruction, numbers (x, y) or None, box (x0, y0, x1, y1) or None,
+    and rest, its other keys. `counts` gathers what is left out. Errors: `UserError` without the row's name."""
+    image = clicks.picture_of(row)
+    if "messages" in row or "conversations" in row:
+        yield from _conversation_targets(row, image, counts)
+        return
+    used = {"image", "images"}
+    instruction, instruction_key = _first(row, INSTRUCTION_KEYS)
+    point, point_key = _first(row, POINT_KEYS)
+    box, box_key = _first(row, BOX_KEYS[boxes])
+    used |= {instruction_key, point_key, box_key, "instruction", "point", "bbox", "image_size", "group"}
+    if not isinstance(instruction, str) or not _without_placeholder(instruction):
+        raise UserError(f"no instruction; give it as {_either(INSTRUCTION_KEYS)}")
+    if point is None and box is None:
+        hint = "; for [x, y, width, height] add --boxes xywh" if boxes == "xyxy" else ""
+        raise UserError(f"no point and no box; give {_either(POINT_KEYS)} or {_either(BOX_KEYS[boxes])}{hint}")
+    if box is not None:
+        box = _numbers(box, box_key, 4)
+        if boxes == "xywh":
+            box = (box[0], box[1], box[0] + box[2], box[1] + box[3])
+    yield {
+        "image": image,
+        "instruction": _without_placeholder(instruction),
+        "numbers": None if point is None else _numbers(point, point_key, 2),
+        "box": box,
+        "rest": {key: value for key, value in row.items() if key not in used},
+    }
+
+
+def _conversation_targets(row: dict, image: str, counts: Counter) -> Iterator[dict]:
+    """Each user turn with the assistant turn after it is a click."""
+    turns = row.get("messages") or row.get("conversations")
+    asked, found = None, 0
+    for turn in turns if isinstance(turns, list) else ():
+        role, text = turn.get("role", turn.get("from")), turn.get("content", turn.get("value"))
+        if not isinstance(text, str):
+            raise UserError(f"the {role} turn has no text")
+        if role in ("user", "human"):
+            asked = _without_placeholder(text)
+        elif role in ("assistant", "gpt"):
+            target = clicks.parse_target(text)
+            if not asked:
+                raise UserError("an assistant turn has no instruction before it")
+            if target is None:
+                raise UserError(f"no point and no box in the answer {text[:60]!r}; write [x, y] or [x0, y0, x1, y1]")
+            whole_box = target if len(target) == 4 else None
+            yield {"image": image, "instruction": asked, "numbers": None if whole_box else target, "box": whole_box,
+                   "rest": {"id": row["id"]} if "id" in row else {}}  # fmt: skip
+            asked, found = None, found + 1
+        else:
+            counts[f"{role} turns"] += 1
+    if not found:
+        raise UserError("the conversation has no assistant turn, so no point")
+
+
+def _first(row: dict, keys: tuple[str, ...]):
+    """(value, key) of the first key that has one."""
+    return next(((row[key], key) for key in keys if row.get(key) is not None), (None, None))
+
+
+def _either(keys: tuple[str, ...]) -> str:
+    return " or ".join(f"'{key}'" for key in keys)
+
+
+def _without_placeholder(text: str) -> str:
+    return text.replace("<image>", "").strip()
+
+
+def _numbers(values, key: str, count: int) -> tuple[float, ...]:
+    if not isinstance(values, list) or len(values) != count or not all(type(v) in (int, float) for v in values):
+        raise UserError(f"key '{key}' is {values!r} but must be a list of {count} numbers")
+    return tuple(values)
+
+
+# -------------------------------------------------------------------------------------------------- to samples
+
+
+def refuse_wrong_units(targets: list[dict], coordinates: str, source: Path) -> None:
+    """A scale is never guessed, but one that cannot be meant is refused. Errors: `UserError`."""
+    largest = max(max(*(target["numbers"] or ()), *(target["box"] or ()), 0, 0) for target in targets)
+    if coordinates == "relative1" and largest > 1:
+        raise UserError(f"{source}: --coordinates relative1 means 0 to 1, but a coordinate is {largest:g}")
+    if coordinates == "relative1000" and largest > 1000:
+        raise UserError(f"{source}: --coordinates relative1000 means 0 to 1000, but a coordinate is {largest:g}")
+    if coordinates != "relative1" and 0 < largest <= 1:
+        raise UserError(
+            f"{source}: no coordinate is above 1, which cannot be {coordinates}; if they are shares of the picture's "
+            "sides, add --coordinates relative1"
+        )
+
+
+def look_at_pictures(names, image_root: Path) -> tuple[dict[str, str], dict[str, tuple[int, int]]]:
+    """name → SHA-256 of the file, and name → (width, height) upright; every distinct file is decoded once.
+
+    Errors: `UserError` naming the files that cannot be read."""
+    paths = {name: image_path(image_root, name) for name in names}
+    found, broken = leakage.fingerprint(list(paths.values()))
+    if broken:
+        example = next(iter(broken.values()))
+        raise UserError(
+            f"{len(broken):,} of {len(paths):,} images cannot be read: {first_names(broken)}; correct --image-root or "
+            f"replace them (the first: {example})"
+        )
+    sizes = {name: upright_size(path) for name, path in paths.items()}
+    return {name: found[path].sha256 for name, path in paths.items()}, sizes
+
+
+def to_sample(target: dict, size: tuple[int, int], sha256: str, coordinates: str) -> dict:
+    """A click in pixels of the original picture. Errors: `UserError` where it leaves the picture or its box."""
+    unit = UNITS[coordinates]
+
+    def pixels(numbers):
+        return [value if unit is None else round(value / unit * size[i % 2], 2) for i, value in enumerate(numbers)]
+
+    box = None if target["box"] is None else pixels(target["box"])
+    point = list(clicks.centre(box)) if target["numbers"] is None else pixels(target["numbers"])
+    if wrong := clicks.outside(point, box, size):
+        raise UserError(wrong)
+    sample = {"image": target["image"], "instruction": target["instruction"], "point": point}
+    sample |= {} if box is None else {"bbox": box}
+    return {**target["rest"], **sample, "image_size": list(size), "group": sha256[:16]}
+
+
+def name_samples(samples: list[dict]) -> None:
+    """Give every sample an id: its own where there is one, else the picture's name; numbered where they repeat."""
+    names = [str(sample.get("id", Path(sample_images(sample)[0]).stem)) for sample in samples]
+    repeated, seen = Counter(names), Counter()
+    for sample, name in zip(samples, names, strict=True):
+        seen[name] += 1
+        identity = name if repeated[name] == 1 else f"{name}-{seen[name]}"
+        facts = {key: value for key, value in sample.items() if key != "id"}
+        sample.clear()
+        sample.update({"id": identity, **facts})
+    if len({sample["id"] for sample in samples}) < len(samples):
+        raise UserError("the ids of the source repeat in a way that numbering cannot mend; make them distinct")
+
+
+def ambiguous(samples: list[dict]) -> int:
+    """How many (picture, instruction) pairs have more than one point."""
+    return sum(count > 1 for count in Counter((s["group"], s["instruction"]) for s in samples).values())
+
+
+# ------------------------------------------------------------------------------------------------------- the report
+
+
+def click_table(by_split: dict[str, list[dict]]) -> list[list[str]]:
+    """Header, a line for each size of target that occurs, and the totals, as texts."""
+    kinds = {name: Counter(target_size(sample) or "no box" for sample in found) for name, found in by_split.items()}
+    lines = [["target", *SPLITS, "all"]]
+    for kind in ("small", "medium", "large", "no box"):
+        numbers = [kinds[name][kind] for name in SPLITS]
+        if any(numbers):
+            lines.append([kind, *(f"{number:,}" for number in (*numbers, sum(numbers)))])
+    totals = [len(by_split[name]) for name in SPLITS]
+    return [*lines, ["all", *(f"{number:,}" for number in (*totals, sum(totals)))]]
+
+
+def report(source, told, table, counted, sizes) -> str:
+    """`report.md`: clicks by target size and split, everything that was counted, and the pictures' sizes."""
+    size_lines = [["width × height", "image files"]]
+    common = Counter(sizes.values()).most_common(splits.NAMES_SHOWN)
+    size_lines += [[f"{width} × {height}", f"{count:,}"] for (width, height), count in common]
+    more = len(set(sizes.values())) - len(common)
+    more = f"\n\n{more:,} more sizes." if more > 0 else ""
+    return f"""# Clicks, prepared
+
+Source: {source}; {"; ".join(told)}.
+
+Points and boxes are in pixels of the original picture, upright, from its upper left corner.
+
+## Clicks by size of the target and split
+
+{_markdown(table)}
+
+## Counted
+
+{_markdown([["what", "count"], *([what, f"{number:,}"] for what, number in counted.items())])}
+
+Files of identical content stay in one split. Screenshots of one app look alike by nature, so that pictures that are
+only similar are not reported here; `train.py --check` lists them.
+
+## Pictures
+
+{_markdown(size_lines)}{more}
+"""
+
+
+def _markdown(lines: list[list[str]]) -> str:
+    rows = [f"| {' | '.join(cell.replace('|', chr(92) + '|') for cell in line)} |" for line in lines]
+    return "\n".join([rows[0], f"|{' --- |' + ' ---: |' * (len(lines[0]) - 1)}", *rows[1:]])
+
+
+def _print_summary(out: Path, image_root: Path, table, counted, files) -> None:
+    for line in table:
+        print(line[0].ljust(8) + "".join(cell.rjust(9) for cell in line[1:]))
+    print()
+    for what, number in counted.items():
+        print(f"{number:9,} {what}")
+    print(f"\nwritten to {out}: {', '.join(files)}")
+    print("for the config:\n  data:")
+    for name in SPLITS:
+        print(f"    {name}: {os.path.join(out, f'{name}.json')}")
+    print(f"    image_root: {image_root}")
