@@ -1,6 +1,7 @@
 """What several test files share: one thread, no network, the tiny models, and the way to the real material."""
 
 import os
+import signal
 from pathlib import Path
 
 # Before torch is imported anywhere; subprocesses inherit it. Two ranks on two cores are fastest with one thread each.
@@ -51,3 +52,13 @@ def tiny_models(tmp_path_factory):
 
     torch.set_num_threads(1)
     return TinyModels(tmp_path_factory.mktemp("tiny_models"))
+
+
+@pytest.fixture(autouse=True)
+def keep_signal_handlers():
+    """train.main installs handlers; the test session keeps its own."""
+    numbers = (signal.SIGUSR1, signal.SIGTERM, signal.SIGINT)
+    handlers = [signal.getsignal(number) for number in numbers]
+    yield
+    for number, handler in zip(numbers, handlers, strict=True):
+        signal.signal(number, handler)

@@ -40,7 +40,7 @@ def data(tmp_path_factory):
 
 
 @pytest.fixture
-def run(data, tiny_models, tmp_path, restore_signals):
+def run(data, tiny_models, tmp_path):
     """run(name, **changes) trains in this process; returns the output folder."""
 
     def run(name, *overrides, **changes):
@@ -49,16 +49,6 @@ def run(data, tiny_models, tmp_path, restore_signals):
         return output
 
     return run
-
-
-@pytest.fixture
-def restore_signals():
-    """train.main installs handlers; a test session must keep its own."""
-    numbers = (signal.SIGUSR1, signal.SIGTERM, signal.SIGINT)
-    handlers = [signal.getsignal(number) for number in numbers]
-    yield
-    for number, handler in zip(numbers, handlers, strict=True):
-        signal.signal(number, handler)
 
 
 def stop_at(monkeypatch, step, number=signal.SIGUSR1):

@@ -1,0 +1,179 @@
+"""What the shipped experiments promise: the order trained, the curriculum's starting points, sequential reasoning that
+never sees gold answers, and QLoRA on 4-bit weights that do not change."""
+
+import itertools
+import json
+
+import pytest
+import torch
+from run_helpers import REPO, finish, log_rows, order, start, write_config, write_samples
+from safetensors.torch import load_file
+
+import evaluation
+import train
+from checkpoint import load_trained
+from config import load_config
+from dataset import SampleEncoder, SampleList, load_split
+from distributed import Ranks
+from family import load_family
+from model import load_tokenizer
+from templates import as_conversations, to_messages
+
+CONFIGS = sorted((REPO / "configs").glob("*.yaml"))
+
+
+@pytest.fixture(scope="session")
+def data(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("experiments")
+    samples = sorted(write_samples(folder), key=lambda sample: sample["stage"])
+    (folder / "samples.json").write_text(json.dumps(samples))
+    return folder
+
+
+def stages_trained(output, data):
+    stage_of = {sample["id"]: sample["stage"] for sample in json.loads((data / "samples.json").read_text())}
+    return [[stage_of[sample_id] for sample_id in ids] for _, ids in order(output)]
+
+
+@pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
+def test_every_config_opens_with_question_cost_and_result_and_is_valid(path):
+    head = path.read_text().splitlines()[:8]
+    for word in ("# Question: ", "# Cost: ", "# Result: ", "# Run: "):
+        assert any(line.startswith(word) for line in head), f"{path.name} lacks {word!r}"
+    load_config(path)
+
+
+def test_exp2_trains_stages_in_order_over_all_ranks_in_every_epoch_and_exp1_does_not(data, tiny_models, tmp_path):
+    keys = {"num_train_epochs": 2, "train_bs": 2, "grad_accum": 1}
+    for name, two_ranks in (("exp2", True), ("exp1", False)):
+        shipped = load_config(REPO / "configs" / f"{name}.yaml")
+        output = tmp_path / name
+        config = write_config(data, tiny_models["qwen3_vl"], output, order=shipped.order, **keys)
+        if two_ranks:
+            code, text = finish(start(config, ranks=2))
+            assert code == 0, text
+        else:
+            train.main(["--config", str(config)])
+        steps = stages_trained(output, data)
+        for epoch in (steps[: len(steps) // 2], steps[len(steps) // 2 :]):
+            stages = list(itertools.chain.from_iterable(epoch))
+            assert len(stages) == 15
+            assert (stages == sorted(stages)) == (name == "exp2")
+
+
+def test_a_curriculum_stage_starts_at_exactly_the_adapter_before_and_exp3_does_not(data, tiny_models, tmp_path):
+    for stage in (2, 3):
+        before = load_config(REPO / "configs" / f"exp4_stage{stage}.yaml").init_adapter
+        assert before == load_config(REPO / "configs" / f"exp4_stage{stage - 1}.yaml").output_dir
+        assert load_config(REPO / "configs" / f"exp3_stage{stage}.yaml").init_adapter is None
+    first = tmp_path / "stage1"
+    train.main(["--config", str(write_config(data, tiny_models["qwen3_vl"], first, num_train_epochs=1))])
+    start_of = {}
+    for name, adapter in (("exp4", str(first)), ("exp3", None)):
+        # A rate of 0 leaves the weights where they start.
+        keys = {"learning_rate": 0, "num_train_epochs": 1, "init_adapter": adapter}
+        train.main(["--config", str(write_config(data, tiny_models["qwen3_vl"], tmp_path / name, **keys))])
+        start_of[name] = load_file(tmp_path / name / "adapter_model.safetensors")
+    final = load_file(first / "adapter_model.safetensors")
+    assert all(torch.equal(final[name], start_of["exp4"][name]) for name in final)
+    assert not all(torch.equal(final[name], start_of["exp3"][name]) for name in final)
+
+
+# ------------------------------------------------------------------------------------------- sequential reasoning
+
+
+@pytest.fixture
+def sequential(data, tiny_models, tmp_path):
+    config = write_config(data, tiny_models["qwen3_vl"], tmp_path / "exp5", template="sequential_cot", max_tokens=2000)
+    config = load_config(config)
+    family = load_family(config.model_name)
+    return config, SampleEncoder(config, family, load_tokenizer(config.model_name))
+
+
+def test_a_conversation_goes_through_an_images_questions_in_stage_order_with_all_answers_supervised(sequential):
+    config, encoder = sequential
+    conversations = load_split(config, "train")
+    assert len(conversations) == 3
+    for conversation in conversations:
+        stages = [turn["stage"] for turn in conversation["turns"]]
+        assert len(stages) == 5 and stages == sorted(stages)
+        item = encoder.encode(conversation, [encoder.load_image(path) for path in encoder.images_of(conversation)])
+        supervised = encoder.tokenizer.decode(item.labels[item.labels >= 0])
+        assert supervised == "".join(turn["answer"] + "<|im_end|>" for turn in conversation["turns"])
+
+
+def test_gold_answers_cannot_reach_a_prompt_and_the_models_own_do(sequential, monkeypatch):
+    config, encoder = sequential
+    gold = list(load_split(config, "train"))
+    for conversation in gold:
+        for turn in conversation["turns"]:
+            turn["answer"] = "GOLD-SECRET"
+    seen = []
+    encode = SampleEncoder.encode
+
+    def spy(self, sample, images, generation=False):
+        item = encode(self, sample, images, generation)
+        seen.append(self.tokenizer.decode(item.input_ids))
+        return item
+
+    def fixed_answers(model, batch, family, end_ids):
+        return [(encoder.tokenizer("OWN-ANSWER")["input_ids"], True) for _ in batch["sample_ids"]]
+
+    monkeypatch.setattr(SampleEncoder, "encode", spy)
+    monkeypatch.setattr(evaluation, "greedy", fixed_answers)
+    ranks = Ranks(0, 1, torch.device("cpu"))
+    lines = evaluation.answer_split(None, SampleList(gold, "gold"), encoder, ranks)
+    assert len(lines) == 15 and {line["prediction"] for line in lines} == {"OWN-ANSWER"}
+    assert len(seen) == 15 and not any("GOLD-SECRET" in prompt for prompt in seen)
+    assert sorted(prompt.count("OWN-ANSWER") for prompt in seen) == sorted([0, 1, 2, 3, 4] * 3)
+
+
+def test_own_answers_that_spell_a_control_token_stay_text():
+    conversation = as_conversations([dict(id=str(n), question="q?", answer="a", stage=1) for n in (1, 1)])[0]
+    shortened = evaluation.own_answers_only({**conversation, "turns": conversation["turns"] * 2}, ["<|im_end|>"])
+    assert "<|" not in str(to_messages(shortened, "sequential_cot"))
+
+
+# ----------------------------------------------------------------------------------------------------------- QLoRA
+
+
+def test_qlora_learns_on_4_bit_weights_that_do_not_change_and_resumes_exactly(data, tiny_models, tmp_path, monkeypatch):
+    pytest.importorskip("bitsandbytes", reason="bitsandbytes is not installed (requirements-extra.txt)")
+    keys = {"quantization": "nf4", "num_train_epochs": 4, "learning_rate": 3e-3, "save_steps": 5}
+    captured = []
+    prepare = train.modeling.prepare_training
+
+    def capture(base, config):
+        packed = {name: p.detach().clone() for name, p in base.named_parameters() if p.dtype == torch.uint8}
+        model = prepare(base, config)
+        captured.append((model, packed))
+        return model
+
+    monkeypatch.setattr(train.modeling, "prepare_training", capture)
+    whole = tmp_path / "whole"
+    train.main(["--config", str(write_config(data, tiny_models["qwen3_vl"], whole, **keys))])
+    losses = [row["loss"] for row in log_rows(whole)]
+    assert losses[-1] < losses[0] - 0.3
+    model, packed = captured[0]
+    assert packed and len(packed) % 7 == 0  # seven linear layers a decoder layer
+    after = {name.replace(".base_layer", ""): p for name, p in model.get_base_model().named_parameters()}
+    assert all(torch.equal(before, after[name]) for name, before in packed.items())
+    assert not any("visual" in name or "lm_head" in name for name in packed)
+
+    record = train.RunLog.record
+
+    def crash_at_8(self, values, prefix):
+        record(self, values, prefix)
+        if values["step"] == 8:
+            raise KeyboardInterrupt
+
+    cut = tmp_path / "cut"
+    config = write_config(data, tiny_models["qwen3_vl"], cut, **keys)
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(train.RunLog, "record", crash_at_8)
+        train.main(["--config", str(config)])
+    train.main(["--config", str(config)])
+    assert [row["loss"] for row in log_rows(cut)] == losses
+    # The adapter also fits the full-precision base, where merge.py puts it.
+    merged = load_trained(str(tiny_models["qwen3_vl"]), cut, torch.device("cpu")).merge_and_unload()
+    assert not any(p.dtype == torch.uint8 for p in merged.parameters())
