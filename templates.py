@@ -63,9 +63,7 @@ def to_messages(sample: dict, template: str, image_shown: bool = True) -> list[d
         if not image_shown:
             messages = [{**m, "content": _drop_images(m["content"])} for m in messages]
         return messages
-    for key in ("question", "answer"):
-        if not isinstance(sample.get(key), str) or not sample[key].strip():
-            raise UserError(f"key '{key}' is missing or empty; every sample needs a question and an answer")
+    _check_question(sample)
     messages = []
     if SYSTEM_PROMPTS[template] is not None:
         messages.append({"role": "system", "content": SYSTEM_PROMPTS[template]})
@@ -75,10 +73,24 @@ def to_messages(sample: dict, template: str, image_shown: bool = True) -> list[d
     return messages
 
 
+def _check_question(sample: dict) -> None:
+    for key in ("question", "answer"):
+        if not isinstance(sample.get(key), str) or not sample[key].strip():
+            raise UserError(f"key '{key}' is missing or empty; every sample needs a question and an answer")
+    candidates = sample.get("candidates") or []
+    if not isinstance(candidates, list) or not all(isinstance(candidate, str) for candidate in candidates):
+        raise UserError("key 'candidates' must be a list of texts")
+
+
 def as_conversations(samples: list[dict]) -> list[dict]:
-    """One sample per image, whose `turns` are the image's questions in stage order (file order inside a stage)."""
+    """One sample per image, whose `turns` are the image's questions in stage order (file order inside a stage).
+    Errors: `UserError` naming the sample."""
     by_image: dict[tuple, list[dict]] = {}
     for sample in samples:
+        try:
+            _check_question(sample)
+        except UserError as error:
+            raise UserError(f"sample {sample['id']}: {error}") from None
         by_image.setdefault(tuple(sample_images(sample)) or (sample["id"],), []).append(sample)
     conversations = []
     for turns in by_image.values():
@@ -139,15 +151,21 @@ def _conversation(sample: dict) -> list[dict]:
         raise UserError("the conversation is empty or no list; give it user and assistant turns")
     messages = []
     if sample.get("system"):
+        if not isinstance(sample["system"], str):
+            raise UserError("key 'system' must be a text")
         messages.append({"role": "system", "content": sample["system"]})
     for turn in turns:
+        if not isinstance(turn, dict):
+            raise UserError("a turn of the conversation is no object with a role and a content")
         role, content = turn.get("role", turn.get("from")), turn.get("content", turn.get("value"))
-        if role not in _ROLES:
+        if not isinstance(role, str) or role not in _ROLES:
             raise UserError(f"unknown role {role!r}; use user, assistant or system (LLaVA: human, gpt)")
         if isinstance(content, list):
-            parts = [{"type": "image"} if part.get("type") == "image" else part for part in content]
-            if any(part.get("type") not in ("image", "text") for part in parts):
+            if not all(isinstance(part, dict) and part.get("type") in ("image", "text") for part in content):
                 raise UserError("a message part is neither text nor image; only these two are supported")
+            parts = [{"type": "image"} if part["type"] == "image" else part for part in content]
+            if not all(isinstance(part.get("text"), str) for part in parts if part["type"] == "text"):
+                raise UserError("a text part has no text")
         elif isinstance(content, str):
             parts = [
                 {"type": "image"} if piece == "<image>" else {"type": "text", "text": piece}
@@ -157,6 +175,8 @@ def _conversation(sample: dict) -> list[dict]:
         else:
             raise UserError(f"a {role} turn has no text")
         plain_text = all(part["type"] == "text" for part in parts)
+        if not plain_text and _ROLES[role] != "user":  # the chat templates would drop it or show it to the loss
+            raise UserError(f"a {role} turn holds an image; only user turns may")
         messages.append(
             {"role": _ROLES[role], "content": "".join(part["text"] for part in parts) if plain_text else parts}
         )
