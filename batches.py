@@ -75,7 +75,8 @@ class BatchPlan:
     def epoch_at(self, step: int) -> float:
         """Epochs seen once `step` steps are done."""
         epoch, step_in_epoch = divmod(step, self.steps_per_epoch)
-        return epoch + min(step_in_epoch * self.batch / self.samples, 1.0)
+        limit = self.questions_in_last_epoch if epoch == self._last_epoch else self.samples
+        return epoch + min(step_in_epoch * self.batch, limit) / self.samples
 
 
 # -------------------------------------------------------------------------------------------------------- collator
@@ -85,7 +86,7 @@ def collate(items: list[Item], images: dict[str, ModelImage], share_prefix: bool
     """Lay questions out as rows, those of one picture behind one shared prefix.
 
     A row is [prefix, question, question, ...] with segment 0 for the prefix, 1, 2, ... for the questions and -1 for
-    padding; a token sees the prefix and its own segment (`attention.attention_mask`). Positions are each question's own.
+    padding; a token sees the prefix and its own segment (`attention.py`). Positions are each question's own.
     Returns input_ids, targets, segments (B, T); position_ids (3, B, T); patches, image_grid_thw of the distinct
     pictures; image_index: for each picture in the rows, in order, which of them it is; slots (B, K): item of each row's
     questions, -1 where there is none. targets: the next token at the position that predicts it, elsewhere `IGNORE`.

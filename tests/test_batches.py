@@ -1,0 +1,260 @@
+"""Which questions make a step is a pure function; how they lie in its rows changes no label and no position."""
+
+import numpy as np
+import pytest
+import torch
+from conftest import shared_data
+from tiny_runs import END, FAMILIES, TinyRun, build_items, supervised_text, tiny_run, vqa_samples, write_pictures
+
+from batches import BatchPlan, collate
+from dataset import SampleEncoder
+from family import load_family
+from templates import IGNORE, SYSTEM_PROMPTS, as_conversations
+
+ORDERS = ["sequential", "random", "images"]
+
+
+def plan(samples=23, batch=8, epochs=1.0, order="random", seed=0) -> BatchPlan:
+    return BatchPlan(samples, batch, epochs, order, seed, image_of=[i // 3 for i in range(samples)])
+
+
+def all_steps(a_plan: BatchPlan) -> list[list[int]]:
+    return [a_plan.questions(step).tolist() for step in range(a_plan.total_steps)]
+
+
+def joined(steps: list[list[int]]) -> list[int]:
+    return [question for step in steps for question in step]
+
+
+# -------------------------------------------------------------------------------------------------------- the plan
+
+
+@pytest.mark.parametrize("order", ORDERS)
+def test_every_question_is_asked_exactly_once_an_epoch(order):
+    a_plan = plan(epochs=3, order=order)
+    assert (a_plan.steps_per_epoch, a_plan.total_steps, a_plan.total_questions) == (3, 9, 69)
+    for epoch in range(3):
+        steps = all_steps(a_plan)[3 * epoch : 3 * epoch + 3]
+        assert [len(step) for step in steps] == [8, 8, 7]
+        assert sorted(joined(steps)) == list(range(23))
+
+
+@pytest.mark.parametrize("order", ORDERS)
+@pytest.mark.parametrize(("epochs", "steps", "questions"), [(0.5, 2, 12), (2.5, 8, 58), (1.0, 3, 23), (0.01, 1, 1)])
+def test_a_fraction_of_an_epoch_is_that_share_of_the_questions_rounded_up(order, epochs, steps, questions):
+    a_plan, whole = plan(epochs=epochs, order=order), plan(epochs=3, order=order)
+    trained = all_steps(a_plan)
+    assert (a_plan.total_steps, a_plan.total_questions) == (steps, questions)
+    assert sum(map(len, trained)) == questions
+    flat = joined(trained)
+    assert flat == joined(all_steps(whole))[: len(flat)], "the same questions as a longer run begins with"
+
+
+@pytest.mark.parametrize("epochs", [0.1, 0.2, 0.3, 0.7, 1.1, 2.3])
+def test_rounding_errors_of_the_fraction_add_no_question(epochs):
+    assert plan(samples=100, epochs=epochs).total_questions == round(100 * epochs)
+
+
+def test_exp2_takes_1926_steps_at_batch_64_and_its_siblings_7704_at_16():
+    exp2 = BatchPlan(41_079, 64, 3, "sequential", 42)
+    assert (exp2.steps_per_epoch, exp2.total_steps) == (642, 1_926)
+    assert exp2.total_questions == 3 * 41_079 and len(exp2.questions(641)) == 41_079 - 641 * 64
+    assert BatchPlan(41_079, 16, 3, "random", 42).total_steps == 7_704
+
+
+@pytest.mark.parametrize("order", ORDERS)
+@pytest.mark.parametrize("ranks", [1, 2, 3, 5])
+def test_the_ranks_slices_joined_are_the_step_whatever_their_number(order, ranks):
+    a_plan = plan(epochs=1.3, order=order)
+    for step in range(a_plan.total_steps):
+        slices = [a_plan.rank_questions(step, rank, ranks) for rank in range(ranks)]
+        assert np.concatenate(slices).tolist() == a_plan.questions(step).tolist()
+        assert max(map(len, slices)) - min(map(len, slices)) <= 1
+
+
+def test_steps_can_be_asked_for_in_any_order_and_by_another_process():
+    first, second = plan(epochs=3), plan(epochs=3)
+    backwards = [second.questions(step).tolist() for step in reversed(range(9))]
+    assert all_steps(first) == backwards[::-1]
+
+
+def test_sequential_is_the_order_of_the_file_in_every_epoch():
+    assert joined(all_steps(plan(epochs=2, order="sequential"))) == [*range(23), *range(23)]
+
+
+@pytest.mark.parametrize("order", ["random", "images"])
+def test_a_shuffled_order_differs_by_epoch_and_by_seed_and_is_not_that_of_the_file(order):
+    epochs = [plan(samples=60, order=order).epoch_order(epoch).tolist() for epoch in range(3)]
+    other = plan(samples=60, order=order, seed=1).epoch_order(0).tolist()
+    orders = [*epochs, other, list(range(60))]
+    assert len({tuple(o) for o in orders}) == len(orders)
+
+
+def test_order_images_keeps_an_images_questions_together_in_the_order_of_the_file():
+    order = plan(order="images").epoch_order(0).tolist()
+    runs = [order[0:1]]
+    for question in order[1:]:
+        if question // 3 == runs[-1][-1] // 3:
+            runs[-1].append(question)
+        else:
+            runs.append([question])
+    assert len(runs) == 8 and all(run == sorted(run) for run in runs)
+
+
+def test_epochs_are_counted_by_the_questions_seen():
+    a_plan = plan(epochs=2.5)
+    assert a_plan.epoch_at(0) == 0 and a_plan.epoch_at(3) == 1 and a_plan.epoch_at(6) == 2
+    assert a_plan.epoch_at(1) == 8 / 23 and a_plan.epoch_at(4) == 1 + 8 / 23
+    assert a_plan.epoch_at(8) == 2 + 12 / 23, "the end of the half epoch, not of its last whole batch"
+    assert plan(epochs=0.5, batch=64).epoch_at(1) == 12 / 23
+
+
+# ------------------------------------------------------------------------------------------------ labels in the batch
+
+
+def one_batch(encoder: SampleEncoder, samples, share_prefix: bool) -> dict:
+    items, images = build_items(encoder, samples)
+    return collate(items, images, share_prefix, encoder.tokenizer.pad_token_id)
+
+
+def chats() -> list[dict]:
+    """A question, and what LLaVA and ShareGPT files hold, over the same pictures."""
+    return [
+        {
+            "id": "llava",
+            "image": "0.png",
+            "conversations": [
+                {"from": "human", "value": "Is there a polyp?\n<image>"},
+                {"from": "gpt", "value": "Yes"},
+            ],
+        },
+        {
+            "id": "sharegpt",
+            "images": ["0.png", "1.png"],
+            "messages": [
+                {"role": "system", "content": "Be brief."},
+                {"role": "user", "content": "<image>Who?"},
+                {"role": "assistant", "content": " A polyp.\n"},
+                {"role": "user", "content": "And <image>?"},
+                {"role": "assistant", "content": "none"},
+            ],
+        },
+        {"id": "text", "question": "How many?", "answer": "3"},
+    ]
+
+
+def answers(sample: dict) -> list[str]:
+    turns = sample.get("messages") or sample.get("conversations") or sample.get("turns") or [sample]
+    said = [t.get("content", t.get("value", t.get("answer"))) for t in turns if "answer" in t or is_assistant(t)]
+    return [text + END for text in said]
+
+
+def is_assistant(turn: dict) -> bool:
+    return turn.get("role", turn.get("from")) in ("assistant", "gpt")
+
+
+@pytest.mark.parametrize("share_prefix", [False, True])
+@pytest.mark.parametrize("template", SYSTEM_PROMPTS)
+@pytest.mark.parametrize("name", FAMILIES)
+def test_decoded_labels_are_the_answers_and_their_end_tokens_and_nothing_else(
+    tiny_models, name, template, share_prefix
+):
+    run = tiny_run(tiny_models, name)
+    samples = vqa_samples() if template != "sequential_cot" else as_conversations(vqa_samples())
+    samples += chats()
+    batch = one_batch(run.encoder(template=template), samples, share_prefix)
+    assert supervised_text(batch, run.tokenizer) == ["".join(answers(sample)) for sample in samples]
+    assert batch["answer_tokens"] == int((batch["targets"] != IGNORE).sum())
+
+
+@pytest.mark.parametrize(
+    ("name", "tokenizer"), [("qwen3_vl", "tokenizers/qwen3-vl"), ("qwen2_5_vl", "tokenizers/qwen2.5-vl")]
+)
+def test_with_the_real_tokenizers_too(tiny_models, tmp_path, name, tokenizer):
+    folder = tiny_models.build(name, tokenizer_from=shared_data(tokenizer), hidden_size=16, layers=1, heads=2)
+    run = TinyRun(folder, tmp_path / "run", name)
+    assert run.family == load_family(str(folder)) and run.family.image_token_id == 151655
+    for template in ("ultra_condensed", "plain"):
+        samples = [*vqa_samples(), *chats()]
+        batch = one_batch(run.encoder(template=template), samples, True)
+        assert supervised_text(batch, run.tokenizer) == ["".join(answers(sample)) for sample in samples]
+
+
+# --------------------------------------------------------------------------------------------------- rows and columns
+
+
+def unrolled(batch: dict) -> list[dict]:
+    """Each item's own sequence, put together from its row: prefix, then its segment."""
+    found = {}
+    for row, items in enumerate(batch["slots"].tolist()):
+        for segment, item in enumerate(items, 1):
+            own = (batch["segments"][row] == 0) | (batch["segments"][row] == segment)
+            if item >= 0:
+                found[item] = {
+                    "input_ids": batch["input_ids"][row][own].tolist(),
+                    "targets": batch["targets"][row][own].tolist(),
+                    "positions": batch["position_ids"][:, row][:, own].tolist(),
+                }
+    return [found[item] for item in range(len(found))]
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_every_item_finds_its_own_tokens_positions_and_shifted_labels_in_the_rows(tiny_models, name):
+    run = tiny_run(tiny_models, name)
+    items, images = build_items(run.encoder(), [*vqa_samples(images_each=2), *vqa_samples(), *chats()])
+    for share_prefix in (False, True):
+        for item, sequence in zip(items, unrolled(collate(items, images, share_prefix, 0)), strict=True):
+            assert sequence["input_ids"] == item.input_ids.tolist()
+            assert sequence["positions"] == item.position_ids.tolist()
+            assert sequence["targets"] == [*item.labels[1:].tolist(), IGNORE]
+
+
+def test_a_shared_row_holds_the_picture_once_and_a_row_for_each_picture(tiny_models):
+    run = tiny_run(tiny_models, "qwen3_vl")
+    shared = one_batch(run.encoder(), vqa_samples(pictures=3, questions=4), True)
+    alone = one_batch(run.encoder(), vqa_samples(pictures=3, questions=4), False)
+    is_image = run.family.image_token_id
+    assert shared["slots"].tolist() == [[0, 1, 2, 3], [4, 5, 6, 7], [8, 9, 10, 11]]
+    assert (shared["input_ids"] == is_image).sum().item() == 3 * 16
+    assert (alone["input_ids"] == is_image).sum().item() == 12 * 16
+    assert shared["image_index"] == [0, 1, 2] and alone["image_index"] == [0] * 4 + [1] * 4 + [2] * 4
+    for batch in (shared, alone):
+        assert len(batch["patches"]) == 3 * 64 and batch["image_grid_thw"].tolist() == [[1, 8, 8]] * 3
+
+
+def test_the_questions_of_a_picture_share_a_row_wherever_they_stand_in_the_batch(tiny_models):
+    run = tiny_run(tiny_models, "qwen3_vl")
+    samples = vqa_samples(pictures=2, questions=2)
+    mixed = [samples[0], samples[2], samples[1], samples[3], chats()[2]]
+    assert one_batch(run.encoder(), mixed, True)["slots"].tolist() == [[0, 2], [1, 3], [4, -1]]
+
+
+def test_questions_that_stand_before_the_picture_fall_back_to_rows_of_their_own(tiny_models):
+    """What they have in common ends before the picture does, so that a picture cannot be shared."""
+    run = tiny_run(tiny_models, "qwen3_vl")
+    first = chats()[0]
+    other = {**first, "conversations": [{"from": "human", "value": "Where is it?\n<image>"}, first["conversations"][1]]}
+    batch = one_batch(run.encoder(template="plain"), [first, other, *vqa_samples(pictures=1, questions=1)], True)
+    assert batch["slots"].tolist() == [[0], [1], [2]]
+
+
+def test_text_questions_never_share_however_alike_they_are(tiny_models):
+    run = tiny_run(tiny_models, "qwen3_vl")
+    batch = one_batch(run.encoder(), [chats()[2], chats()[2]], True)
+    assert batch["slots"].tolist() == [[0], [1]] and "patches" not in batch
+
+
+def test_the_same_question_twice_keeps_its_label_in_each(tiny_models):
+    run = tiny_run(tiny_models, "qwen3_vl")
+    sample = vqa_samples(pictures=1, questions=1)[0]
+    batch = one_batch(run.encoder(), [sample, sample, {**sample, "answer": "blue"}], True)
+    assert supervised_text(batch, run.tokenizer) == ["red" + END, "red" + END, "blue" + END]
+
+
+def test_padding_is_in_no_segment_and_asks_for_nothing(tiny_models, tmp_path):
+    write_pictures(tmp_path, ["0.png"])
+    batch = one_batch(tiny_run(tiny_models, "qwen3_vl").encoder(), [*vqa_samples(1, 3), chats()[2]], True)
+    padding = batch["segments"] == -1
+    assert padding.any() and (batch["targets"][padding] == IGNORE).all()
+    ends = [torch.nonzero(row >= 0).max().item() for row in batch["segments"]]
+    assert all((row[: end + 1] >= 0).all() for row, end in zip(batch["segments"], ends, strict=True)), "only at the end"
