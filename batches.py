@@ -75,8 +75,7 @@ class BatchPlan:
     def epoch_at(self, step: int) -> float:
         """Epochs seen once `step` steps are done."""
         epoch, step_in_epoch = divmod(step, self.steps_per_epoch)
-        limit = self.questions_in_last_epoch if epoch == self._last_epoch else self.samples
-        return epoch + min(step_in_epoch * self.batch, limit) / self.samples
+        return min(epoch * self.samples + step_in_epoch * self.batch, self.total_questions) / self.samples
 
 
 # -------------------------------------------------------------------------------------------------------- collator

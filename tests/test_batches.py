@@ -102,10 +102,9 @@ def test_order_images_keeps_an_images_questions_together_in_the_order_of_the_fil
 
 
 def test_epochs_are_counted_by_the_questions_seen():
-    a_plan = plan(epochs=2.5)
-    assert a_plan.epoch_at(0) == 0 and a_plan.epoch_at(3) == 1 and a_plan.epoch_at(6) == 2
-    assert a_plan.epoch_at(1) == 8 / 23 and a_plan.epoch_at(4) == 1 + 8 / 23
-    assert a_plan.epoch_at(8) == 2 + 12 / 23, "the end of the half epoch, not of its last whole batch"
+    half = plan(epochs=2.5)
+    assert [half.epoch_at(step) for step in (0, 1, 3, 4, 6)] == [0, 8 / 23, 1, 31 / 23, 2]
+    assert half.epoch_at(8) == 58 / 23, "the end of the half epoch, not of its last whole batch"
     assert plan(epochs=0.5, batch=64).epoch_at(1) == 12 / 23
 
 
