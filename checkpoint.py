@@ -169,9 +169,12 @@ def load_adapter(model, folder) -> None:
     set_peft_model_state_dict(model, loaded)
 
 
-def save(output_dir, model, optimizer, names, state: TrainerState, config: Config) -> tuple[int, float]:
+def save(
+    output_dir, model, optimizer, names, state: TrainerState, config: Config, records: dict[str, dict]
+) -> tuple[int, float]:
     """Write checkpoint-<step>: what is trained, the optimizer's state and the trainer's. Returns (bytes, seconds).
 
+    records: file name → content of further JSON files that belong to the weights.
     Frozen base weights are never written: they are `model_name`'s. Call on one rank."""
 
     def write(folder: Path) -> None:
@@ -179,6 +182,8 @@ def save(output_dir, model, optimizer, names, state: TrainerState, config: Confi
             save_adapter(model, folder)
         else:
             save_file({name: p.detach().cpu().contiguous() for name, p in names.items()}, folder / TRAINED_FILE)
+        for name, content in records.items():
+            write_json(folder / name, content)
         save_optimizer(optimizer, names, folder / OPTIMIZER_FILE)
         state.rng = {"rule": "torch.manual_seed from (seed, step, rank)", "seed": config.seed, "next_step": state.step}
         state.files = {path.name: path.stat().st_size for path in folder.iterdir()}
@@ -231,10 +236,10 @@ def load_trained(
     raise UserError(f"{folder} holds no adapter, checkpoint or model; train first, or give --checkpoint another folder")
 
 
-def save_final(output_dir: Path, model, config: Config) -> None:
+def save_final(output_dir: Path, model, config: Config, records: dict[str, dict]) -> None:
     """The run's result in output_dir itself: the adapter in the standard PEFT layout (full fine-tuning: the whole
-    model as `from_pretrained` reads it) with tokenizer and image processor. Weights come last, so that their presence
-    means that all is there."""
+    model as `from_pretrained` reads it) with tokenizer, image processor and `records` (see `save`). Weights come last,
+    so that their presence means that all is there."""
     from transformers import AutoImageProcessor, AutoTokenizer
 
     temporary = output_dir / ".final.tmp"
@@ -243,6 +248,8 @@ def save_final(output_dir: Path, model, config: Config) -> None:
     AutoTokenizer.from_pretrained(config.model_name).save_pretrained(temporary)
     with contextlib.suppress(OSError):  # text models have none
         AutoImageProcessor.from_pretrained(config.model_name, backend="pil").save_pretrained(temporary)
+    for name, content in records.items():
+        write_json(temporary / name, content)
     if config.finetuning == "lora":
         save_adapter(model, temporary)
     else:

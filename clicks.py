@@ -212,9 +212,12 @@ def records(family: Family, config: Config) -> dict[str, dict]:
 
 
 def check_convention(folder, family: Family, config: Config) -> None:
-    """Errors: `UserError` where the weights in `folder` were trained to speak other coordinates than this run's."""
+    """Errors: `UserError` where the weights in `folder` were trained to speak other coordinates than this run's.
+    folder None: there are none."""
+    if config.task != "click" or folder is None:
+        return
     path = Path(folder) / CONVENTION_FILE
-    if config.task != "click" or not path.is_file():
+    if not path.is_file():
         return
     try:
         trained = json.loads(path.read_text(encoding="utf-8"))

@@ -15,6 +15,7 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # it warns in every fo
 
 import torch
 
+import clicks
 import metrics
 import model as modeling
 from checkpoint import load_trained, write_json, write_text
@@ -23,6 +24,7 @@ from dataset import SampleEncoder, load_samples, load_split
 from distributed import start_ranks, stop_ranks
 from evaluation import answer_split
 from family import load_family
+from images import image_path
 from preflight import check_samples
 
 
@@ -55,9 +57,30 @@ def table(scores: dict) -> list[str]:
         lines.append(
             f"  {'outside_candidates':<28}{scores['outside_candidates']:6d} of {scores['predict_samples']} answers"
         )
+    if scores.get("unparsable"):
+        lines.append(f"  {'unparsable':<28}{scores['unparsable']:6d} answers without a point, counted as wrong")
     if scores.get("cut_off"):
         lines.append(f"  {'cut_off':<28}{scores['cut_off']:6d} answers without an end; is the model trained?")
     return lines
+
+
+def score(rows: list[dict], config: Config) -> dict:
+    if config.task == "click":
+        return metrics.score_click(rows)
+    return metrics.score_vqa(rows, metrics.majority_answers(load_samples(config.data.train)))
+
+
+def draw_worst_misses(rows: list[dict], config: Config, path: Path) -> None:
+    """A contact sheet of the clicks farthest off their target, with gold and predicted point."""
+    import plots
+
+    root = config.data.image_root
+    shown = [
+        {**row, "image": image_path(root, row["images"][0]), "caption": row["question"]}
+        for row in plots.worst_misses(rows)
+    ]
+    plots.contact_sheet(shown, path)
+    print(f"The worst misses are drawn in {path}")
 
 
 def evaluate(config: Config, checkpoint: str | None, split: str, source: str) -> dict:
@@ -69,9 +92,10 @@ def evaluate(config: Config, checkpoint: str | None, split: str, source: str) ->
     encoder = SampleEncoder(config, family, modeling.load_tokenizer(config.model_name))
     samples = load_split(config, split)
     check_samples(samples, encoder)
+    folder = Path(checkpoint or config.output_dir)
+    clicks.check_convention(config.model_name if checkpoint == "base" else folder, family, config)
     ranks = start_ranks()
     started = time.perf_counter()
-    folder = Path(checkpoint or config.output_dir)
     model = load_trained(config.model_name, None if checkpoint == "base" else folder, ranks.device, config.quantization)
     model.eval()
     if ranks.is_first:
@@ -79,8 +103,7 @@ def evaluate(config: Config, checkpoint: str | None, split: str, source: str) ->
     loaded = time.perf_counter()
     rows = answer_split(model, samples, encoder, ranks)
     seconds = time.perf_counter() - loaded
-    scores = metrics.score_vqa(rows, metrics.majority_answers(load_samples(config.data.train)))
-    scores |= {
+    scores = score(rows, config) | {
         "cut_off": sum(row["cut_off"] for row in rows),
         "experiment": config.experiment,
         "task": config.task,
@@ -100,6 +123,8 @@ def evaluate(config: Config, checkpoint: str | None, split: str, source: str) ->
         write_json(results / "all_results.json", {"history": run_history(config.output_dir), "final": scores})
         write_json(results / "predict_results.json", scores)
         print("\n".join([f"{config.experiment}: {split}, {len(rows):,} questions, {seconds:.1f} s", *table(scores)]))
+        if config.task == "click":
+            draw_worst_misses(rows, config, results / "worst_misses.png")
         print(f"Predictions and scores are in {results}", flush=True)
     ranks.barrier()
     stop_ranks()
@@ -115,7 +140,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="override any config key, e.g. image=none")
     args = parser.parse_intermixed_args(arguments)
     config = load_config(args.config, args.overrides)
-    if config.task != "vqa":
+    if config.task == "cls":
         raise UserError(f"{args.config}: evaluate.py does not know task '{config.task}'")
     torch.set_grad_enabled(False)
     evaluate(config, args.checkpoint, args.split, args.config)

@@ -19,6 +19,7 @@ import torch
 from torch.nn.parallel import DistributedDataParallel
 
 import checkpoint
+import clicks
 import model as modeling
 from checkpoint import TrainerState
 from config import Config, UserError, check_data_files, exit_on_user_error, load_config, to_dict, to_yaml
@@ -100,6 +101,7 @@ def train(config: Config, check_only: bool, source: str) -> None:
     if family.has_vision and config.resize == "letterbox":
         family.check_image_size(config.image_size, source)
     encoder = SampleEncoder(config, family, modeling.load_tokenizer(config.model_name))
+    clicks.check_convention(config.init_adapter, family, config)
     splits = {name: load_split(config, name) for name in named}
     train_samples = splits["train"]
     world = int(os.environ.get("WORLD_SIZE", "1"))
@@ -114,6 +116,7 @@ def train(config: Config, check_only: bool, source: str) -> None:
     if int(os.environ.get("RANK", "0")) == 0:
         lock = OutputLock(output)  # noqa: F841 - held until the process ends
         resume_from, notes = find_resume(config, plan.batch, train_samples.sha256)
+        clicks.check_convention(resume_from, family, config)
         if family.has_vision and not resume_from:
             refuse_leakage(config, splits)
     ranks = start_ranks()
@@ -179,6 +182,7 @@ def train(config: Config, check_only: bool, source: str) -> None:
         log.say(f"Starting from the adapter {config.init_adapter}, with a fresh optimizer and schedule")
 
     # --- the loop ---
+    records = clicks.records(family, config)  # kept beside the weights
     trained: list = []  # [step, sample ids of this rank], until written out
 
     def write_order() -> None:
@@ -197,7 +201,7 @@ def train(config: Config, check_only: bool, source: str) -> None:
         failure = None
         if ranks.is_first:
             try:
-                size, seconds = checkpoint.save(output, model, optimizer, names, state, config)
+                size, seconds = checkpoint.save(output, model, optimizer, names, state, config, records)
                 log.say(f"Saved checkpoint-{state.step} ({size / 1e6:.1f} MB in {seconds:.2f} s){reason}")
                 rotate(output, config.save_total_limit, state.best_step)
             except UserError as error:
@@ -332,7 +336,7 @@ def train(config: Config, check_only: bool, source: str) -> None:
         log.say(f"Stopped at step {state.step}/{plan.total_steps} on request; the same command goes on from here")
     else:
         if ranks.is_first:
-            checkpoint.save_final(output, model, config)
+            checkpoint.save_final(output, model, config, records)
         minutes = state.train_seconds / 60
         log.say(f"Done: {plan.total_steps} steps in {minutes:.1f} min of training; the model is in {output}")
     log.close()
