@@ -48,7 +48,7 @@ class SampleList(Sequence):
     page by page as reference counts change."""
 
     def __init__(self, samples: list[dict], source: str):
-        encoded = [json.dumps(sample).encode() for sample in samples]
+        encoded = [_as_bytes(sample, f"{source} row {row}") for row, sample in enumerate(samples, 1)]
         self.source = source
         self._ends = np.cumsum([len(line) for line in encoded])
         self._bytes = np.frombuffer(b"".join(encoded), dtype=np.uint8)
@@ -69,6 +69,13 @@ class SampleList(Sequence):
         return f"{self.source} row {row + 1} (id {self[row]['id']})"
 
 
+def _as_bytes(sample: dict, name: str) -> bytes:
+    try:
+        return json.dumps(sample, ensure_ascii=False).encode()
+    except UnicodeEncodeError:
+        raise UserError(f"{name}: its text holds half a character (a lone surrogate); mend it") from None
+
+
 def load_samples(path, max_samples: int | None = None) -> SampleList:
     """The samples of a split: a JSON list, or one object a line in a .jsonl file. A sample without an id gets its row
     number. Errors: `UserError` naming file and row."""
@@ -83,7 +90,7 @@ def load_samples(path, max_samples: int | None = None) -> SampleList:
     try:
         if path.suffix == ".jsonl":
             samples = []
-            for line_number, line in enumerate(text.splitlines(), 1):  # noqa: B007 - the error names it
+            for line_number, line in enumerate(text.split("\n"), 1):  # noqa: B007 - the error names it
                 if line.strip():
                     samples.append(json.loads(line))
         else:

@@ -1,0 +1,308 @@
+"""Sample files become tokenised questions: what the model is asked in training is what it is asked at inference."""
+
+import json
+import resource
+import time
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+from conftest import shared_data
+from tiny_runs import FAMILIES, TinyRun, build_items, tiny_run, vqa_samples, write_pictures
+from transformers import AutoImageProcessor
+
+from batches import BatchPlan, collate
+from config import UserError
+from dataset import EvalDataset, SampleList, StepDataset, load, load_samples
+from templates import IGNORE, ULTRA_CONDENSED, as_conversations
+
+CPU = torch.device("cpu")
+
+
+def written(tmp_path, content, name="train.json"):
+    path = tmp_path / name
+    path.write_text(content if isinstance(content, str) else json.dumps(content), encoding="utf-8")
+    return path
+
+
+# ------------------------------------------------------------------------------------------------------------- files
+
+
+@pytest.mark.parametrize("suffix", ["json", "jsonl"])
+def test_samples_come_back_as_they_were_written(tmp_path, suffix):
+    nasty = ["say \"quoted 'twice'\"", "NaN", "line\nbreak", "a\u2028b\u2029c\x85d\x0be", "🙂 ünï", "", "\\"]
+    samples = [{"id": str(i), "question": text, "value": float("nan")} for i, text in enumerate(nasty)]
+    lines = "\n".join(json.dumps(sample, ensure_ascii=False) for sample in samples)
+    path = written(tmp_path, lines if suffix == "jsonl" else f"[{lines}]".replace("\n{", ",\n{"), f"t.{suffix}")
+    loaded = load_samples(path)
+    assert [sample["question"] for sample in loaded] == nasty and len(loaded) == len(nasty)
+    assert np.isnan(loaded[3]["value"])
+
+
+def test_a_sample_without_an_id_is_called_by_its_row_and_ids_are_texts(tmp_path):
+    loaded = load_samples(written(tmp_path, [{"id": 7}, {}, {"id": "c"}]))
+    assert [sample["id"] for sample in loaded] == ["7", "2", "c"]
+    assert loaded.name(1) == f"{tmp_path}/train.json row 2 (id 2)"
+
+
+def test_max_samples_takes_the_first_ones(tmp_path):
+    path = written(tmp_path, [{"id": i} for i in range(5)])
+    assert [sample["id"] for sample in load_samples(path, 3)] == ["0", "1", "2"]
+    assert len(load_samples(path, 50)) == 5
+
+
+@pytest.mark.parametrize(
+    ("content", "name", "told"),
+    [
+        ("[]", "t.json", "holds no samples"),
+        ("", "t.jsonl", "holds no samples"),
+        ("\n \n", "t.jsonl", "holds no samples"),
+        ("", "t.json", "line 1: not valid JSON"),
+        ('[{"id": 1},\n{"id": }]', "t.json", "line 2: not valid JSON"),
+        ('{"id": 1}\n\n{"id" 2}\n', "t.jsonl", "line 3: not valid JSON"),
+        ('{"id": 1}', "t.json", "expected a list of samples, found dict"),
+        ('[{"id": 1}, [2]]', "t.json", "row 2: expected an object, found list"),
+        ('[{"id": 1}, {"question": "half an emoji \\ud83d"}]', "t.json", "row 2"),
+    ],
+)
+def test_a_file_that_holds_no_samples_is_an_error_with_file_and_row(tmp_path, content, name, told):
+    with pytest.raises(UserError) as caught:
+        load_samples(written(tmp_path, content, name))
+    assert told in str(caught.value) and name in str(caught.value) and "\n" not in str(caught.value)
+
+
+def test_a_missing_binary_or_unreadable_file_is_an_error(tmp_path):
+    with pytest.raises(UserError, match="does not exist"):
+        load_samples(tmp_path / "none.json")
+    (tmp_path / "b.json").write_bytes(b"\xff\xd8\xff\xe0 a picture")
+    for path in (tmp_path / "b.json", tmp_path):
+        with pytest.raises(UserError, match="cannot be read"):
+            load_samples(path)
+
+
+def test_a_hundred_thousand_rows_load_in_seconds_and_stay_small(tmp_path):
+    path = written(tmp_path, [{**vqa_samples(1, 1)[0], "id": str(i)} for i in range(100_000)])
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    started = time.perf_counter()
+    loaded = load_samples(path)
+    last = loaded[99_999]["id"]
+    assert time.perf_counter() - started < 15
+    assert last == "99999" and len(loaded) == 100_000
+    assert loaded._bytes.nbytes < 1.1 * path.stat().st_size, "one block of bytes, shared by forked workers"
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 1_000_000, "kilobytes"
+
+
+# ---------------------------------------------------------------------------------------------------------- positions
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_positions_equal_the_models_own_get_rope_index(tiny_models, tmp_path, name):
+    run = tiny_run(tiny_models, name)
+    sizes = {"wide.png": (190, 70), "tall.png": (64, 200), "square.png": (130, 130)}
+    for picture, size in sizes.items():
+        write_pictures(tmp_path, [picture], size=size)
+    encoder = run.encoder(
+        resize="native", image_size=None, max_pixels=60_000, data=replace(run.config.data, image_root=str(tmp_path))
+    )
+    samples = [{**vqa_samples(1, 1)[0], "image": shown} for shown in ([*sizes], ["tall.png"], [], ["wide.png"] * 2)]
+    interleaved = "<image>Who?<image><image>"
+    turns = [{"role": "user", "content": interleaved}, {"role": "assistant", "content": "me"}] * 2
+    samples.append({"id": "chat", "messages": turns, "images": ["tall.png", "wide.png", "square.png"] * 2})
+    items, images = build_items(encoder, samples)
+    for item in items:
+        ids = torch.from_numpy(item.input_ids)[None]
+        grids = torch.tensor([(1, *images[path].grid) for path in item.images]) if item.images else None
+        types = (ids == run.family.image_token_id).int()
+        expected, _ = run.model().get_base_model().model.get_rope_index(ids, types, grids)
+        assert torch.equal(torch.from_numpy(item.position_ids), expected[:, 0])
+
+
+# ----------------------------------------------------------------------------------------------------------- encoding
+
+
+@pytest.mark.parametrize(
+    ("name", "tokenizer"), [("qwen3_vl", "tokenizers/qwen3-vl"), ("qwen2_5_vl", "tokenizers/qwen2.5-vl")]
+)
+@pytest.mark.parametrize("resize", ["letterbox", "native"])
+def test_a_real_question_with_the_real_tokenizer_is_the_familys_own_prompt_and_the_labels_are_the_answer(
+    tiny_models, tmp_path, name, tokenizer, resize
+):
+    folder = tiny_models.build(name, tokenizer_from=shared_data(tokenizer), hidden_size=16, layers=1, heads=2)
+    run = TinyRun(folder, tmp_path / "run", name)
+    root = shared_data("kvasir/kvasir-vqa")
+    sample = {
+        "id": "real",
+        "image": "images/cl8k2u1po1dxr0832134h89bv.jpg",
+        "question": "Where in the image is the abnormality?",
+        "answer": "center; center-left; upper-center; upper-left",
+        "candidates": ["center", "center-left", "upper-center", "upper-left"],
+    }
+    changes = {"image_size": 24 * run.family.factor} if resize == "letterbox" else {"image_size": None}
+    encoder = run.encoder(resize=resize, data=replace(run.config.data, image_root=str(root)), **changes)
+    picture = encoder.load_image(sample["image"])
+    item = encoder.encode(sample, [picture])
+    user = "Where in the image is the abnormality?\nCandidates: center; center-left; upper-center; upper-left"
+    messages = [
+        {"role": "system", "content": ULTRA_CONDENSED},
+        {"role": "user", "content": [{"type": "image"}, {"type": "text", "text": user}]},
+    ]
+    text = run.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+    tokens = picture.grid[0] * picture.grid[1] // 4
+    if resize == "letterbox":
+        assert tokens == 576
+    else:
+        processor = AutoImageProcessor.from_pretrained(folder, backend="pil")
+        from PIL import Image
+
+        theirs = processor(images=[Image.open(root / sample["image"])], return_tensors="pt")["image_grid_thw"]
+        assert theirs.tolist() == [[1, *picture.grid]]
+    prompt = run.tokenizer(text.replace("<|image_pad|>", "<|image_pad|>" * tokens))["input_ids"]
+    assert item.input_ids[: len(prompt)].tolist() == prompt
+    assert encoder.encode(sample, [picture], generation=True).input_ids.tolist() == prompt
+    supervised = item.labels[item.labels != IGNORE]
+    assert run.tokenizer.decode(supervised) == sample["answer"] + "<|im_end|>"
+    assert (item.labels[: len(prompt)] == IGNORE).all()
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_the_gold_answer_cannot_reach_a_prompt(tiny_models, name):
+    run = tiny_run(tiny_models, name)
+    chats = [
+        {"id": "c", "images": ["0.png"], "messages": [{"role": "user", "content": "<image>Who?"}, assistant]}
+        for assistant in ({"role": "assistant", "content": "SECRET"}, {"role": "assistant", "content": "other"})
+    ]
+    questions = [{**vqa_samples(1, 1)[0], "answer": answer} for answer in ("SECRET", "other", "much longer " * 9)]
+    for variants in (chats, questions):
+        prompts = [build_items(run.encoder(), [variant], generation=True)[0][0] for variant in variants]
+        for prompt in prompts:
+            assert "SECRET" not in run.tokenizer.decode(prompt.input_ids)
+            assert prompt.input_ids.tolist() == prompts[0].input_ids.tolist()
+            assert prompt.position_ids.tolist() == prompts[0].position_ids.tolist()
+            assert (prompt.labels == IGNORE).all(), "and nothing of a prompt is supervised"
+
+
+def test_a_prompt_is_the_training_sequence_up_to_the_answer(tiny_models):
+    run = tiny_run(tiny_models, "qwen3_vl")
+    samples = vqa_samples()
+    training, prompts = (build_items(run.encoder(), samples, generation)[0] for generation in (False, True))
+    for whole, prompt in zip(training, prompts, strict=True):
+        length = len(prompt.input_ids)
+        assert whole.input_ids[:length].tolist() == prompt.input_ids.tolist()
+        assert whole.position_ids[:, :length].tolist() == prompt.position_ids.tolist()
+        assert whole.labels[length] != IGNORE and (whole.labels[:length] == IGNORE).all()
+
+
+def test_a_sample_longer_than_max_tokens_is_an_error_and_never_cut(tiny_models):
+    run = tiny_run(tiny_models, "qwen3_vl")
+    sample = vqa_samples(1, 1)[0]
+    exact = len(build_items(run.encoder(), [sample])[0][0].input_ids)
+    assert build_items(run.encoder(max_tokens=exact), [sample])
+    with pytest.raises(UserError, match=rf"{exact} tokens \(16 of them image\) exceed max_tokens {exact - 1}; raise"):
+        build_items(run.encoder(max_tokens=exact - 1), [sample])
+    with pytest.raises(UserError, match="exceed max_tokens"):
+        build_items(run.encoder(max_tokens=exact), [{**sample, "answer": "a very long answer " * 20}])
+
+
+def test_an_unknown_template_is_an_error_with_the_known_ones(tiny_models):
+    with pytest.raises(UserError, match="'template' is 'ultra'; use one of ultra_condensed, "):
+        tiny_run(tiny_models, "qwen3_vl").encoder(template="ultra")
+
+
+# ------------------------------------------------------------------------------------------------ steps and evaluation
+
+
+def steps_of(run, samples, batch, ranks, train_bs, order="random", **changes) -> list[list[list[dict]]]:
+    """[step][rank] → micro-batches"""
+    plan = BatchPlan(len(samples), batch, 1, order, 0, [sample.get("image") for sample in samples])
+    datasets = [
+        StepDataset(SampleList(samples, "s"), run.encoder(**changes), True, plan, train_bs, rank, ranks)
+        for rank in range(ranks)
+    ]
+    return [[dataset[step]["micro_batches"] for dataset in datasets] for step in range(plan.total_steps)]
+
+
+@pytest.mark.parametrize(("ranks", "train_bs"), [(1, 8), (1, 3), (2, 4), (2, 2), (4, 1)])
+def test_a_step_holds_the_same_questions_in_the_same_order_however_it_is_cut(tiny_models, ranks, train_bs):
+    run, samples = tiny_run(tiny_models, "qwen3_vl"), vqa_samples(3, 4)
+    steps = steps_of(run, samples, batch=8, ranks=ranks, train_bs=train_bs)
+    order = BatchPlan(12, 8, 1, "random", 0).epoch_order(0)
+    asked = [id for step in steps for rank in step for batch in rank for id in batch["sample_ids"]]
+    assert asked == [samples[row]["id"] for row in order]
+    assert all(len(batch["sample_ids"]) <= train_bs for step in steps for rank in step for batch in rank)
+
+
+def test_a_rank_without_a_question_in_the_last_small_step_gets_one_that_weighs_nothing(tiny_models):
+    run = tiny_run(tiny_models, "qwen3_vl")
+    last = steps_of(run, vqa_samples(1, 1), batch=3, ranks=3, train_bs=1)[-1]
+    assert [rank[0]["answer_tokens"] for rank in last] == [2, 0, 0]
+    assert (last[2][0]["targets"] == IGNORE).all() and last[2][0]["patches"] is not None
+
+
+def test_a_picture_is_decoded_once_for_all_its_questions_in_a_step(tiny_models, monkeypatch):
+    run, samples = tiny_run(tiny_models, "qwen3_vl"), vqa_samples(3, 4)
+    plan = BatchPlan(12, 12, 1, "random", 0)
+    encoder = run.encoder()
+    decoded = []
+    monkeypatch.setattr(encoder, "load_image", lambda path: decoded.append(path) or run.encoder().load_image(path))
+    StepDataset(SampleList(samples, "s"), encoder, True, plan, 2, 0, 1)[0]
+    assert sorted(decoded) == ["0.png", "1.png", "2.png"]
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_a_bad_picture_met_by_a_worker_is_one_line_with_file_and_row(tiny_models, tmp_path, workers):
+    run = tiny_run(tiny_models, "qwen3_vl")
+    write_pictures(tmp_path, ["0.png", "1.png"])
+    (tmp_path / "1.png").write_bytes(b"no picture")
+    encoder = run.encoder(data=replace(run.config.data, image_root=str(tmp_path)))
+    samples = SampleList(vqa_samples(2, 2), "train.json")
+    dataset = StepDataset(samples, encoder, True, BatchPlan(4, 2, 1, "sequential", 0), 2, 0, 1)
+    steps = load(dataset, range(2), workers, CPU)
+    assert next(steps)["questions"] == 2
+    with pytest.raises(UserError) as caught:
+        next(steps)
+    assert str(caught.value).startswith("train.json row 3 (id p1q0): image") and "\n" not in str(caught.value)
+
+
+def test_workers_deliver_the_steps_in_order_and_the_same_as_without_them(tiny_models):
+    run = tiny_run(tiny_models, "qwen3_vl")
+    plan = BatchPlan(12, 5, 2, "random", 0)
+    dataset = StepDataset(SampleList(vqa_samples(3, 4), "s"), run.encoder(), True, plan, 2, 0, 1)
+    alone, with_workers = (list(load(dataset, range(6), workers, CPU)) for workers in (0, 2))
+    for first, second in zip(alone, with_workers, strict=True):
+        for a, b in zip(first["micro_batches"], second["micro_batches"], strict=True):
+            assert a["sample_ids"] == b["sample_ids"] and torch.equal(a["input_ids"], b["input_ids"])
+            assert torch.equal(a["patches"], b["patches"])
+
+
+@pytest.mark.parametrize("eval_bs", [1, 3, 16])
+def test_evaluation_asks_every_row_once_with_an_images_questions_side_by_side(tiny_models, eval_bs):
+    run = tiny_run(tiny_models, "qwen3_vl")
+    samples = [sample for question in range(4) for sample in vqa_samples(3, 4)[question::4]]  # images interleaved
+    dataset = EvalDataset(SampleList(samples, "s"), run.encoder(), True, eval_bs, True)
+    rows = [row for index in range(len(dataset)) for row in dataset[index]["rows"]]
+    assert sorted(rows) == list(range(12)) and [samples[row]["image"] for row in rows] == sorted(
+        sample["image"] for sample in samples
+    )
+    for index in range(len(dataset)):
+        batch = dataset[index]
+        assert batch["sample_ids"] == [samples[row]["id"] for row in batch["rows"]]
+
+
+def test_evaluation_of_some_rows_asks_just_these(tiny_models):
+    run = tiny_run(tiny_models, "qwen3_vl")
+    dataset = EvalDataset(SampleList(vqa_samples(), "s"), run.encoder(), True, 4, True, rows=[2, 3, 9])
+    assert sorted(row for batch in dataset.batches for row in batch) == [2, 3, 9]
+
+
+def test_a_conversation_by_image_holds_its_questions_in_the_order_of_the_stages():
+    conversations = as_conversations(list(reversed(vqa_samples(2, 4))))
+    assert len(conversations) == 2
+    for conversation in conversations:
+        assert [turn["stage"] for turn in conversation["turns"]] == [1, 1, 2, 3]
+
+
+def test_the_collator_ships_bytes_for_pixels(tiny_models):
+    items, images = build_items(tiny_run(tiny_models, "qwen3_vl").encoder(), vqa_samples(2, 2))
+    batch = collate(items, images, True, 0)
+    assert batch["patches"].dtype == torch.uint8 and batch["patches"].numel() == 2 * 128 * 128 * 3
