@@ -73,15 +73,17 @@ def chosen_path(device: torch.device) -> str:
 
 def two_part(query, key, value, prefix: int, bias: torch.Tensor, scaling: float) -> torch.Tensor:
     """query (B, H, T, D), key and value (B, K, T, D) with H a multiple of K → (B, H, T, D)."""
-    attend = functools.partial(F.scaled_dot_product_attention, scale=scaling)
+    # GQA by hand on CUDA: with a mask, `enable_gqa` falls back to a slow kernel there. On CPU it is the faster one.
     groups = query.shape[1] // key.shape[1]
-    if groups > 1:  # by hand: with a mask, `enable_gqa` falls back to a slow kernel on CUDA
+    if groups > 1 and query.device.type != "cpu":
         key, value = key.repeat_interleave(groups, dim=1), value.repeat_interleave(groups, dim=1)
-    rest = attend(query[:, :, prefix:], key, value, attn_mask=bias.to(query.dtype))
+    attend = functools.partial(F.scaled_dot_product_attention, scale=scaling, enable_gqa=key.shape[1] != query.shape[1])
+    first, rest = query.split([prefix, query.shape[2] - prefix], dim=2)
+    rest = attend(rest, key, value, attn_mask=bias.to(query.dtype))
     if not prefix:
         return rest
-    head = attend(query[:, :, :prefix], key[:, :, :prefix], value[:, :, :prefix], is_causal=True)
-    return torch.cat([head, rest], dim=2)
+    first = attend(first, key[:, :, :prefix], value[:, :, :prefix], is_causal=True)
+    return torch.cat([first, rest], dim=2)
 
 
 def varlen_layout(segments: torch.Tensor) -> dict:

@@ -160,7 +160,29 @@ def attach_lora(model: nn.Module, lora: Lora, groups: list[str], seed: int) -> n
         peft_model = get_peft_model(model, peft_config, autocast_adapter_dtype=True)
     adapted = {name.rsplit(".lora_", 1)[0] for name, p in peft_model.named_parameters() if ".lora_" in name}
     assert all(group_of(name) in groups for name in adapted), "LoRA landed outside the trained groups"
+    add_lora_in_the_product(peft_model)
     return peft_model
+
+
+def add_lora_in_the_product(model: nn.Module) -> None:
+    """Let every plain LoRA layer add its adapter in the last matrix product, in the base's type (the adapter's weights
+    stay float32). PEFT scales and adds in passes of their own over the layer's whole output and, on a bfloat16 base, in
+    float32, which moves more bytes than the frozen product itself. Switched off or merged, PEFT's own forward runs."""
+    from peft.tuners.lora import Linear
+
+    def forward(self, x, *args, **kwargs):  # (..., features in)
+        if self.disable_adapters or self.merged or args or kwargs or self.lora_variant:
+            return type(self).forward(self, x, *args, **kwargs)
+        (adapter,) = self.active_adapters
+        result = self.base_layer(x)
+        down, up = self.lora_A[adapter].weight.to(x.dtype), self.lora_B[adapter].weight.to(x.dtype)
+        low = F.linear(self.lora_dropout[adapter](x), down)  # (..., r)
+        scaled = low.flatten(0, -2) * self.scaling[adapter]
+        return torch.addmm(result.flatten(0, -2), scaled, up.t()).view_as(result)
+
+    for module in model.modules():
+        if type(module) is Linear:
+            module.forward = types.MethodType(forward, module)
 
 
 def prepare_training(model: nn.Module, config: Config) -> nn.Module:
