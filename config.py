@@ -152,7 +152,11 @@ def read_yaml(path) -> dict:
 
 def load_config(path, overrides: typing.Sequence[str] = ()) -> Config:
     """The config of a file, with `key=value` overrides (`lora.r=32`) on top. Errors: `UserError` naming the cure."""
-    values = read_yaml(path)
+    return build_config(read_yaml(path), str(path), overrides)
+
+
+def build_config(values: dict, source: str, overrides: typing.Sequence[str] = ()) -> Config:
+    """The config of a nested dict, as `load_config`. source: what messages call it."""
     for override in overrides:
         key, equals, text = override.partition("=")
         if not equals or not key:
@@ -168,8 +172,8 @@ def load_config(path, overrides: typing.Sequence[str] = ()) -> Config:
                 target[parent] = {}
             target = target[parent]
         target[leaf] = value
-    config = _build(Config, values, str(path), "")
-    _check_rules(config, str(path))
+    config = _build(Config, values, source, "")
+    _check_rules(config, source)
     return config
 
 

@@ -99,7 +99,7 @@ def read_rows(source: Path) -> list[dict]:
             rows = json.loads(text)
         else:
             rows = []
-            for line_number, line in enumerate(text.splitlines(), 1):  # noqa: B007 - the error names it
+            for line_number, line in enumerate(text.split("\n"), 1):  # noqa: B007 - the error names it
                 if line.strip():
                     rows.append(json.loads(line))
     except json.JSONDecodeError as error:
@@ -112,6 +112,10 @@ def read_rows(source: Path) -> list[dict]:
 def targets_of(row: dict, boxes: str, counts: Counter) -> Iterator[dict]:
     """The clicks of a row, as it states them: image, instruction, numbers (x, y) or None, box (x0, y0, x1, y1) or None,
     and rest, its other keys. `counts` gathers what is left out. Errors: `UserError` without the row's name."""
+    try:
+        json.dumps(row, ensure_ascii=False).encode()
+    except UnicodeEncodeError:
+        raise UserError("its text holds half a character (a lone surrogate); mend it") from None
     image = clicks.picture_of(row)
     if "messages" in row or "conversations" in row:
         yield from _conversation_targets(row, image, counts)

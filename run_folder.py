@@ -8,10 +8,11 @@ import shutil
 import socket
 import threading
 import time
+from dataclasses import replace
 from pathlib import Path
 
-from checkpoint import TrainerState, read_state, whats_wrong
-from config import FREE_ON_RESUME, Config, UserError, to_dict
+from checkpoint import ADAPTER_CONFIG, STATE_FILE, TrainerState, read_state, whats_wrong
+from config import FREE_ON_RESUME, Config, UserError, build_config, load_config, to_dict
 
 
 class OutputLock:
@@ -63,6 +64,34 @@ def newest_complete(output_dir) -> tuple[Path | None, list[str]]:
             return folder, ignored
         ignored.append(f"Ignoring {folder}: {wrong}")
     return None, ignored
+
+
+CONFIG_FILE, MERGED_CONFIG_FILE = "config.yaml", "finetune_config.yaml"
+
+
+def config_of(folder: Path, overrides=()) -> Config:
+    """The config of the run that made a folder: an output folder, one of its checkpoints, or a merged model.
+
+    A folder that holds a whole model is its own `model_name`. Errors: `UserError` where no config is found."""
+    candidates = [folder / MERGED_CONFIG_FILE, folder / CONFIG_FILE]
+    if re.fullmatch(r"checkpoint-\d+", folder.name):
+        candidates.append(folder.absolute().parent / CONFIG_FILE)
+    path = next((path for path in candidates if path.is_file()), None)
+    if path:
+        config = load_config(path, overrides)
+    elif whats_wrong(folder) is None:  # a checkpoint that was copied elsewhere
+        config = build_config(read_state(folder).config, str(folder / STATE_FILE), overrides)
+    else:
+        raise UserError(
+            f"{folder} holds no {CONFIG_FILE} of a run; say which config it was trained with: --config FILE"
+        )
+    return with_own_model(config, folder)
+
+
+def with_own_model(config: Config, folder: Path) -> Config:
+    """The config with `folder` as its model, where the folder holds a whole one."""
+    whole = (folder / "config.json").is_file() and not (folder / ADAPTER_CONFIG).is_file()
+    return replace(config, model_name=str(folder)) if whole else config
 
 
 def find_resume(config: Config, global_batch: int, train_data: str) -> tuple[Path | None, list[str]]:

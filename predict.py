@@ -1,0 +1,148 @@
+"""python predict.py --adapter-path outputs/exp2 --image X.png --prompt "..." [--draw OUT.png]
+
+One picture, one prompt, one answer, on the GPU where there is one. The folder is that of a run, one of its checkpoints
+or a merged model; its config says how the picture and the prompt are shown, as in training. For clicks, the point is
+printed in pixels of the original picture, and --draw marks it there.
+"""
+
+import argparse
+import math
+import os
+import time
+from dataclasses import replace
+from pathlib import Path
+
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+import torch
+from PIL import Image, ImageDraw
+
+import clicks
+import model as modeling
+from checkpoint import load_trained
+from config import Config, UserError, exit_on_user_error, load_config
+from dataset import SampleEncoder, SampleList
+from distributed import Ranks, start_ranks
+from evaluation import answer_split
+from family import load_family
+from images import open_image
+from preflight import check_samples
+from run_folder import config_of, with_own_model
+
+RED, WHITE = "#e0352b", "#ffffff"
+
+
+def sample_of(config: Config, images: list[Path], prompt: str, candidates: list[str]) -> dict:
+    """The prompt as a sample of the run's task. Its gold answer is a form to be filled: it never enters the prompt."""
+    sample = {"id": "prompt", "images": [str(path) for path in images]}
+    if config.task == "click":
+        return {**sample, "instruction": prompt, "point": [0, 0]}
+    return {**sample, "question": prompt, "answer": "-", "candidates": candidates}
+
+
+class Predictor:
+    """A trained model, ready to answer. Errors: `UserError` from loading and from bad pictures."""
+
+    def __init__(self, folder: Path, config: Config, ranks: Ranks):
+        if config.task == "cls":
+            raise UserError("predict.py does not know task 'cls'")
+        # The pictures come from anywhere on this machine, one at a time.
+        config = replace(config, data=replace(config.data, image_root="/"), dataloader_num_workers=0)
+        family = load_family(config.model_name)
+        if family.has_vision and config.resize == "letterbox":
+            family.check_image_size(config.image_size, str(folder))
+        clicks.check_convention(folder, family, config)
+        self.config, self.ranks = config, ranks
+        self.encoder = SampleEncoder(config, family, modeling.load_tokenizer(config.model_name))
+        self.model = load_trained(config.model_name, folder, ranks.device, config.quantization).eval()
+
+    def answer(self, images: list[Path], prompt: str, candidates: list[str] = ()) -> dict:
+        """The line of `generated_predictions.jsonl` that `evaluate.py` would write for this picture and prompt."""
+        samples = SampleList([sample_of(self.config, images, prompt, list(candidates))], "--prompt")
+        check_samples(samples, self.encoder)
+        with torch.no_grad():
+            return answer_split(self.model, samples, self.encoder, self.ranks)[0]
+
+
+def draw_point(image: Image.Image, point: tuple[float, float]) -> Image.Image:
+    """A copy of the picture with a ring and a cross hair around the point (x, y), in its pixels."""
+    oversize = 4 if max(image.size) < 1000 else 2  # Pillow's lines have no soft edges
+    marked = image.resize((image.width * oversize, image.height * oversize))
+    draw = ImageDraw.Draw(marked)
+    x, y = (value * oversize for value in point)
+    radius = max(8.0, math.hypot(*image.size) / 60) * oversize
+    for colour, width in ((WHITE, radius / 2.6), (RED, radius / 6)):  # seen on light and on dark
+        line = max(1, round(width))
+        draw.ellipse((x - radius, y - radius, x + radius, y + radius), outline=colour, width=line)
+        for dx, dy in ((1, 0), (-1, 0), (0, 1), (0, -1)):
+            start, end = 0.55 * radius, 1.6 * radius + width / 2
+            draw.line((x + dx * start, y + dy * start, x + dx * end, y + dy * end), fill=colour, width=line)
+    dot = max(1.0, radius / 8)
+    draw.ellipse((x - dot, y - dot, x + dot, y + dot), fill=RED)
+    return marked.resize(image.size, Image.Resampling.LANCZOS)
+
+
+def as_pixel(point: list[float], size: list[int]) -> tuple[int, int]:
+    """The pixel (column, row) that a point lies in; the last one for a point on the far edge."""
+    x, y = (min(int(value), side - 1) for value, side in zip(point, size, strict=True))
+    return x, y
+
+
+def describe(line: dict) -> list[str]:
+    """What is printed of an answer."""
+    told = [f"Answer: {line['prediction']}" + (" ... (cut off)" if line["cut_off"] else "")]
+    if "predicted_point" in line and line["predicted_point"] is None:
+        told.append("Point: none, the answer holds no point")
+    elif "predicted_point" in line:
+        x, y = as_pixel(line["predicted_point"], line["image_size"])
+        told.append(f"Point: {x}, {y} in pixels of the picture ({line['image_size'][0]}×{line['image_size'][1]})")
+    return told
+
+
+def main(arguments: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--adapter-path", required=True, type=Path, metavar="DIR",
+                        help="a run's output folder, a checkpoint in it, or a merged model")  # fmt: skip
+    parser.add_argument("--image", required=True, type=Path, nargs="+", metavar="X.png", help="one or more pictures")
+    parser.add_argument("--prompt", required=True, help="the question or instruction")
+    parser.add_argument("--candidates", metavar="'A; B; C'", default="",
+                        help="candidate answers, for models trained with candidate lists")  # fmt: skip
+    parser.add_argument("--draw", type=Path, metavar="OUT.png", help="clicks: the picture with the point marked")
+    parser.add_argument("--config", help="the run's config, for an adapter folder that holds none")
+    parser.add_argument("overrides", nargs="*", metavar="key=value", help="override any config key")
+    args = parser.parse_intermixed_args(arguments)
+
+    started = time.perf_counter()
+    folder = args.adapter_path
+    if not folder.is_dir():
+        raise UserError(f"--adapter-path {folder} is no folder; give a run's output folder or a merged model")
+    if args.config:
+        config = with_own_model(load_config(args.config, args.overrides), folder)
+    else:
+        config = config_of(folder, args.overrides)
+    if args.draw and config.task != "click":
+        raise UserError(f"--draw marks clicks, and this model's task is '{config.task}'; leave it out")
+    if args.draw and args.draw.suffix.lower() not in (".png", ".jpg", ".jpeg", ".webp"):
+        raise UserError(f"--draw {args.draw}: give a file name that ends with .png")
+    images = [path.resolve() for path in args.image]
+    original = open_image(images[0])  # before the model is loaded: a wrong path costs no minutes
+    predictor = Predictor(folder, config, start_ranks())
+    loaded = time.perf_counter()
+    candidates = [text.strip() for text in args.candidates.split(";") if text.strip()]
+    line = predictor.answer(images, args.prompt, candidates)
+    answered = time.perf_counter()
+    print("\n".join(describe(line)))
+    point = line.get("predicted_point")
+    if args.draw and point:
+        args.draw.parent.mkdir(parents=True, exist_ok=True)
+        draw_point(original, point).save(args.draw)
+        print(f"Drawn in {args.draw}")
+    device = predictor.ranks.device.type
+    print(f"Loaded in {loaded - started:.1f} s, answered in {answered - loaded:.2f} s on {device}", flush=True)
+    if args.draw and not point:
+        raise SystemExit(1)
+
+
+if __name__ == "__main__":
+    with exit_on_user_error():
+        main()
