@@ -28,6 +28,9 @@ def load_tokenizer(model_name: str):
         tokenizer = AutoTokenizer.from_pretrained(model_name)
     except (OSError, ValueError) as error:
         raise UserError(f"model_name '{model_name}': no tokenizer ({str(error).splitlines()[0]})") from None
+    # Without its vocabulary file, transformers makes a tokenizer of the control tokens alone, and says nothing.
+    if tokenizer.decode(tokenizer("Polyp")["input_ids"]) != "Polyp":
+        raise UserError(f"model_name '{model_name}': no tokenizer (tokenizer.json is missing or empty)")
     if tokenizer.chat_template is None:
         raise UserError(f"model_name '{model_name}': the tokenizer has no chat template; use an Instruct model")
     if tokenizer.pad_token_id is None:
@@ -43,6 +46,7 @@ def load_base(model_name: str, dtype: torch.dtype, quantization: str = "none") -
 
     Errors: `UserError` where the weights are missing, of another shape or not loaded completely.
     """
+    from safetensors import SafetensorError
     from transformers import AutoModelForImageTextToText
     from transformers.utils import logging as transformers_logging
 
@@ -55,7 +59,7 @@ def load_base(model_name: str, dtype: torch.dtype, quantization: str = "none") -
             output_loading_info=True,
             quantization_config=_nf4() if quantization == "nf4" else None,
         )
-    except (OSError, ValueError, RuntimeError) as error:
+    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
         raise UserError(f"model_name '{model_name}' cannot be loaded: {str(error).strip().splitlines()[0]}") from None
     if report["missing_keys"] or report["mismatched_keys"]:
         names = sorted(map(str, [*report["missing_keys"], *report["mismatched_keys"]]))
@@ -196,7 +200,7 @@ def prepare_training(model: nn.Module, config: Config) -> nn.Module:
                 parameter.requires_grad_(True)
                 parameter.data = parameter.data.float()  # a bfloat16 weight never moves at a rate of 2e-6
     if config.gradient_checkpointing:
-        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        base_of(model).activation_checkpointing_enable(activation_checkpointing_kwargs={"use_reentrant": False})
     return model
 
 

@@ -149,7 +149,7 @@ def loss_and_gradients(loss, batch: dict):
     loss.zero_grad()
     value = loss(batch)
     value.backward()
-    gradients = {name: p.grad.clone() for name, p in loss.named_parameters() if p.grad is not None}
+    gradients = {name: p.grad.clone() for name, p in loss.model.named_parameters() if p.grad is not None}
     loss.zero_grad()
     return value.item(), gradients
 

@@ -1,0 +1,328 @@
+"""The model is the published one; only what is to be trained can move, and nothing is computed that is not used."""
+
+import json
+import shutil
+from contextlib import contextmanager
+from dataclasses import replace
+
+import pytest
+import torch
+import torch.nn.functional as F
+from safetensors.torch import load_file, save_file
+from tiny_runs import (
+    FAMILIES,
+    build_items,
+    largest_relative_difference,
+    loss_and_gradients,
+    tiny_run,
+    vqa_samples,
+)
+from torch import nn
+from transformers import AutoImageProcessor
+
+import model as modeling
+from batches import collate
+from config import Lora, UserError
+from images import letterbox, open_image
+from model import AnswerLoss, attach_lora, group_of, load_base, load_tokenizer, prepare_training, trainable_parameters
+from templates import IGNORE
+
+LANGUAGE, VISION, PROJECTOR = modeling.LANGUAGE, modeling.VISION, modeling.PROJECTOR
+LAYER_PARTS = {"q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"}
+
+
+@pytest.fixture(params=FAMILIES)
+def run(request, tiny_models):
+    return tiny_run(tiny_models, request.param)
+
+
+def batch_of(run, samples, share_prefix=True, generation=False, **changes) -> dict:
+    items, images = build_items(run.encoder(**changes), samples, generation)
+    return collate(items, images, share_prefix, run.tokenizer.pad_token_id)
+
+
+def fresh(run, dtype=torch.float32, **changes):
+    """The model as train.py prepares it."""
+    config = replace(run.config, **changes)
+    return prepare_training(load_base(config.model_name, dtype), config)
+
+
+# --------------------------------------------------------------------------------------------------- the same model
+
+
+def own_loss(run, sample) -> float:
+    """The loss that transformers' own forward gives for one sample, positions and pixels worked out by itself."""
+    (item,), _ = build_items(run.encoder(), [sample])
+    processor = AutoImageProcessor.from_pretrained(run.model_folder, backend="pil")
+    pictures = [letterbox(open_image(run.folder / path), run.config.image_size)[0] for path in item.images]
+    ids = torch.from_numpy(item.input_ids)[None]
+    with torch.no_grad():
+        logits = run.model()(
+            input_ids=ids,
+            attention_mask=torch.ones_like(ids),
+            mm_token_type_ids=(ids == run.family.image_token_id).int(),
+            **processor(images=pictures, return_tensors="pt"),
+        ).logits[0]
+    labels = torch.from_numpy(item.labels)
+    return F.cross_entropy(logits[:-1], labels[1:], ignore_index=IGNORE, reduction="sum").item()
+
+
+def test_the_loss_is_that_of_transformers_own_forward_pass(run):
+    loss = AnswerLoss(run.model(), run.family)
+    for sample in (vqa_samples(1, 1)[0], vqa_samples(3, 1, images_each=3)[0]):
+        with torch.no_grad():
+            assert loss(batch_of(run, [sample])).item() == pytest.approx(own_loss(run, sample), rel=1e-5)
+
+
+def test_the_patch_embedding_as_a_matrix_product_equals_the_convolution(run):
+    base = load_base(run.config.model_name, torch.float64)
+    patch_embed = base.model.visual.patch_embed
+    assert isinstance(patch_embed.proj, nn.Conv3d)
+    patches = modeling.normalise_patches(batch_of(run, vqa_samples())["patches"], run.family).double()
+    by_convolution = type(patch_embed).forward(patch_embed, patches)
+    assert torch.allclose(patch_embed(patches), by_convolution, rtol=0, atol=1e-12)
+
+
+def test_at_step_0_the_adapted_model_equals_the_base(run):
+    batch = batch_of(run, vqa_samples())
+    base = load_base(run.config.model_name, torch.float32)
+    with torch.no_grad():
+        before = AnswerLoss(base, run.family)(batch)
+        after = AnswerLoss(fresh(run).eval(), run.family)(batch)
+    assert torch.equal(before, after)
+
+
+# ------------------------------------------------------------------------------------------- nothing that is not used
+
+
+@contextmanager
+def calls_to(module: nn.Module):
+    """Records (arguments, keyword arguments, whether gradients are on) of each call."""
+    calls = []
+    handle = module.register_forward_pre_hook(
+        lambda _, args, kwargs: calls.append((args, kwargs, torch.is_grad_enabled())), with_kwargs=True
+    )
+    try:
+        yield calls
+    finally:
+        handle.remove()
+
+
+def test_frozen_vision_runs_without_gradients_once_per_distinct_picture(run):
+    visual = run.model().get_base_model().model.visual
+    for share_prefix in (True, False):
+        with calls_to(visual.patch_embed) as calls:
+            batch = batch_of(run, vqa_samples(pictures=3, questions=4), share_prefix)
+            loss_and_gradients(AnswerLoss(run.model(), run.family), batch)
+        (((patches, *_), _, grad_enabled),) = calls
+        assert len(patches) == 3 * (run.config.image_size // run.family.patch_size) ** 2 and not grad_enabled
+
+
+def test_logits_are_computed_at_supervised_positions_only(run):
+    batch = batch_of(run, vqa_samples())
+    with calls_to(run.model().get_base_model().lm_head) as calls, torch.no_grad():
+        AnswerLoss(run.model(), run.family)(batch)
+    (((hidden,), _, _),) = calls
+    assert hidden.numel() == batch["answer_tokens"] * hidden.shape[-1] and batch["answer_tokens"] < 100
+
+
+def test_each_picture_reaches_the_rows_that_show_it(run):
+    """Rows refer to distinct pictures by index; a wrong index would train on the wrong picture without an error."""
+    samples = vqa_samples(3, 2)
+    mixed = [samples[0], samples[4], samples[2], samples[5]]
+    loss = AnswerLoss(run.model(), run.family)
+    with torch.no_grad():
+        together = loss(batch_of(run, mixed)).item()
+        one_by_one = sum(loss(batch_of(run, [sample])).item() for sample in mixed)
+    assert together == pytest.approx(one_by_one, rel=1e-6)
+
+
+def test_a_micro_batch_without_any_supervised_token_has_a_loss_of_zero_and_zero_gradients(run):
+    batch = batch_of(run, vqa_samples(1, 1))
+    batch["targets"] = torch.full_like(batch["targets"], IGNORE)
+    value, gradients = loss_and_gradients(AnswerLoss(run.model(), run.family), batch)
+    assert value == 0 and gradients and not any(gradient.any() for gradient in gradients.values())
+
+
+def test_gradient_checkpointing_changes_no_gradient(run):
+    batch = batch_of(run, vqa_samples())
+    results = []
+    for on in (False, True):
+        model = fresh(run, lora=Lora(r=4, alpha=8, dropout=0.0), gradient_checkpointing=on).train()
+        for name, parameter in model.named_parameters():
+            if "lora_B" in name:
+                nn.init.constant_(parameter, 0.01)
+        with calls_to(model.get_base_model().model.language_model.layers[0].mlp) as calls:
+            results.append(loss_and_gradients(AnswerLoss(model, run.family), batch))
+        assert len(calls) == (2 if on else 1), "forward once more in the backward pass"
+    assert results[0][0] == results[1][0]
+    assert largest_relative_difference(results[0][1], results[1][1]) < 1e-6
+
+
+# --------------------------------------------------------------------------------------------------- what is trained
+
+
+def adapted_modules(model) -> set[str]:
+    return {name.rsplit(".lora_", 1)[0] for name, _ in model.named_parameters() if ".lora_" in name}
+
+
+def test_lora_sits_on_every_linear_layer_of_the_language_model_and_nowhere_else(run):
+    model = fresh(run)
+    modules = adapted_modules(model)
+    assert {name.rsplit(".", 1)[1] for name in modules} == LAYER_PARTS and len(modules) == 2 * len(LAYER_PARTS)
+    assert all(".language_model.layers." in name for name in modules)
+    assert set(trainable_parameters(model)) == {name for name, _ in model.named_parameters() if ".lora_" in name}
+
+
+@pytest.mark.parametrize(
+    ("changes", "groups"),
+    [
+        ({"vision_frozen": False}, {LANGUAGE, VISION}),
+        ({"projector_frozen": False}, {LANGUAGE, PROJECTOR}),
+        ({"vision_frozen": False, "projector_frozen": False}, {LANGUAGE, VISION, PROJECTOR}),
+    ],
+)
+def test_an_unfrozen_vision_tower_or_projector_is_adapted_too_and_gets_gradients(run, changes, groups):
+    model = fresh(run, **changes)
+    assert {group_of(name) for name in adapted_modules(model)} == groups
+    base = load_base(run.config.model_name, torch.float32)
+    linear = {
+        name
+        for name, module in base.named_modules()
+        if isinstance(module, nn.Linear) and name != "lm_head" and group_of(name) in groups
+    }
+    assert {name.removeprefix("base_model.model.") for name in adapted_modules(model)} == linear
+    _, gradients = loss_and_gradients(AnswerLoss(model.train(), run.family), batch_of(run, vqa_samples()))
+    assert gradients.keys() == trainable_parameters(model).keys(), "DDP waits for a gradient of every one of them"
+    for group in groups:
+        assert any(gradients[name].any() for name in gradients if "lora_B" in name and group_of(name) == group)
+
+
+def test_lora_without_a_match_is_an_error():
+    with pytest.raises(UserError, match="no linear layer in the vision tower"):
+        attach_lora(nn.ModuleDict({"other": nn.ReLU()}), Lora(), [VISION], seed=0)
+
+
+def test_the_adapter_is_float32_on_a_bfloat16_base(run):
+    model = fresh(run, torch.bfloat16)
+    types = {name: parameter.dtype for name, parameter in model.named_parameters()}
+    assert {t for name, t in types.items() if ".lora_" in name} == {torch.float32}
+    assert {t for name, t in types.items() if ".lora_" not in name} == {torch.bfloat16}
+    value, _ = loss_and_gradients(AnswerLoss(model.train(), run.family), batch_of(run, vqa_samples(1, 1)))
+    assert 0 < value < 100
+
+
+def test_the_same_seed_gives_the_same_adapter_on_every_rank_and_another_seed_another(run):
+    first, again, other = (trainable_parameters(fresh(run, seed=seed)) for seed in (1, 1, 2))
+    assert all(torch.equal(first[name], again[name]) for name in first)
+    assert not all(torch.equal(first[name], other[name]) for name in first)
+
+
+def one_step(model, run, learning_rate: float) -> tuple[dict, dict]:
+    """(weights before, after) two updates; the second moves what the first had to wait for (B = 0)."""
+    before = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
+    config = replace(run.config, learning_rate=learning_rate)
+    optimizer = torch.optim.AdamW(modeling.optimizer_groups(model, config))
+    for _ in range(2):
+        AnswerLoss(model.train(), run.family)(batch_of(run, vqa_samples())).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    return before, dict(model.named_parameters())
+
+
+def test_training_moves_every_adapter_tensor_and_leaves_the_base_bit_identical(run):
+    before, after = one_step(fresh(run), run, 1e-3)
+    for name, weight in before.items():
+        assert torch.equal(weight, after[name]) == (".lora_" not in name), name
+
+
+def test_full_fine_tuning_moves_float32_weights_at_2e6_where_bfloat16_ones_would_stay(run):
+    """bfloat16 has 8 bits: next to a weight of 0.01 the nearest other value is 6e-5 away."""
+    model = fresh(run, torch.bfloat16, finetuning="full")
+    groups = {True: set(), False: set()}
+    for name, parameter in model.named_parameters():
+        groups[parameter.requires_grad].add((group_of(name), parameter.dtype))
+    assert groups[True] == {(LANGUAGE, torch.float32)}
+    assert groups[False] == {(VISION, torch.bfloat16), (PROJECTOR, torch.bfloat16)}
+    with torch.autocast("cpu", torch.bfloat16):
+        before, after = one_step(model, run, 2e-6)
+    name = "model.language_model.layers.0.mlp.up_proj.weight"
+    large = before[name].abs() > 0.005
+    update = (after[name] - before[name])[large]
+    assert (update.abs() > 0).float().mean() > 0.95
+    in_bfloat16 = before[name].bfloat16()[large]
+    assert torch.equal(in_bfloat16 + update.bfloat16(), in_bfloat16)
+    assert all(torch.equal(before[n], after[n]) for n in before if group_of(n) != LANGUAGE)
+
+
+def test_norms_and_biases_have_no_weight_decay(run):
+    model = fresh(run, finetuning="full")
+    decayed, plain = modeling.optimizer_groups(model, replace(run.config, weight_decay=0.1))
+    assert (decayed["weight_decay"], plain["weight_decay"]) == (0.1, 0.0)
+    names = {id(parameter): name for name, parameter in model.named_parameters()}
+    assert all("norm" in names[id(p)] or names[id(p)].endswith("bias") for p in plain["params"])
+    assert not any("norm" in names[id(p)] or names[id(p)].endswith("bias") for p in decayed["params"])
+    assert len(decayed["params"]) + len(plain["params"]) == len(trainable_parameters(model))
+
+
+def test_the_parameter_table_counts_every_parameter_once(run):
+    model = fresh(run)
+    numbers = [
+        [int(word.replace(",", "")) for word in line.split() if word[0].isdigit()]
+        for line in modeling.parameter_table(model)
+    ]
+    assert numbers[-1][:2] == [sum(line[column] for line in numbers[:-1]) for column in (0, 1)]
+    assert numbers[-1][0] == sum(parameter.numel() for parameter in model.parameters())
+    assert numbers[-1][1] == sum(parameter.numel() for parameter in trainable_parameters(model).values())
+
+
+# ------------------------------------------------------------------------------------------------------ bad folders
+
+
+@pytest.fixture
+def copied(tiny_models, tmp_path):
+    """A copy of a tiny model to spoil."""
+    return shutil.copytree(tiny_models["qwen3_vl"], tmp_path / "model")
+
+
+def refused(function, folder, *arguments) -> str:
+    with pytest.raises(UserError) as caught:
+        function(str(folder), *arguments)
+    assert str(folder) in str(caught.value) and "\n" not in str(caught.value)
+    return str(caught.value)
+
+
+def test_a_folder_without_weights_or_with_half_of_them_is_an_error(copied):
+    weights = load_file(copied / "model.safetensors")
+    name = sorted(weights)[3]
+    save_file({key: value for key, value in weights.items() if key != name}, copied / "model.safetensors")
+    assert "1 weights are missing" in refused(load_base, copied, torch.float32)
+    save_file({**weights, name: weights[name][:-1].clone()}, copied / "model.safetensors")
+    assert "cannot be loaded" in refused(load_base, copied, torch.float32)
+    content = (copied / "model.safetensors").read_bytes()
+    (copied / "model.safetensors").write_bytes(content[: len(content) // 2])
+    assert "cannot be loaded" in refused(load_base, copied, torch.float32)
+    (copied / "model.safetensors").unlink()
+    assert "cannot be loaded" in refused(load_base, copied, torch.float32)
+
+
+def test_a_tokenizer_without_a_chat_template_or_none_at_all_is_an_error(copied):
+    (copied / "chat_template.jinja").unlink()
+    settings = json.loads((copied / "tokenizer_config.json").read_text())
+    settings.pop("chat_template")
+    (copied / "tokenizer_config.json").write_text(json.dumps(settings))
+    assert "no chat template" in refused(load_tokenizer, copied)
+    for name in ("tokenizer.json", "vocab.json", "merges.txt"):
+        (copied / name).unlink()
+    assert "no tokenizer" in refused(load_tokenizer, copied), "transformers would make one without a vocabulary"
+    (copied / "config.json").unlink()
+    assert "no tokenizer" in refused(load_tokenizer, copied)
+
+
+def test_code_that_lies_in_a_model_folder_is_never_run(copied):
+    (copied / "evil.py").write_text(f"open({str(copied / 'ran')!r}, 'w')\nfrom transformers import *\n")
+    settings = json.loads((copied / "config.json").read_text())
+    settings["auto_map"] = {"AutoConfig": "evil.Config", "AutoModelForImageTextToText": "evil.Model"}
+    (copied / "config.json").write_text(json.dumps(settings))
+    load_base(str(copied), torch.float32)
+    assert not (copied / "ran").exists()
