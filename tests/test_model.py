@@ -2,7 +2,6 @@
 
 import json
 import shutil
-from contextlib import contextmanager
 from dataclasses import replace
 
 import pytest
@@ -12,6 +11,7 @@ from safetensors.torch import load_file, save_file
 from tiny_runs import (
     FAMILIES,
     build_items,
+    calls_to,
     largest_relative_difference,
     loss_and_gradients,
     tiny_run,
@@ -93,19 +93,6 @@ def test_at_step_0_the_adapted_model_equals_the_base(run):
 
 
 # ------------------------------------------------------------------------------------------- nothing that is not used
-
-
-@contextmanager
-def calls_to(module: nn.Module):
-    """Records (arguments, keyword arguments, whether gradients are on) of each call."""
-    calls = []
-    handle = module.register_forward_pre_hook(
-        lambda _, args, kwargs: calls.append((args, kwargs, torch.is_grad_enabled())), with_kwargs=True
-    )
-    try:
-        yield calls
-    finally:
-        handle.remove()
 
 
 def test_frozen_vision_runs_without_gradients_once_per_distinct_picture(run):

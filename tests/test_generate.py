@@ -1,0 +1,137 @@
+"""Greedy answers are those of transformers' generate, however the prompts are batched."""
+
+import pytest
+import torch
+from tiny_runs import END, FAMILIES, build_items, calls_to, tiny_run, vqa_samples
+from transformers import AutoImageProcessor
+
+from batches import collate
+from dataset import EvalDataset, SampleList
+from generate import greedy
+from images import letterbox, open_image
+from templates import split_answer, to_messages
+
+NEW_TOKENS = 8
+ONE_BY_ONE: dict[str, dict] = {}  # family → the answers of batches of one
+
+
+@pytest.fixture(params=FAMILIES)
+def run(request, tiny_models):
+    return tiny_run(tiny_models, request.param)
+
+
+def prompts() -> list[dict]:
+    """Groups of four and of two, pictures one by one and two by two, and a question without any."""
+    several = [{**sample, "id": "s" + sample["id"]} for sample in vqa_samples(3, 2, images_each=2)][:4]
+    return [*vqa_samples(pictures=2, questions=4), *several, {"id": "text", "question": "How many?", "answer": "3"}]
+
+
+def end_ids(run) -> set[int]:
+    return {run.tokenizer.convert_tokens_to_ids(token) for token in (END, "<|endoftext|>")}
+
+
+def answers(run, samples, batch_size: int, share_prefix: bool, **options) -> dict[str, tuple[list[int], bool]]:
+    """Sample id → (token ids, finished)"""
+    dataset = EvalDataset(SampleList(samples, "s"), run.encoder(), share_prefix, batch_size, True)
+    found = {}
+    for index in range(len(dataset)):
+        batch = dataset[index]
+        tokens = greedy(run.model(), batch, run.family, end_ids(run), options.get("max_new_tokens", NEW_TOKENS))
+        found |= dict(zip(batch["sample_ids"], tokens, strict=True))
+    return found
+
+
+def by_transformers(run, sample) -> list[int]:
+    """What generate() answers to the family's own prompt, up to the end token."""
+    processor = AutoImageProcessor.from_pretrained(run.model_folder, backend="pil")
+    messages, _ = split_answer(to_messages(sample, run.config.template))
+    text = run.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+    paths = run.encoder().images_of(sample)
+    pictures = [letterbox(open_image(run.folder / path), run.config.image_size)[0] for path in paths]
+    inputs = dict(processor(images=pictures, return_tensors="pt")) if pictures else {}
+    text = text.replace("<|image_pad|>", "<|image_pad|>" * 16)
+    ids = run.tokenizer(text, return_tensors="pt")["input_ids"]
+    output = (
+        run.model()
+        .generate(
+            input_ids=ids,
+            attention_mask=torch.ones_like(ids),
+            mm_token_type_ids=(ids == run.family.image_token_id).int(),
+            **inputs,
+            do_sample=False,
+            repetition_penalty=1.0,
+            max_new_tokens=NEW_TOKENS,
+            eos_token_id=sorted(end_ids(run)),
+        )[0, ids.shape[1] :]
+        .tolist()
+    )
+    end = next((place for place, token in enumerate(output) if token in end_ids(run)), len(output))
+    return output[:end]
+
+
+def test_answers_equal_those_of_generate_one_by_one(run):
+    expected = {sample["id"]: by_transformers(run, sample) for sample in prompts()}
+    assert len({tuple(answer) for answer in expected.values()}) > 3, "prompts that are all answered alike prove little"
+    ours = answers(run, prompts(), batch_size=16, share_prefix=True)
+    assert {id: tokens for id, (tokens, _) in ours.items()} == expected
+
+
+@pytest.mark.parametrize(("batch_size", "share_prefix"), [(16, True), (16, False), (5, True), (3, False)])
+def test_answers_do_not_depend_on_the_batch_or_on_sharing(run, batch_size, share_prefix):
+    if run.name not in ONE_BY_ONE:
+        ONE_BY_ONE[run.name] = answers(run, prompts(), batch_size=1, share_prefix=False)
+    assert answers(run, prompts(), batch_size, share_prefix) == ONE_BY_ONE[run.name]
+
+
+class Scripted(torch.nn.Module):
+    """Stands in for a model that answers question i with i + 1 words and then ends; the words are its own number."""
+
+    def __init__(self, run, end_id: int):
+        super().__init__()
+        self.config, self.inner, self.end_id = run.model().config, run.model(), end_id
+
+    def get_base_model(self):
+        return self.inner.get_base_model()
+
+    def forward(self, input_ids, logits_to_keep=None, **others):
+        vocabulary = 2000
+        if logits_to_keep is not None:
+            self.asked, self.step = int(logits_to_keep.sum()), 0
+            tokens = torch.arange(self.asked) + 10
+        else:
+            self.step += 1
+            ends = torch.arange(self.asked) < self.step
+            tokens = torch.where(ends, self.end_id, torch.arange(self.asked) + 10)
+            tokens = tokens.view(input_ids.shape)
+        logits = torch.nn.functional.one_hot(tokens, vocabulary).float()
+        return type("Output", (), {"logits": logits})()
+
+
+def scripted(run, max_new_tokens: int):
+    items, images = build_items(run.encoder(), vqa_samples(pictures=1, questions=4), generation=True)
+    batch = collate(items, images, True, 0)
+    end = run.tokenizer.convert_tokens_to_ids(END)
+    return greedy(Scripted(run, end), batch, run.family, end_ids(run), max_new_tokens)
+
+
+def test_answers_end_at_their_own_end_token_while_neighbours_go_on(run):
+    assert scripted(run, 8) == [([10], True), ([11] * 2, True), ([12] * 3, True), ([13] * 4, True)]
+
+
+def test_an_answer_cut_off_at_the_limit_is_marked_as_unfinished(run):
+    assert scripted(run, 3) == [([10], True), ([11] * 2, True), ([12] * 3, False), ([13] * 3, False)]
+
+
+def test_a_picture_is_read_once_for_all_its_questions(run):
+    base = run.model().get_base_model()
+    with calls_to(base.model.visual.patch_embed) as seen, calls_to(base.model.language_model) as read:
+        answers(run, vqa_samples(pictures=1, questions=4), 16, True)
+    assert len(seen) == 1
+    lengths = [kwargs["inputs_embeds"].shape[1] for _, kwargs, _ in read]
+    assert lengths[0] > 100 and set(lengths[1:]) == {4}, "then one token for each question at a time"
+
+
+def test_no_more_steps_are_taken_than_the_longest_answer_needs(run):
+    with calls_to(run.model().get_base_model().lm_head) as calls:
+        answers(run, vqa_samples(1, 2), 2, True, max_new_tokens=3)
+    assert len(calls) == 3
