@@ -142,8 +142,8 @@ def main(arguments: list[str] | None = None) -> None:
     config = load_config(args.config, args.overrides)
     if config.task == "cls":
         raise UserError(f"{args.config}: evaluate.py does not know task '{config.task}'")
-    torch.set_grad_enabled(False)
-    evaluate(config, args.checkpoint, args.split, args.config)
+    with torch.no_grad():
+        evaluate(config, args.checkpoint, args.split, args.config)
 
 
 if __name__ == "__main__":
