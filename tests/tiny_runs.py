@@ -1,11 +1,11 @@
 """What the core's tests share: small pictures, samples, a config for each tiny model, and the real commands."""
 
+import contextlib
 import functools
 import io
 import runpy
 import sys
 import types
-from contextlib import contextmanager, redirect_stderr, redirect_stdout
 from dataclasses import replace
 from pathlib import Path
 
@@ -15,10 +15,12 @@ import yaml
 from conftest import REPO_ROOT
 from PIL import Image
 
+import evaluation
+from batches import BatchPlan
 from config import load_config
-from dataset import SampleEncoder, SampleList
+from dataset import SampleEncoder, SampleList, StepDataset
 from family import Family, load_family
-from model import LANGUAGE, attach_lora, load_base, load_tokenizer
+from model import LANGUAGE, AnswerLoss, attach_lora, load_base, load_tokenizer
 from templates import IGNORE
 
 FAMILIES = ["qwen2_vl", "qwen2_5_vl", "qwen3_vl"]
@@ -164,13 +166,39 @@ def loss_and_gradients(loss, batch: dict):
     return value.item(), gradients
 
 
+def steps_to_compare() -> dict[str, tuple[list[dict], int]]:
+    """name → (the questions of one optimizer step, train_bs): even and uneven cuts, and a rank without a question."""
+    samples = vqa_samples(3, 4)
+    mixed = [samples[i] for i in (0, 4, 1, 8, 2, 5, 9, 3)]
+    return {
+        "eight": (mixed, 4),
+        "eight_by_ones": (mixed, 1),
+        "uneven": (mixed[:5], 2),
+        "one_question": (mixed[:1], 1),
+    }
+
+
+def step_gradients(run: TinyRun, samples, train_bs: int, ranks, wrap=lambda loss: loss) -> tuple[dict, dict]:
+    """(what `train.backward_step` returns, gradients) of one step in float64. wrap: puts the loss into DDP."""
+    from train import backward_step
+
+    plan = BatchPlan(len(samples), len(samples), 1, "sequential", 0)
+    dataset = StepDataset(SampleList(samples, "s"), run.encoder(), True, plan, train_bs, ranks.rank, ranks.world)
+    loss = AnswerLoss(run.model(torch.float64), run.family)
+    loss.zero_grad()
+    sums = backward_step(wrap(loss), dataset[0]["micro_batches"], ranks, contextlib.nullcontext)
+    gradients = {name: p.grad.clone() for name, p in loss.model.named_parameters() if p.grad is not None}
+    loss.zero_grad()
+    return sums, gradients
+
+
 def largest_relative_difference(first: dict, second: dict) -> float:
     """Of two sets of named tensors, over the tensors: norm of the difference / norm."""
     assert first.keys() == second.keys() and first
     return max(float((first[name] - second[name]).norm() / first[name].norm()) for name in first)
 
 
-@contextmanager
+@contextlib.contextmanager
 def calls_to(module: torch.nn.Module):
     """Records (arguments, keyword arguments, whether gradients are on) of each call."""
     calls = []
@@ -183,6 +211,17 @@ def calls_to(module: torch.nn.Module):
         handle.remove()
 
 
+@contextlib.contextmanager
+def short_answers(max_new_tokens: int = 8):
+    """Evaluations cut answers off early: random models hardly ever end by themselves."""
+    before = evaluation.greedy
+    evaluation.greedy = functools.partial(before, max_new_tokens=max_new_tokens)
+    try:
+        yield
+    finally:
+        evaluation.greedy = before
+
+
 def run_script(script: str, *arguments: str) -> tuple[int, str, str]:
     """Run a script of the repo as `python SCRIPT ARGUMENTS` would, in this process (a new one spends seconds on
     imports). Returns (exit code, stdout, stderr)."""
@@ -191,7 +230,7 @@ def run_script(script: str, *arguments: str) -> tuple[int, str, str]:
     sys.argv = [script, *map(str, arguments)]
     code = 0
     try:
-        with redirect_stdout(out), redirect_stderr(err):
+        with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
             runpy.run_path(str(REPO_ROOT / script), run_name="__main__")
     except SystemExit as end:
         code = end.code or 0

@@ -1,0 +1,150 @@
+"""Two processes give the numbers of one: losses, gradients, answers. (All in one start of two_ranks_worker.py.)"""
+
+import json
+import os
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import REPO_ROOT
+from safetensors.torch import load_file
+from tiny_runs import (
+    build_items,
+    largest_relative_difference,
+    loss_and_gradients,
+    short_answers,
+    step_gradients,
+    steps_to_compare,
+    tiny_run,
+    vqa_samples,
+)
+
+from batches import collate
+from dataset import SampleList
+from distributed import Ranks
+from evaluation import answer_split, split_loss
+from model import AnswerLoss
+
+ALONE = Ranks(0, 1, torch.device("cpu"))
+
+
+@pytest.fixture(scope="module")
+def two_ranks(tiny_models, tmp_path_factory) -> list[dict]:
+    """What each of the two ranks found."""
+    results = tmp_path_factory.mktemp("two_ranks")
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    path = os.pathsep.join([str(REPO_ROOT), str(REPO_ROOT / "tests")])
+    address = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": "2", "PYTHONPATH": path}
+    worker = Path(__file__).with_name("two_ranks_worker.py")
+    processes = [
+        subprocess.Popen(
+            [sys.executable, worker, tiny_models["qwen3_vl"], results],
+            env={**os.environ, **address, "RANK": str(rank), "LOCAL_RANK": str(rank)},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+        )
+        for rank in range(2)
+    ]
+    for process in processes:
+        text, _ = process.communicate(timeout=180)
+        assert process.returncode == 0, text
+    found = [json.loads((results / f"rank{rank}.json").read_text()) for rank in range(2)]
+    return [{**f, "folder": results} for f in found]
+
+
+@pytest.fixture
+def run(tiny_models):
+    return tiny_run(tiny_models, "qwen3_vl")
+
+
+# ------------------------------------------------------------------------------------------------ the ranks themselves
+
+
+def test_each_process_knows_its_rank_and_the_run_says_how_many_there_are(two_ranks):
+    assert [(f["rank"], f["world"]) for f in two_ranks] == [(0, 2), (1, 2)]
+    assert two_ranks[0]["describe"] == "Running in distributed mode with 2 CPU processes (gloo)"
+
+
+def test_sums_are_those_of_float64_and_the_same_on_both_ranks(two_ranks):
+    expected = [(1 / 3) + (1 / 3 + 1), 2e16, 1.0, -(2.0**-59)]
+    assert [f["sum"] for f in two_ranks] == [expected, expected]
+
+
+def test_one_rank_is_enough_to_agree_on_a_flag(two_ranks):
+    assert [f["any"] for f in two_ranks] == [[True, True, False, True]] * 2
+
+
+def test_rows_are_collected_in_the_order_of_the_ranks_whatever_their_number_and_length(two_ranks):
+    expected = [[0, "ünï 🙂", True], {"a": None}, [1, "x" * 5000, 0.1], 7, []]
+    for found in two_ranks:
+        assert found["gather"] == expected
+        assert found["gather_from_one"] == ["only rank 1"] and found["gather_nothing"] == []
+
+
+def test_a_rank_alone_needs_no_process_group():
+    assert ALONE.sum(1, 2.5) == [1, 2.5] and ALONE.gather([3]) == [3] and ALONE.any(True) and not ALONE.any(False)
+    ALONE.barrier()
+
+
+# ------------------------------------------------------------------------------------------------- the training step
+
+
+@pytest.mark.parametrize("name", ["eight", "eight_by_ones", "uneven", "one_question"])
+def test_loss_and_gradients_do_not_depend_on_how_a_step_is_cut_into_ranks_and_micro_batches(two_ranks, run, name):
+    """float64: one rank with all questions at once, one rank with micro-batches, and two ranks with each of both."""
+    samples, train_bs = steps_to_compare()[name]
+    whole, gradients = step_gradients(run, samples, len(samples), ALONE)
+    cut, cut_gradients = step_gradients(run, samples, train_bs, ALONE)
+    assert cut["tokens_global"] == whole["tokens_global"] == sum(f["losses"][name][1] for f in two_ranks) / 2
+    assert cut["nll"] == pytest.approx(whole["nll"], rel=1e-12)
+    assert sum(f["losses"][name][0] for f in two_ranks) == pytest.approx(whole["nll"], rel=1e-12)
+    assert largest_relative_difference(gradients, cut_gradients) < 1e-10
+    for rank in range(2):
+        of_rank = load_file(two_ranks[0]["folder"] / f"{name}-rank{rank}.safetensors")
+        assert largest_relative_difference(gradients, of_rank) < 1e-10
+
+
+def test_the_gradient_is_that_of_the_mean_over_the_answer_tokens_of_the_whole_step(run):
+    """Not the mean of means, which would weigh a short answer's tokens more than a long one's."""
+    samples, _ = steps_to_compare()["eight"]
+    _, gradients = step_gradients(run, samples, 2, ALONE)
+    loss = AnswerLoss(run.model(torch.float64), run.family)
+    items, images = build_items(run.encoder(), samples)
+    batch = collate(items, images, False, run.tokenizer.pad_token_id)
+    _, summed = loss_and_gradients(loss, batch)
+    mean = {name: gradient / batch["answer_tokens"] for name, gradient in summed.items()}
+    assert largest_relative_difference(mean, gradients) < 1e-10
+    lengths = {len(sample["answer"]) for sample in samples}
+    assert len(lengths) > 2, "answers of one length could not tell the two apart"
+
+
+# ------------------------------------------------------------------------------------------------------- evaluation
+
+
+def test_answers_are_the_same_on_one_and_two_ranks_in_batches_of_1_and_16_none_missing_or_double(two_ranks, run):
+    samples = SampleList(vqa_samples(3, 3), "samples")
+    with short_answers():
+        expected = answer_split(run.model(), samples, run.encoder(eval_bs=1), ALONE)
+        assert answer_split(run.model(), samples, run.encoder(eval_bs=16), ALONE) == expected
+    assert [row["id"] for row in expected] == [sample["id"] for sample in samples]
+    for found in two_ranks:
+        for eval_bs in (1, 4, 16):
+            assert found[f"answers_{eval_bs}"] == expected
+        assert found["answers_of_rows"] == [expected[5]]
+
+
+def test_the_loss_of_a_split_is_the_same_on_one_and_two_ranks_in_batches_of_any_size(two_ranks, run):
+    samples = SampleList(vqa_samples(3, 3), "samples")
+    expected = split_loss(AnswerLoss(run.model(), run.family), samples, run.encoder(eval_bs=1), ALONE)
+    losses = [found[f"loss_{eval_bs}"] for found in two_ranks for eval_bs in (1, 4, 16)]
+    assert losses == pytest.approx([expected] * 6, rel=1e-6)
+
+
+def test_a_request_to_stop_on_one_rank_ends_the_evaluation_on_both(two_ranks):
+    assert [found["stopped"] for found in two_ranks] == [True, True]
