@@ -22,7 +22,7 @@ import model as modeling
 from checkpoint import load_trained
 from config import Config, UserError, exit_on_user_error, load_config
 from dataset import SampleEncoder, SampleList
-from distributed import Ranks, start_ranks
+from distributed import start_ranks
 from evaluation import answer_split
 from family import load_family
 from images import open_image
@@ -40,46 +40,42 @@ def sample_of(config: Config, images: list[Path], prompt: str, candidates: list[
     return {**sample, "question": prompt, "answer": "-", "candidates": candidates}
 
 
-class Predictor:
-    """A trained model, ready to answer. Errors: `UserError` from loading and from bad pictures."""
-
-    def __init__(self, folder: Path, config: Config, ranks: Ranks):
-        if config.task == "cls":
-            raise UserError("predict.py does not know task 'cls'")
-        # The pictures come from anywhere on this machine, one at a time.
-        config = replace(config, data=replace(config.data, image_root="/"), dataloader_num_workers=0)
-        family = load_family(config.model_name)
-        if family.has_vision and config.resize == "letterbox":
-            family.check_image_size(config.image_size, str(folder))
-        clicks.check_convention(folder, family, config)
-        self.config, self.ranks = config, ranks
-        self.encoder = SampleEncoder(config, family, modeling.load_tokenizer(config.model_name))
-        self.model = load_trained(config.model_name, folder, ranks.device, config.quantization).eval()
-
-    def answer(self, images: list[Path], prompt: str, candidates: list[str] = ()) -> dict:
-        """The line of `generated_predictions.jsonl` that `evaluate.py` would write for this picture and prompt."""
-        samples = SampleList([sample_of(self.config, images, prompt, list(candidates))], "--prompt")
-        check_samples(samples, self.encoder)
-        with torch.no_grad():
-            return answer_split(self.model, samples, self.encoder, self.ranks)[0]
+def encoder_of(config: Config, folder: Path) -> SampleEncoder:
+    """What turns a picture and a prompt into tokens, as in training. Errors: `UserError` where the settings are not
+    those that the folder's weights were trained with."""
+    if config.task == "cls":
+        raise UserError("predict.py does not know task 'cls'")
+    # The pictures come from anywhere on this machine, one at a time.
+    config = replace(config, data=replace(config.data, image_root="/"), dataloader_num_workers=0)
+    family = load_family(config.model_name)
+    if family.has_vision and config.resize == "letterbox":
+        family.check_image_size(config.image_size, str(folder))
+    clicks.check_convention(folder, family, config)
+    return SampleEncoder(config, family, modeling.load_tokenizer(config.model_name))
 
 
 def draw_point(image: Image.Image, point: tuple[float, float]) -> Image.Image:
-    """A copy of the picture with a ring and a cross hair around the point (x, y), in its pixels."""
-    oversize = 4 if max(image.size) < 1000 else 2  # Pillow's lines have no soft edges
-    marked = image.resize((image.width * oversize, image.height * oversize))
-    draw = ImageDraw.Draw(marked)
-    x, y = (value * oversize for value in point)
-    radius = max(8.0, math.hypot(*image.size) / 60) * oversize
+    """A copy of the picture with a ring and a cross hair around the point (x, y), in its pixels. The rest stays as it
+    is, bit for bit."""
+    radius = max(8.0, math.hypot(*image.size) / 60)
+    margin = math.ceil(2 * radius) + 1
+    left, top = (math.floor(value) - margin for value in point)
+    # Drawn four times too large, because Pillow's lines have no soft edges.
+    mark = Image.new("RGBA", (8 * margin, 8 * margin), "#ffffff00")
+    draw = ImageDraw.Draw(mark)
+    x, y, radius = 4 * (point[0] - left), 4 * (point[1] - top), 4 * radius
     for colour, width in ((WHITE, radius / 2.6), (RED, radius / 6)):  # seen on light and on dark
         line = max(1, round(width))
         draw.ellipse((x - radius, y - radius, x + radius, y + radius), outline=colour, width=line)
         for dx, dy in ((1, 0), (-1, 0), (0, 1), (0, -1)):
             start, end = 0.55 * radius, 1.6 * radius + width / 2
             draw.line((x + dx * start, y + dy * start, x + dx * end, y + dy * end), fill=colour, width=line)
-    dot = max(1.0, radius / 8)
+    dot = max(4.0, radius / 8)
     draw.ellipse((x - dot, y - dot, x + dot, y + dot), fill=RED)
-    return marked.resize(image.size, Image.Resampling.LANCZOS)
+    mark = mark.resize((2 * margin, 2 * margin), Image.Resampling.BOX)
+    marked = image.copy()
+    marked.paste(mark, (left, top), mark)
+    return marked
 
 
 def as_pixel(point: list[float], size: list[int]) -> tuple[int, int]:
@@ -124,12 +120,18 @@ def main(arguments: list[str] | None = None) -> None:
         raise UserError(f"--draw marks clicks, and this model's task is '{config.task}'; leave it out")
     if args.draw and args.draw.suffix.lower() not in (".png", ".jpg", ".jpeg", ".webp"):
         raise UserError(f"--draw {args.draw}: give a file name that ends with .png")
-    images = [path.resolve() for path in args.image]
-    original = open_image(images[0])  # before the model is loaded: a wrong path costs no minutes
-    predictor = Predictor(folder, config, start_ranks())
-    loaded = time.perf_counter()
+    # Everything that can be wrong comes before the weights: a wrong path costs no minutes.
+    original = open_image(args.image[0])
+    encoder = encoder_of(config, folder)
     candidates = [text.strip() for text in args.candidates.split(";") if text.strip()]
-    line = predictor.answer(images, args.prompt, candidates)
+    sample = sample_of(config, [path.resolve() for path in args.image], args.prompt, candidates)
+    samples = SampleList([sample], "--prompt")
+    check_samples(samples, encoder)
+    ranks = start_ranks()
+    model = load_trained(encoder.config.model_name, folder, ranks.device, config.quantization).eval()
+    loaded = time.perf_counter()
+    with torch.no_grad():
+        line = answer_split(model, samples, encoder, ranks)[0]
     answered = time.perf_counter()
     print("\n".join(describe(line)))
     point = line.get("predicted_point")
@@ -137,8 +139,9 @@ def main(arguments: list[str] | None = None) -> None:
         args.draw.parent.mkdir(parents=True, exist_ok=True)
         draw_point(original, point).save(args.draw)
         print(f"Drawn in {args.draw}")
-    device = predictor.ranks.device.type
-    print(f"Loaded in {loaded - started:.1f} s, answered in {answered - loaded:.2f} s on {device}", flush=True)
+    print(
+        f"Loaded in {loaded - started:.1f} s, answered in {answered - loaded:.2f} s on {ranks.device.type}", flush=True
+    )
     if args.draw and not point:
         raise SystemExit(1)
 
