@@ -6,6 +6,7 @@ out, with the same answers. Writes generated_predictions.jsonl, predict_results.
 """
 
 import argparse
+import contextlib
 import json
 import os
 import time
@@ -39,7 +40,10 @@ def run_history(output_dir) -> list[dict]:
     path = Path(output_dir) / "log.jsonl"
     if not path.exists():
         return []
-    rows = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+    rows = []
+    for line in path.read_text(encoding="utf-8").splitlines():
+        with contextlib.suppress(ValueError):  # the last line of a killed run may be cut
+            rows.append(json.loads(line))
     return [row for row in rows if any(key.startswith("eval_") for key in row)]
 
 

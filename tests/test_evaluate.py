@@ -1,0 +1,126 @@
+"""evaluate.py leaves predictions and scores that agree with each other, and says plainly what it cannot do."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from tiny_runs import REPO_ROOT, run_script, short_answers, tiny_run, vqa_samples, write_config, write_pictures
+
+import evaluate
+from checkpoint import save_adapter
+from dataset import load_samples
+from distributed import Ranks
+from evaluation import answer_split
+
+
+@pytest.fixture
+def setup(tiny_models, tmp_path):
+    """A folder with pictures, splits and a trained adapter; returns (folder, config path)."""
+    run = tiny_run(tiny_models, "qwen3_vl")
+    write_pictures(tmp_path, ["0.png", "1.png", "2.png"])
+    for split in ("train", "val", "test"):
+        (tmp_path / f"{split}.json").write_text(json.dumps(vqa_samples(3, 2)))
+    (tmp_path / "out").mkdir()
+    save_adapter(run.model(), tmp_path / "out")
+    return tmp_path, write_config(tmp_path, run.model_folder)
+
+
+def results(folder: Path) -> tuple[list[dict], dict, dict]:
+    lines = (folder / "generated_predictions.jsonl").read_text(encoding="utf-8").rstrip("\n").split("\n")
+    rows = [json.loads(line) for line in lines]
+    return rows, *(json.loads((folder / name).read_text()) for name in ("predict_results.json", "all_results.json"))
+
+
+def test_predictions_scores_and_history_are_written_and_agree(setup):
+    folder, config = setup
+    history = [{"step": 2, "loss": 3.0}, {"step": 2, "eval_loss": 2.5}, {"step": 4, "eval_loss": 2.25}]
+    cut = '{"step": 5, "eval_lo'  # the last line of a run that was killed
+    (folder / "out" / "log.jsonl").write_text("".join(json.dumps(row) + "\n" for row in history) + cut)
+    with short_answers():
+        code, out, err = run_script("evaluate.py", "--config", config)
+    assert (code, err) == (0, "")
+    rows, scores, everything = results(folder / "results")
+    assert [row["id"] for row in rows] == [sample["id"] for sample in vqa_samples(3, 2)]
+    assert scores["predict_samples"] == 6 and scores["split"] == "test" and scores["image"] == "shown"
+    assert scores["predict_accuracy"] == sum(row["correct"] for row in rows) / 6
+    low, high = scores["predict_accuracy_ci"]
+    assert low <= scores["predict_accuracy"] <= high
+    assert scores["cut_off"] == sum(row["cut_off"] for row in rows)
+    assert everything == {"history": history[1:], "final": scores}
+    assert "predict_accuracy" in out and "95 % interval" in out and "majority_accuracy" in out
+    assert f"{scores['outside_candidates']} of 6 answers" in out and str(folder / "results") in out
+    assert torch.is_grad_enabled(), "whoever calls it keeps gradients"
+
+
+def test_the_baseline_and_other_splits_have_results_folders_of_their_own(setup):
+    folder, config = setup
+    with short_answers(2):
+        for arguments, name in (
+            (["--split", "val"], "results_val"),
+            (["image=none"], "results_question_only"),
+            (["--split", "val", "image=none"], "results_val_question_only"),
+        ):
+            assert run_script("evaluate.py", "--config", config, *arguments)[0] == 0
+            _, scores, _ = results(folder / name)
+            assert scores["image"] == ("none" if "question_only" in name else "shown")
+    assert not (folder / "results").exists()
+
+
+def test_the_base_a_checkpoint_and_the_final_adapter_can_be_evaluated_and_differ(setup):
+    folder, config = setup
+    (folder / "out").rename(folder / "checkpoint-7")
+    predictions = {}
+    with short_answers():
+        for name, arguments in {"base": ["base"], "adapter": [folder / "checkpoint-7"]}.items():
+            code, _, err = run_script("evaluate.py", "--config", config, "--checkpoint", *arguments)
+            assert code == 0, err
+            predictions[name] = [row["prediction"] for row in results(folder / "results")[0]]
+    assert predictions["base"] != predictions["adapter"]
+
+
+def test_the_adapter_answers_as_the_model_it_was_saved_from(setup, tiny_models):
+    folder, config = setup
+    run = tiny_run(tiny_models, "qwen3_vl")
+    with short_answers():
+        run_script("evaluate.py", "--config", config)
+        samples = load_samples(folder / "test.json")
+        expected = answer_split(run.model(), samples, run.encoder(), Ranks(0, 1, torch.device("cpu")))
+    assert results(folder / "results")[0] == expected
+
+
+def test_nothing_to_evaluate_is_an_error_that_says_what_to_do(setup):
+    folder, config = setup
+    for arguments in ([f"output_dir={folder}/none"], ["--checkpoint", folder / "none"]):
+        code, _, err = run_script("evaluate.py", "--config", config, *arguments)
+        assert code == 2 and err.count("\n") == 1 and "train first, or give --checkpoint" in err
+    code, _, err = run_script("evaluate.py", "--config", config, f"data.test={folder}/none.json")
+    assert code == 2 and "data.test: the file" in err
+    assert not (folder / "results").exists()
+
+
+def test_the_table_shows_percent_with_intervals_and_warns_of_answers_without_an_end():
+    lines = evaluate.table(
+        {
+            "predict_accuracy": 0.5,
+            "predict_accuracy_ci": [0.25, 0.75],
+            "predict_f1": None,
+            "predict_f1_ci": None,
+            "outside_candidates": 3,
+            "predict_samples": 8,
+            "cut_off": 2,
+        }
+    )
+    assert [" ".join(line.split()) for line in lines] == [
+        "predict_accuracy 50.0 % 95 % interval 25.0 to 75.0",
+        "outside_candidates 3 of 8 answers",
+        "cut_off 2 answers without an end; is the model trained?",
+    ]
+
+
+def test_the_usual_command_comes_first_in_the_help():
+    for script in ("train.py", "evaluate.py"):
+        code, out, _ = run_script(script, "--help")
+        assert code == 0 and f"{script} --config configs/exp2.yaml" in out
+        first_line = (REPO_ROOT / script).read_text().splitlines()[0]
+        assert first_line.startswith('"""') and f"{script} --config configs/exp2.yaml" in first_line

@@ -1,0 +1,185 @@
+"""A split becomes one line a sample, in the order of the file, judged against the gold answer the model never saw."""
+
+import math
+
+import pytest
+import torch
+from tiny_runs import END, FAMILIES, build_items, short_answers, tiny_run, vqa_samples
+
+import evaluation
+from batches import collate
+from dataset import SampleList
+from distributed import Ranks
+from evaluation import Stopped, answer_split, prediction_line, split_loss
+from model import AnswerLoss
+
+ALONE = Ranks(0, 1, torch.device("cpu"))
+
+
+@pytest.fixture
+def run(tiny_models):
+    return tiny_run(tiny_models, "qwen3_vl")
+
+
+@pytest.fixture
+def say(run, monkeypatch):
+    """Makes the model answer what a test wants: say({sample id: (text, finished)})."""
+
+    def arrange(answers: dict):
+        def answer(model, batch, *_):
+            said = [answers[id] for id in batch["sample_ids"]]
+            return [(run.tokenizer(text)["input_ids"], finished) for text, finished in said]
+
+        monkeypatch.setattr(evaluation, "greedy", answer)
+
+    return arrange
+
+
+def answered(run, samples, **changes) -> list[dict]:
+    return answer_split(run.model(), SampleList(samples, "s"), run.encoder(**changes), ALONE)
+
+
+def test_lines_come_in_the_order_of_the_file_each_with_its_own_answer(run, say):
+    samples = [sample for question in range(4) for sample in vqa_samples(3, 4)[question::4]]  # images interleaved
+    say({sample["id"]: (f"answer of {sample['id']}", True) for sample in samples})
+    lines = answered(run, samples, eval_bs=5)
+    assert [(line["id"], line["prediction"]) for line in lines] == [
+        (sample["id"], f"answer of {sample['id']}") for sample in samples
+    ]
+
+
+def test_a_line_says_what_was_asked_answered_and_expected_and_keeps_every_other_key(run, say):
+    sample = {**vqa_samples(1, 1)[0], "source": "Polyps", "note": {"by": ["a", 1]}}
+    say({sample["id"]: (" Red ", True)})
+    assert answered(run, [sample]) == [
+        {
+            "id": "p0q0",
+            "images": ["0.png"],
+            "question": "What color is finding 0?",
+            "answer": "red",
+            "prediction": "Red",
+            "correct": True,
+            "outside_candidates": False,
+            "cut_off": False,
+            "candidates": ["red", "blue", "green", "none"],
+            "multi_label": True,
+            "stage": 1,
+            "group": "0",
+            "source": "Polyps",
+            "note": {"by": ["a", 1]},
+        }
+    ]
+
+
+@pytest.mark.parametrize(
+    ("prediction", "finished", "correct", "outside", "cut_off"),
+    [
+        ("green;  BLUE", True, True, False, False),
+        ("blue", True, False, False, False),
+        ("blue; green; violet", True, False, True, False),
+        ("", True, False, False, False),
+        ("blue; green", False, True, False, True),
+    ],
+)
+def test_an_answer_is_judged_as_a_set_of_items(run, say, prediction, finished, correct, outside, cut_off):
+    sample = {**vqa_samples(1, 1)[0], "answer": "blue; green"}
+    say({sample["id"]: (prediction, finished)})
+    (line,) = answered(run, [sample])
+    assert (line["correct"], line["outside_candidates"], line["cut_off"]) == (correct, outside, cut_off)
+
+
+def test_an_answer_without_an_end_is_cut_off_and_says_so(run):
+    with short_answers(3):
+        lines = answered(run, vqa_samples(1, 2))
+    assert [line["cut_off"] for line in lines] == [True, True]
+
+
+def test_a_chat_is_answered_at_its_last_turn(run, say):
+    chat = {
+        "id": "c",
+        "images": ["0.png"],
+        "messages": [
+            {"role": "user", "content": "<image>Who?"},
+            {"role": "assistant", "content": "A polyp."},
+            {"role": "user", "content": "Where?"},
+            {"role": "assistant", "content": "center"},
+        ],
+    }
+    say({"c": ("center", True)})
+    (line,) = answered(run, [chat])
+    assert (line["question"], line["answer"], line["correct"]) == ("Where?", "center", True)
+    assert "messages" not in line
+
+
+def test_control_tokens_that_a_model_says_are_no_part_of_the_answer(run, monkeypatch):
+    ids = run.tokenizer(f"red{END}", add_special_tokens=False)["input_ids"]
+    monkeypatch.setattr(evaluation, "greedy", lambda model, batch, *_: [(ids, True)])
+    assert answered(run, vqa_samples(1, 1))[0]["prediction"] == "red"
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_predictions_do_not_depend_on_the_gold_answers(tiny_models, name):
+    run = tiny_run(tiny_models, name)
+    samples = vqa_samples(2, 2)
+    other_gold = [{**sample, "answer": "SECRET " * (i + 1)} for i, sample in enumerate(samples)]
+    with short_answers():
+        first, second = (answered(run, variant, eval_bs=3) for variant in (samples, other_gold))
+    assert [line["prediction"] for line in first] == [line["prediction"] for line in second]
+
+
+def test_some_rows_alone_get_the_answers_they_get_among_all(run):
+    samples = SampleList(vqa_samples(2, 3), "s")
+    with short_answers():
+        everything = answer_split(run.model(), samples, run.encoder(), ALONE)
+        some = answer_split(run.model(), samples, run.encoder(), ALONE, rows=range(1, 4))
+    assert some == everything[1:4]
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_the_loss_of_a_split_is_the_mean_over_all_its_answer_tokens(tiny_models, name):
+    run = tiny_run(tiny_models, name)
+    samples = vqa_samples(3, 4)
+    items, images = build_items(run.encoder(), samples)
+    batch = collate(items, images, False, run.tokenizer.pad_token_id)
+    loss = AnswerLoss(run.model(), run.family)
+    with torch.no_grad():
+        expected = float(loss(batch)) / batch["answer_tokens"]
+    for eval_bs, share_prefix in ((1, True), (5, True), (16, False)):
+        encoder = run.encoder(eval_bs=eval_bs, share_prefix=share_prefix)
+        assert split_loss(loss, SampleList(samples, "s"), encoder, ALONE) == pytest.approx(expected, rel=1e-5)
+    assert 0 < expected < 3 * math.log(run.model().config.get_text_config().vocab_size)
+
+
+def test_the_loss_of_a_split_leaves_no_gradients_behind(run):
+    split_loss(AnswerLoss(run.model(), run.family), SampleList(vqa_samples(1, 2), "s"), run.encoder(), ALONE)
+    assert all(parameter.grad is None for parameter in run.model().parameters())
+    assert torch.is_grad_enabled()
+
+
+def test_a_request_to_stop_ends_the_evaluation_after_the_batch_at_hand(run, say):
+    samples = vqa_samples(3, 4)
+    say({sample["id"]: ("x", True) for sample in samples})
+    asked = iter([False, True])
+    with pytest.raises(Stopped):
+        answer_split(run.model(), SampleList(samples, "s"), run.encoder(eval_bs=4), ALONE, stop=lambda: next(asked))
+    with pytest.raises(StopIteration):
+        next(asked)
+
+
+def test_without_the_picture_the_same_questions_are_asked_in_words_alone(run, say, monkeypatch):
+    seen = []
+
+    def record(model, batch, *_):
+        seen.append(batch)
+        return [([], True) for _ in batch["sample_ids"]]
+
+    monkeypatch.setattr(evaluation, "greedy", record)
+    lines = answered(run, vqa_samples(2, 2), image="none")
+    assert all("patches" not in batch for batch in seen)
+    assert not any((batch["input_ids"] == run.family.image_token_id).any() for batch in seen)
+    assert [line["images"] for line in lines] == [["0.png"], ["0.png"], ["1.png"], ["1.png"]], "what was not shown"
+
+
+def test_a_prediction_line_does_not_need_the_model(run):
+    line = prediction_line(vqa_samples(1, 1)[0], run.encoder(), "red", finished=True)
+    assert line["correct"] and list(line)[:5] == ["id", "images", "question", "answer", "prediction"]
