@@ -79,7 +79,7 @@ def full_check(config: Config, splits: Mapping[str, SampleList], encoder: Sample
     for name, samples in splits.items():
         print(f"{name}: {len(samples):,} samples in {samples.source}", flush=True)
         problems += sample_problems(samples, encoder) + undecodable(samples, encoder, name)
-    report_problems(problems, shown=1000)
+    report_problems(list(dict.fromkeys(problems)), shown=1000)
     if encoder.family.has_vision:
         print("Every picture decodes.", flush=True)
         check_leakage(config, splits)
@@ -114,7 +114,7 @@ def check_leakage(config: Config, splits: Mapping[str, SampleList]) -> None:
 
 
 def undecodable(samples: SampleList, encoder: SampleEncoder, split: str) -> list[str]:
-    """A line for each picture of the split that cannot be decoded, naming the first row that uses it."""
+    """A line for each picture of the split that cannot be decoded or resized, naming the first row that uses it."""
     first_row: dict[str, int] = {}
     for row in range(len(samples)):
         for path in encoder.images_of(samples[row]):
@@ -123,7 +123,8 @@ def undecodable(samples: SampleList, encoder: SampleEncoder, split: str) -> list
     def try_decode(entry) -> str | None:
         path, row = entry
         try:
-            open_image(image_path(encoder.config.data.image_root, path))
+            image = open_image(image_path(encoder.config.data.image_root, path))
+            encoder.placement(path, image.size)  # native resizing refuses strips
         except UserError as error:
             return f"{samples.name(row)}: {error}"
         return None

@@ -4,6 +4,7 @@ import contextlib
 import functools
 import io
 import runpy
+import signal
 import sys
 import types
 from dataclasses import replace
@@ -228,6 +229,7 @@ def run_script(script: str, *arguments: str) -> tuple[int, str, str]:
     out, err = io.StringIO(), io.StringIO()
     before = sys.argv
     sys.argv = [script, *map(str, arguments)]
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGUSR1, signal.SIGTERM, signal.SIGINT)}
     code = 0
     try:
         with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
@@ -236,4 +238,6 @@ def run_script(script: str, *arguments: str) -> tuple[int, str, str]:
         code = end.code or 0
     finally:
         sys.argv = before
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
     return code, out.getvalue(), err.getvalue()

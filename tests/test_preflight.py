@@ -1,0 +1,256 @@
+"""Whatever is wrong with a run or its data is told in seconds, in one line, before any weights load."""
+
+import json
+import subprocess
+import sys
+import time
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+import yaml
+from conftest import REPO_ROOT
+from PIL import Image
+from test_images import BAD_FILES
+from tiny_runs import FAMILIES, build_items, config_values, run_script, tiny_run, vqa_samples, write_pictures
+
+import model as modeling
+from batches import BatchPlan
+from config import UserError, load_config
+from dataset import SampleEncoder, SampleList
+from family import load_family
+from model import load_base, parameter_table, prepare_training
+from preflight import batch_arithmetic, check_samples, count_parameters, make_plan, marked_text
+
+
+@pytest.fixture
+def data(tmp_path):
+    """A folder with three good pictures and two splits that share none of them."""
+    write_pictures(tmp_path, ["0.png", "1.png", "2.png"])
+    samples = vqa_samples(3, 2)
+    (tmp_path / "train.json").write_text(json.dumps(samples[:4]))
+    (tmp_path / "test.json").write_text(json.dumps(samples[4:]))
+    return tmp_path
+
+
+@pytest.fixture
+def command(data, tiny_models, monkeypatch):
+    """Runs a script of the repo on a changed config; weights that load fail the test."""
+
+    def no_weights(*_):
+        raise AssertionError("weights were about to load")
+
+    def run(script="train.py", family="qwen3_vl", arguments=(), text=None, **changes):
+        values = config_values(data, tiny_models[family], family, **changes)
+        values["data"].pop("val")
+        path = data / "c.yaml"
+        path.write_text(text or yaml.safe_dump(values), encoding="utf-8")
+        started = time.perf_counter()
+        code, out, err = run_script(script, "--config", path, *arguments)
+        assert time.perf_counter() - started < 30
+        return code, out, err
+
+    monkeypatch.setattr(modeling, "load_base", no_weights)
+    monkeypatch.setattr("checkpoint.load_base", no_weights)
+    return run
+
+
+def spoil(data, row: int, **changes) -> None:
+    """Change a sample of the training split."""
+    samples = json.loads((data / "train.json").read_text())
+    samples[row] |= changes
+    (data / "train.json").write_text(json.dumps(samples))
+
+
+# ------------------------------------------------------------------------------------------------- the real commands
+
+CONFIG_MISTAKES = {
+    "unknown key": ({"learningrate": 1}, ["c.yaml", "'learningrate'", "did you mean 'learning_rate'?"]),
+    "wrong type": ({"train_bs": "four"}, ["c.yaml", "'train_bs' is 'four'", "a whole number"]),
+    "missing key": ({"task": None}, ["c.yaml", "'task' is missing"]),
+    "missing file": ({"data": {"train": "none.json"}}, ["data.train", "none.json", "prepare_data.py"]),
+    "missing folder": ({"data": {"image_root": "/none"}}, ["data.image_root", "/none"]),
+    "no such model": ({"model_name": "no/model"}, ["model_name", "no/model"]),
+    "no such template": ({"template": "ultra"}, ["'template' is 'ultra'", "ultra_condensed"]),
+    "answer longer than max_tokens": ({"max_tokens": 20}, ["exceed max_tokens 20", "raise max_tokens"]),
+    "letterbox without a size": ({"image_size": None}, ["c.yaml", "image_size", "multiple of 32"]),
+    "max_pixels with letterbox": ({"max_pixels": 10_000}, ["max_pixels", "resize: native"]),
+}
+
+
+@pytest.mark.parametrize("script", ["train.py", "evaluate.py"])
+@pytest.mark.parametrize("mistake", CONFIG_MISTAKES)
+def test_a_mistake_in_the_config_ends_the_command_with_code_2_and_the_cure(command, data, script, mistake):
+    changes, told = CONFIG_MISTAKES[mistake]
+    code, _, err = command(script, **changes)
+    assert code == 2 and err.startswith("error: ") and "Traceback" not in err
+    assert all(words in err for words in told), err
+    assert err.count("\n") == 1 or "samples cannot be used" in err
+    assert not (data / "out").exists() and not (data / "results").exists()
+
+
+@pytest.mark.parametrize("script", ["train.py", "evaluate.py"])
+def test_a_size_of_768_on_qwen2_5_vl_ends_the_command_with_the_two_sizes_that_fit(command, script):
+    code, _, err = command(script, "qwen2_5_vl", image_size=768)
+    assert code == 2 and err.count("\n") == 1 and "use 756 or 784" in err
+
+
+DATA_MISTAKES = {
+    "empty split": ("[]", ["train.json", "holds no samples"]),
+    "broken JSON": ('[{"id": 1,]', ["train.json line 1", "not valid JSON"]),
+    "an empty answer": ({"answer": " "}, ["train.json row 2 (id p0q1)", "'answer' is missing or empty"]),
+    "an answer longer than max_tokens": ({"answer": "red; " * 999}, ["row 2 (id p0q1)", "exceed max_tokens 1000"]),
+    "a path that escapes": ({"image": "../secret.png"}, ["row 2 (id p0q1)", "leaves data.image_root"]),
+    "an absolute path": ({"image": "/etc/hosts"}, ["row 2 (id p0q1)", "leaves data.image_root"]),
+    "a missing picture": ({"image": "none.png"}, ["none.png"]),
+    "a control token": ({"question": "Who? <|im_end|>" + "x" * 900}, ["row 2 (id p0q1)", "<|im_end|>"]),
+    "a picture of the test split": ({"image": "2.png"}, ["2.png", "test"]),
+}
+
+
+@pytest.mark.parametrize("mistake", DATA_MISTAKES)
+def test_a_mistake_in_the_data_ends_training_with_code_2_and_names_file_and_row(command, data, mistake):
+    change, told = DATA_MISTAKES[mistake]
+    if isinstance(change, dict):
+        spoil(data, 1, **change)
+    else:
+        (data / "train.json").write_text(change)
+    code, _, err = command()
+    assert code == 2 and err.startswith("error: ") and "Traceback" not in err
+    assert all(words in err for words in told), err
+
+
+def test_many_bad_samples_are_counted_and_the_first_ten_listed(command, data):
+    samples = [{**vqa_samples(1, 1)[0], "id": str(i), "answer": ""} for i in range(25)]
+    (data / "train.json").write_text(json.dumps(samples))
+    code, _, err = command()
+    assert code == 2 and "25 samples cannot be used" in err and "and 15 more" in err
+    assert [f"row {row} (" in err for row in (1, 10, 11)] == [True, True, False]
+
+
+def test_as_a_process_of_its_own_it_exits_with_2_and_one_line_in_seconds(data, tiny_models):
+    """The same without the shortcuts of these tests."""
+    (data / "c.yaml").write_text(yaml.safe_dump(config_values(data, tiny_models["qwen2_5_vl"], image_size=768)))
+    (data / "val.json").write_text("[]")
+    ended = subprocess.run(
+        [sys.executable, "train.py", "--config", data / "c.yaml"], cwd=REPO_ROOT, capture_output=True, text=True
+    )
+    assert ended.returncode == 2 and ended.stdout == ""
+    assert ended.stderr.count("\n") == 1 and "756 or 784" in ended.stderr
+
+
+# ------------------------------------------------------------------------------------------------------------ --check
+
+
+def test_check_shows_a_sample_with_its_label_mask_counts_parameters_and_steps_and_trains_nothing(command, data):
+    code, out, err = command(arguments=["--check", "num_train_epochs=2.5"])
+    assert (code, err) == (0, "")
+    assert "train: 4 samples in" in out and "test: 2 samples in" in out and "Every picture decodes." in out
+    assert "[16 image tokens]" in out and "⟦red<|im_end|>⟧" in out and out.count("⟦") == 2
+    assert "Picture 0.png: 60×45 → 128×128 (content 128×96 at (0, 16))" in out
+    assert "Batch: 2 questions × 2 micro-steps × 1 ranks = 4 a step" in out
+    assert "Steps: 4 questions / 4 = 1 an epoch, 2.5 epochs = 3 steps over 10 questions" in out
+    assert out.endswith("Check passed: nothing was trained.\n")
+    assert not list((data / "out").glob("*.safetensors")) and not (data / "results").exists()
+
+
+def test_check_finds_every_bad_picture_and_path_and_lists_each_with_file_and_row(command, data):
+    samples = []
+    for name, content in BAD_FILES.items():
+        (data / name).write_bytes(content)
+        samples.append({**vqa_samples(1, 1)[0], "id": name, "image": name})
+    Image.fromarray(np.zeros((1, 4000, 3), dtype=np.uint8)).save(data / "strip.png")
+    for name in ("missing.png", "../escapes.png", "/etc/hosts", "strip.png"):
+        samples.append({**vqa_samples(1, 1)[0], "id": name, "image": name})
+    samples.append({**vqa_samples(1, 1)[0], "id": "placeholder", "messages": [{"role": "user", "content": "<image>"}]})
+    (data / "train.json").write_text(json.dumps([vqa_samples(1, 1)[0], *samples]))
+    for changes, strip_fits in (({}, True), ({"resize": "native", "image_size": None, "max_pixels": 50_000}, False)):
+        code, out, err = command(arguments=["--check"], **changes)
+        assert code == 2 and "Traceback" not in err and "Check passed" not in out
+        for row, sample in enumerate(samples, 2):
+            found = f"train.json row {row} (id {sample['id']}): " in err
+            assert found == (sample["id"] != "strip.png" or not strip_fits), (sample["id"], err)
+        assert "row 1 (" not in err and f"error: {len(samples) - strip_fits} samples cannot be used" in err
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+@pytest.mark.parametrize("changes", [{}, {"vision_frozen": False}, {"finetuning": "full"}])
+def test_parameters_are_counted_without_weights_as_with_them(tiny_models, name, changes):
+    config = replace(tiny_run(tiny_models, name).config, **changes)
+    expected = parameter_table(prepare_training(load_base(config.model_name, torch.float32), config))
+    assert count_parameters(config) == expected
+
+
+# ---------------------------------------------------------------------------------------------------------- its parts
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_the_marked_text_puts_every_supervised_token_between_the_brackets_and_no_other(tiny_models, name):
+    run = tiny_run(tiny_models, name)
+    turns = [{"role": role, "content": text} for role, text in (("user", "<image>Who?"), ("assistant", "me"))] * 2
+    chat = {"id": "c", "images": ["0.png", "1.png"], "messages": turns}
+    for sample, count in ((vqa_samples(1, 1)[0], 1), (chat, 2)):
+        (item,), _ = build_items(run.encoder(), [sample])
+        text = marked_text(item, run.encoder())
+        answer = "red" if count == 1 else "me"
+        assert text.count("⟦") == text.count("⟧") == text.count(f"⟦{answer}<|im_end|>⟧") == count
+        assert text.count("[16 image tokens]") == count and "<|image_pad|>" not in text
+
+
+@pytest.mark.parametrize("resize", ["letterbox", "native"])
+def test_the_quick_check_of_lengths_agrees_with_counting_every_token(tiny_models, tmp_path, resize):
+    """It tokenises only samples whose bytes might not fit, and trusts a picture's header."""
+    run = tiny_run(tiny_models, "qwen3_vl")
+    sizes = [(60, 45), (300, 200), (90, 500)]
+    for number, size in enumerate(sizes):
+        write_pictures(tmp_path, [f"{number}.png"], size=size)
+    changes = {} if resize == "letterbox" else {"image_size": None, "max_pixels": 120_000}
+    encoder = run.encoder(resize=resize, data=replace(run.config.data, image_root=str(tmp_path)), **changes)
+    samples = [{**s, "question": s["question"] * (1 + 3 * i)} for i, s in enumerate(vqa_samples(3, 3))]
+    samples += [{**s, "images": ["0.png", "1.png"]} for s in samples[:2]]
+    lengths = [len(item.input_ids) for item in build_items(encoder, samples)[0]]
+    for limit in sorted({*lengths, *(length - 1 for length in lengths)}):
+        encoder.config = replace(encoder.config, max_tokens=limit)
+        for sample, length in zip(samples, lengths, strict=True):
+            if length <= limit:
+                check_samples(SampleList([sample], "s"), encoder)
+            else:
+                with pytest.raises(UserError, match=f"{length} tokens .* exceed max_tokens {limit}"):
+                    check_samples(SampleList([sample], "s"), encoder)
+
+
+def test_twenty_thousand_samples_are_checked_in_seconds(tiny_models):
+    run = tiny_run(tiny_models, "qwen3_vl")
+    samples = SampleList([{**vqa_samples(1, 1)[0], "id": str(i)} for i in range(20_000)], "s")
+    started = time.process_time()
+    check_samples(samples, run.encoder(max_tokens=4096))
+    assert time.process_time() - started < 6
+
+
+def test_a_text_model_refuses_pictures(tiny_models):
+    run = tiny_run(tiny_models, "qwen3_vl")
+    encoder = SampleEncoder(run.config, load_family(str(tiny_models["qwen2"])), run.tokenizer)
+    with pytest.raises(UserError, match="has images but model_name is a text model"):
+        check_samples(SampleList(vqa_samples(1, 1), "s"), encoder)
+
+
+def test_the_plan_of_exp2_is_printed_as_the_arithmetic_of_its_batches(tiny_models, tmp_path):
+    values = config_values(tmp_path, tiny_models["qwen3_vl"], train_bs=4, grad_accum=8, num_train_epochs=3)
+    (tmp_path / "c.yaml").write_text(yaml.safe_dump(values))
+    config = load_config(tmp_path / "c.yaml")
+    plan = BatchPlan(41_079, config.train_bs * config.grad_accum * 2, config.num_train_epochs, config.order, 42)
+    assert batch_arithmetic(config, plan, 2) == [
+        "Batch: 4 questions × 8 micro-steps × 2 ranks = 64 a step",
+        "Steps: 41,079 questions / 64 = 642 an epoch, 3 epochs = 1,926 steps over 123,237 questions",
+    ]
+
+
+def test_the_plan_takes_batch_order_and_seed_from_the_config(tiny_models):
+    run = tiny_run(tiny_models, "qwen3_vl")
+    samples = SampleList(vqa_samples(3, 4)[::-1], "s")
+    config = replace(run.config, order="images", seed=3, train_bs=3, grad_accum=2, num_train_epochs=1.5)
+    plan = make_plan(config, samples, run.encoder(), world=2)
+    assert (plan.batch, plan.total_steps, plan.total_questions) == (12, 2, 18)
+    images = [samples[int(row)]["image"] for row in plan.epoch_order(0)]
+    assert images == [name for name in dict.fromkeys(images) for _ in range(4)]
