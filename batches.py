@@ -80,6 +80,9 @@ class BatchPlan:
 
 # -------------------------------------------------------------------------------------------------------- collator
 
+FULL_PASS = 1024  # tokens; from here on a pass is bound by its arithmetic, not by launching it
+MAX_PADDING = 0.02  # of a row; more than that, and the row rather stands in another pass
+
 
 def collate(items: list[Item], images: dict[str, ModelImage], share_prefix: bool, pad_id: int) -> dict:
     """Lay questions out as rows, those of one picture behind one shared prefix.
@@ -116,6 +119,25 @@ def collate(items: list[Item], images: dict[str, ModelImage], share_prefix: bool
     batch["sample_ids"] = [item.sample_id for item in items]
     batch["answer_tokens"] = int((batch["targets"] != IGNORE).sum())
     return batch
+
+
+def passes(items: list[Item], share_prefix: bool) -> list[list[Item]]:
+    """Cut a micro-batch so that rows of unlike length stand in passes of their own and little is padding.
+
+    Only rows with shared prefixes are parted: they hold enough tokens to fill a device on their own.
+    """
+    if not share_prefix:
+        return [items]
+    groups = _groups(items, share_prefix)
+    lengths = [prefix + sum(len(items[index].input_ids) - prefix for index in group) for group, prefix in groups]
+    parts: list[list[int]] = []  # of rows
+    for row in sorted(range(len(groups)), key=lambda row: -lengths[row]):
+        longest = lengths[parts[-1][0]] if parts else 0
+        if parts and (len(parts[-1]) * longest < FULL_PASS or lengths[row] > longest * (1 - MAX_PADDING)):
+            parts[-1].append(row)
+        else:
+            parts.append([row])
+    return [[items[index] for index in sorted(index for row in part for index in groups[row][0])] for part in parts]
 
 
 def _groups(items: list[Item], share_prefix: bool) -> list[tuple[list[int], int]]:

@@ -15,7 +15,7 @@ import torch
 from torch.utils.data import DataLoader, Dataset
 
 import clicks
-from batches import BatchPlan, Item, collate
+from batches import BatchPlan, Item, collate, passes
 from config import Config, UserError
 from distributed import ignore_stop_signals
 from family import Family
@@ -243,7 +243,7 @@ class _Batches(Dataset):
 
 
 class StepDataset(_Batches):
-    """Index: an optimizer step. Item: this rank's micro-batches of it."""
+    """Index: an optimizer step. Item: this rank's micro-batches of it, and its sample ids in the plan's order."""
 
     def __init__(self, samples, encoder, share_prefix, plan: BatchPlan, train_bs: int, rank: int, ranks: int):
         super().__init__(samples, encoder, share_prefix)
@@ -260,12 +260,14 @@ class StepDataset(_Batches):
                 items = self.build(self.plan.questions(step)[:1], images)
                 items = [replace(item, labels=np.full_like(item.labels, IGNORE)) for item in items]
             micro_batches = [
-                collate(items[start : start + self.train_bs], images, self.share_prefix, self.pad_id)
+                collate(part, images, self.share_prefix, self.pad_id)
                 for start in range(0, len(items), self.train_bs)
+                for part in passes(items[start : start + self.train_bs], self.share_prefix)
             ]
         except UserError as error:
             return {"error": str(error)}
-        return {"micro_batches": micro_batches, "questions": len(questions)}
+        sample_ids = [item.sample_id for item in items[: len(questions)]]
+        return {"micro_batches": micro_batches, "questions": len(questions), "sample_ids": sample_ids}
 
 
 class EvalDataset(_Batches):

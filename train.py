@@ -242,7 +242,8 @@ def train(config: Config, check_only: bool, source: str) -> None:
         while state.step < plan.total_steps:
             # ---- the training step ----
             began = time.perf_counter()
-            micro_batches = next(steps)["micro_batches"]
+            loaded = next(steps)
+            micro_batches = loaded["micro_batches"]
             waited = time.perf_counter() - began
             torch.manual_seed(((config.seed * 1_000_003 + state.step) * 4_099 + ranks.rank) % 2**63)  # dropout
             try:
@@ -265,7 +266,7 @@ def train(config: Config, check_only: bool, source: str) -> None:
                 optimizer.step()
             optimizer.zero_grad(set_to_none=True)
             state.step += 1
-            trained.append([state.step, [i for b in micro_batches for i in b["sample_ids"] if b["answer_tokens"]]])
+            trained.append([state.step, loaded["sample_ids"]])
 
             # ---- once in a while: a loss that is no number ----
             state.nonfinite_in_a_row = 0 if finite else state.nonfinite_in_a_row + 1
