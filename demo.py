@@ -1,332 +1,248 @@
-"""python demo.py [--out demo]
+"""python demo.py [--summary]
 
-Makes what a first run needs and no download provides: a tiny Qwen-VL model in the exact folder layout of the real ones
-(`demo/model`) and a small set of drawn endoscopy pictures with questions, in the published Kvasir-VQA layout
-(`demo/raw`). The tests build their models here too: Qwen2-VL, Qwen2.5-VL, Qwen3-VL and text-only Qwen2.
+Makes what a first run needs and no download provides: a tiny Qwen3-VL with random weights (demo/model) and a set of
+drawn endoscopy pictures with questions, in the published layout of Kvasir-VQA (demo/raw). `make demo` goes on from
+there. --summary reads the results of configs/demo.yaml, shows them, and says where to look next.
 """
 
+import argparse
+import csv
 import json
 import math
+import random
 import shutil
+import sys
 import uuid
+from collections import Counter
 from pathlib import Path
 
-# Qwen's own pre-tokenizer: contractions, words with one leading mark, single digits, punctuation, line ends, spaces.
-QWEN_SPLIT = (
-    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
-)
-# In the order of the real vocabulary, where they follow the ordinary tokens; the second list is not marked `special`.
-SPECIAL_TOKENS = """<|endoftext|> <|im_start|> <|im_end|> <|object_ref_start|> <|object_ref_end|> <|box_start|>
-    <|box_end|> <|quad_start|> <|quad_end|> <|vision_start|> <|vision_end|> <|vision_pad|> <|image_pad|>
-    <|video_pad|>""".split()  # noqa: SIM905
-EXTRA_TOKENS = """<tool_call> </tool_call> <|fim_prefix|> <|fim_middle|> <|fim_suffix|> <|fim_pad|> <|repo_name|>
-    <|file_sep|>""".split()  # noqa: SIM905
-# The tokenizer is trained on this: whole words for what the demo and the tests ask, pieces for everything else.
-TOKENIZER_TEXT = """
-You are a helpful assistant. You are Qwen, created by Alibaba Cloud. Answer the question about this endoscopic image.
-You are a surgical image analysis assistant analysing an endoscopic image. Select your answer(s) ONLY from the provided
-candidate list. For multi-label questions: Select ALL applicable items, separated by semicolons (;). For single-choice
-questions: Select EXACTLY one option. Output format: item1; item2; item3 (for multi-label) or item1 (for single-choice)
-Question: Candidates: Candidate list: Options: Answer: What color is the abnormality? If more than one separate with ;
-Where in the image is the abnormality? Where in the image is the instrument? Where in the image is the anatomical
-landmark? How many polyps are in the image? How many findings are present? How many instruments are in the image?
-What type of procedure is the image taken from? What type of polyp is present? What is the size of the polyp?
-Is there text? Is there a green/black box artefact? Is this finding easy to detect? Have all polyps been removed?
-Are there any abnormalities in the image? Check all that are present. Are there any instruments in the image?
-Are there any anatomical landmarks in the image? system user assistant
-colonoscopy; gastroscopy; capsule endoscopy; yes; no; none; not relevant; polyp; ulcerative colitis; oesophagitis;
-red; pink; white; yellow; green; blue; purple; brown; black; orange; grey; flesh; violet; 0; 1; 2; 3; 4; 5; 6-10; 11-20
-center; center-left; center-right; upper-left; upper-center; upper-right; lower-left; lower-center; lower-right
-cecum; ileum; pylorus; z-line; biopsy forceps; metal clip; polyp snare; injection needle; tube; <5mm; 5-10mm; >20mm
-click the login button; tap on the card; press the key; [x, y]; {"point_2d": [512, 384]}; accept; reject; paper; title
-A small number of words is enough here: the and of to in is it that for on with as was at by an be this which or from
-"""
-DEFAULT_SYSTEM = {
-    "qwen2_vl": "You are a helpful assistant.",
-    "qwen2_5_vl": "You are a helpful assistant.",
-    "qwen3_vl": None,
-    "qwen2": "You are Qwen, created by Alibaba Cloud. You are a helpful assistant.",
+from PIL import Image, ImageDraw, ImageFilter
+
+from tiny_model import write_tiny_model
+
+WIDTH, HEIGHT = 224, 204  # pixels; not square, so that the letterbox has something to do
+PROCEDURES = {  # name → tissue in the light, tissue in the depth of the lumen
+    "colonoscopy": ((226, 138, 124), (110, 40, 40)),
+    "gastroscopy": ((222, 164, 104), (120, 66, 30)),
+    "capsule endoscopy": ((182, 168, 108), (70, 62, 30)),
 }
+COLORS = {
+    "red": (176, 18, 28),
+    "white": (246, 240, 226),
+    "yellow": (238, 200, 48),
+    "green": (88, 140, 60),
+    "blue": (52, 92, 176),
+    "purple": (122, 48, 132),
+}
+PLACES = {  # name → column and row, counted from the centre
+    "upper-left": (-1, -1),
+    "upper-center": (0, -1),
+    "upper-right": (1, -1),
+    "center-left": (-1, 0),
+    "center": (0, 0),
+    "center-right": (1, 0),
+    "lower-left": (-1, 1),
+    "lower-center": (0, 1),
+    "lower-right": (1, 1),
+}
+PROMISED_RATIO = 2.5  # test accuracy over the majority answer's
+PROCEDURE = "What type of procedure is the image taken from?"
+NUMBER = "How many polyps are in the image?"
+COLOR = "What color is the abnormality? If more than one separate with ;"
+PLACE = "Where in the image is the abnormality?"
 
 
-def chat_template(family):
-    """The family's chat template as a Jinja string: roles, text, images and videos; no tools, no numbered pictures.
+def shade(color, factor):
+    """The colour, lighter (factor above 1) or darker."""
+    return tuple(min(255, round(channel * factor)) for channel in color)
 
-    Written anew; renders what the real one renders. Two habits of Qwen3-VL that the older ones lack: no default system
-    prompt, and pictures count only in a user's turn (a later system turn is dropped altogether).
-    """
-    pictures = (
-        "{% if pictures and (part.type == 'image' or 'image' in part or 'image_url' in part) %}"
-        "<|vision_start|><|image_pad|><|vision_end|>"
-        "{% elif pictures and (part.type == 'video' or 'video' in part) %}<|vision_start|><|video_pad|><|vision_end|>"
+
+def draw_picture(procedure, polyps, rng):
+    """A drawn view through an endoscope: RGB, 224×204 pixels. polyps: (place, colour) of each."""
+    lit, dark = PROCEDURES[procedure]
+    lumen_x, lumen_y = WIDTH / 2 + rng.uniform(-60, 60), HEIGHT / 2 + rng.uniform(-50, 50)
+    picture = Image.new("RGB", (WIDTH, HEIGHT), lit)
+    canvas = ImageDraw.Draw(picture)
+    folds = rng.randint(7, 11)
+    for fold in range(folds):  # wavy rings from the wall into the lumen
+        depth = fold / (folds - 1)
+        radius = WIDTH * (0.62 - 0.57 * depth)
+        phases = [rng.uniform(0, math.tau) for _ in range(3)]
+        outline = []
+        for step in range(60):
+            angle = math.tau * step / 60
+            waves = zip((0.05, 0.035, 0.02), (3, 5, 9), phases, strict=True)
+            reach = radius * (1 + sum(height * math.sin(count * angle + phase) for height, count, phase in waves))
+            outline.append((lumen_x + reach * math.cos(angle), lumen_y + 0.92 * reach * math.sin(angle)))
+        tone = tuple(near + (far - near) * depth**1.6 for near, far in zip(lit, dark, strict=True))
+        canvas.polygon(outline, fill=shade(tone, 1.05 if fold % 2 == 0 else 0.95))
+    picture = picture.filter(ImageFilter.GaussianBlur(2.2))
+    canvas = ImageDraw.Draw(picture)
+    for _ in range(7):  # vessels
+        x, y, angle = rng.uniform(0, WIDTH), rng.uniform(0, HEIGHT), rng.uniform(0, math.tau)
+        vessel = [(x, y)]
+        for _ in range(14):
+            angle += rng.uniform(-0.5, 0.5)
+            x, y = x + 3.5 * math.cos(angle), y + 3.5 * math.sin(angle)
+            vessel.append((x, y))
+        canvas.line(vessel, fill=shade(lit, 0.8))
+    for place, color in polyps:
+        draw_polyp(picture, PLACES[place], COLORS[color], shade(dark, 0.6), rng)
+    for _ in range(rng.randint(4, 9)):  # wet highlights
+        angle, reach, size = rng.uniform(0, math.tau), rng.uniform(0.2, 0.5) * WIDTH, rng.uniform(0.8, 1.8)
+        x, y = lumen_x + reach * math.cos(angle), lumen_y + reach * math.sin(angle)
+        canvas.ellipse((x - 1.6 * size, y - 0.8 * size, x + 1.6 * size, y + 0.8 * size), fill=shade(lit, 1.25))
+    field = Image.new("L", (WIDTH, HEIGHT), 0)  # the field of view: round, or with cut corners, as the scope has it
+    overhang = (WIDTH - HEIGHT) / 2
+    corner = rng.choice((0.3, 0.4, 0.5)) * WIDTH
+    ImageDraw.Draw(field).rounded_rectangle((0, -overhang, WIDTH - 1, HEIGHT + overhang), corner, fill=255)
+    field = field.filter(ImageFilter.GaussianBlur(1.2))
+    return Image.composite(
+        picture.filter(ImageFilter.GaussianBlur(0.6)), Image.new("RGB", picture.size, (8, 6, 8)), field
     )
-    say = (
-        "{% macro say(content, pictures) %}{% if content is string %}{{ content }}{% else %}{% for part in content %}"
-        + pictures
-        + "{% elif 'text' in part %}{{ part.text }}{% endif %}{% endfor %}{% endif %}{% endmacro %}"
-    )
-    turn = "<|im_start|>{{ message.role }}\n{{ say(message.content, WHERE) }}<|im_end|>\n"
-    if family == "qwen3_vl":
-        turn = turn.replace("WHERE", "message.role == 'user'")
-        turn = "{% if loop.first or message.role != 'system' %}" + turn + "{% endif %}"
-    else:
-        default = f"<|im_start|>system\n{DEFAULT_SYSTEM[family]}<|im_end|>\n"
-        turn = (
-            "{% if loop.first and message.role != 'system' %}" + default + "{% endif %}" + turn.replace("WHERE", "true")
+
+
+def draw_polyp(picture, place, color, shadow, rng):
+    """A shaded ball with its shadow and a highlight, drawn into `picture`."""
+    column, row = place
+    x = WIDTH * (0.5 + 0.275 * column + rng.uniform(-0.02, 0.02))
+    y = HEIGHT * (0.5 + 0.265 * row + rng.uniform(-0.02, 0.02))
+    wide = WIDTH * rng.uniform(0.095, 0.12)
+    high = wide * rng.uniform(0.8, 1.1)
+    mask = Image.new("L", picture.size, 0)
+    ImageDraw.Draw(mask).ellipse((x - 0.95 * wide, y - 0.8 * high, x + 1.25 * wide, y + 1.3 * high), fill=120)
+    picture.paste(shadow, mask=mask.filter(ImageFilter.GaussianBlur(5)))
+    canvas = ImageDraw.Draw(picture)
+    for ring in range(8):  # from the rim to the side that faces the light, at the upper left
+        size, shift = 1 - ring / 8, 0.3 * ring / 8
+        box = (
+            x - (size + shift) * wide,
+            y - (size + shift) * high,
+            x + (size - shift) * wide,
+            y + (size - shift) * high,
         )
-    ask = "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
-    return say + "{% for message in messages %}" + turn + "{% endfor %}" + ask
+        canvas.ellipse(box, fill=shade(color, 0.72 + 0.06 * ring))
+    x, y = x - 0.4 * wide, y - 0.45 * high
+    canvas.ellipse((x - 0.12 * wide, y - 0.09 * high, x + 0.12 * wide, y + 0.09 * high), fill=(255, 252, 245))
 
 
-def write_json(path, content):
-    """Write JSON as the hub's folders have it: two spaces, UTF-8, a final newline."""
-    Path(path).write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+def dealt(items, rng):
+    """The items for ever, in shuffled rounds: each comes up equally often, so guessing the commonest gains little."""
+    while True:
+        yield from rng.sample(list(items), len(items))
 
 
-def write_tokenizer(folder, family, tokenizer_from=None):
-    """Write tokenizer.json, tokenizer_config.json, vocab.json and merges.txt; return {token: id} with the special ones.
+def write_endoscopy_set(folder, images=1000, seed=0):
+    """Write a drawn set to `folder` (must not exist): images/<img_id>.jpg and metadata.csv as Kvasir-VQA has them.
 
-    `tokenizer_from`: a real tokenizer's folder, taken over as it is (its chat template included) instead of training
-    one. The trained one is byte-level BPE of about 1,100 tokens, so any text at all can be encoded.
+    Every picture has one to three polyps and four questions: procedure, number, colour, place. Several colours or
+    places are joined by "; " in alphabetical order. The same arguments give the same bytes under the same Pillow.
+    Returns the folder's Path. Raises ValueError where the folder exists.
     """
-    folder = Path(folder)
-    if tokenizer_from is not None:
-        for name in ("tokenizer.json", "tokenizer_config.json"):
-            shutil.copyfile(Path(tokenizer_from) / name, folder / name)
-        content = json.loads((folder / "tokenizer.json").read_text(encoding="utf-8"))
-    else:
-        content = train_tokenizer()
-        write_json(folder / "tokenizer.json", content)
-        flags = {"lstrip": False, "normalized": False, "rstrip": False, "single_word": False}
-        config = {
-            "add_bos_token": False,
-            "add_prefix_space": False,
-            "added_tokens_decoder": {
-                str(token["id"]): {"content": token["content"], **flags, "special": token["special"]}
-                for token in content["added_tokens"]
-            },
-            "additional_special_tokens": SPECIAL_TOKENS[1:],
-            "bos_token": None,
-            "chat_template": chat_template(family),
-            "clean_up_tokenization_spaces": False,
-            "eos_token": "<|im_end|>",
-            "errors": "replace",
-            "model_max_length": 262144 if family == "qwen3_vl" else 131072,
-            "pad_token": "<|endoftext|>",
-            "split_special_tokens": False,
-            "tokenizer_class": "Qwen2Tokenizer",
-            "unk_token": None,
-        }
-        write_json(folder / "tokenizer_config.json", config)
-    vocab, merges = content["model"]["vocab"], content["model"]["merges"]
-    (folder / "vocab.json").write_text(json.dumps(vocab, ensure_ascii=False), encoding="utf-8")
-    lines = [merge if isinstance(merge, str) else " ".join(merge) for merge in merges]
-    (folder / "merges.txt").write_text("\n".join(["#version: 0.2", *lines]) + "\n", encoding="utf-8")
-    return {**vocab, **{token["content"]: token["id"] for token in content["added_tokens"]}}
-
-
-def train_tokenizer():
-    """Train the small byte-level BPE on TOKENIZER_TEXT; return the content of its tokenizer.json."""
-    from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
-
-    tokenizer = Tokenizer(models.BPE(continuing_subword_prefix="", end_of_word_suffix=""))
-    tokenizer.normalizer = normalizers.NFC()
-    byte_level = {"add_prefix_space": False, "use_regex": False}
-    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
-        [pre_tokenizers.Split(Regex(QWEN_SPLIT), "isolated"), pre_tokenizers.ByteLevel(**byte_level)]
-    )
-    tokenizer.decoder = decoders.ByteLevel()
-    alphabet = pre_tokenizers.ByteLevel.alphabet()
-    trainer = trainers.BpeTrainer(vocab_size=1500, min_frequency=1, initial_alphabet=alphabet, show_progress=False)
-    # Each word with a space before it, as inside a sentence, and without, as at the start of an answer.
-    words = TOKENIZER_TEXT.split()
-    tokenizer.train_from_iterator([TOKENIZER_TEXT, *words, *(" " + word for word in words)], trainer)
-    tokenizer.add_special_tokens([AddedToken(token, normalized=False, special=True) for token in SPECIAL_TOKENS])
-    tokenizer.add_tokens([AddedToken(token, normalized=False, special=False) for token in EXTRA_TOKENS])
-    return json.loads(tokenizer.to_str())
-
-
-def model_config(family, token_ids, dtype, sizes):
-    """config.json in the layout of the hub's own: flat for Qwen2, Qwen2-VL and Qwen2.5-VL, nested for Qwen3-VL."""
-    import transformers
-
-    head_dim = sizes["hidden_size"] // sizes["heads"]
-    half = head_dim // 2
-    # The real shares of the rotary pairs among time, height, width: 16:24:24 of 64, and 24:20:20 for Qwen3-VL.
-    side = half * 20 // 64 if family == "qwen3_vl" else half * 24 // 64
-    sections = [half - 2 * side, side, side]
-    text = {
-        "attention_dropout": 0.0,
-        "bos_token_id": token_ids["<|endoftext|>"],
-        "eos_token_id": token_ids["<|im_end|>"],
-        "hidden_act": "silu",
-        "hidden_size": sizes["hidden_size"],
-        "initializer_range": 0.02,
-        "intermediate_size": sizes["intermediate_size"],
-        "max_position_embeddings": 32768,
-        "num_attention_heads": sizes["heads"],
-        "num_hidden_layers": sizes["layers"],
-        "num_key_value_heads": sizes["kv_heads"],
-        "rms_norm_eps": 1e-6,
-        "use_cache": True,
-        # More rows than tokens, as in the real ones (151,936 rows for 151,669 tokens).
-        "vocab_size": math.ceil((max(token_ids.values()) + 1) / 64) * 64 + 64,
-    }
-    shared = {
-        "tie_word_embeddings": sizes["tie_word_embeddings"],
-        "torch_dtype": str(dtype).removeprefix("torch."),
-        "transformers_version": transformers.__version__,
-    }
-    if family == "qwen2":
-        window = {"max_window_layers": sizes["layers"], "sliding_window": 32768, "use_sliding_window": False}
-        return {"architectures": ["Qwen2ForCausalLM"], "model_type": "qwen2", **text, **window,
-                "rope_theta": 1000000.0, **shared}  # fmt: skip
-    tokens = {
-        "vision_start_token_id": token_ids["<|vision_start|>"],
-        "vision_end_token_id": token_ids["<|vision_end|>"],
-        "image_token_id": token_ids["<|image_pad|>"],
-        "video_token_id": token_ids["<|video_pad|>"],
-    }
-    width, depth = sizes["vision_hidden_size"], sizes["vision_depth"]
-    vision = {"depth": depth, "num_heads": sizes["vision_heads"], "spatial_merge_size": 2, "temporal_patch_size": 2}
-    if family == "qwen3_vl":
-        text |= {"attention_bias": False, "head_dim": head_dim, "model_type": "qwen3_vl_text", "rope_theta": 5000000}
-        text["rope_scaling"] = {"mrope_interleaved": True, "mrope_section": sections, "rope_type": "default"}
-        vision |= {"deepstack_visual_indexes": list(range(depth - 1))[: sizes["layers"]], "in_channels": 3}
-        vision |= {"hidden_act": "gelu_pytorch_tanh", "hidden_size": width, "initializer_range": 0.02, "patch_size": 16}
-        vision |= {"intermediate_size": sizes["vision_intermediate_size"], "model_type": "qwen3_vl"}
-        vision |= {"num_position_embeddings": sizes["vision_positions"], "out_hidden_size": sizes["hidden_size"]}
-        return {"architectures": ["Qwen3VLForConditionalGeneration"], "model_type": "qwen3_vl", **tokens,
-                "text_config": text, "vision_config": vision, **shared}  # fmt: skip
-    text |= {"max_window_layers": sizes["layers"], "sliding_window": 32768, "use_sliding_window": False}
-    text |= {"rope_theta": 1000000.0, "rope_scaling": {"type": "mrope", "mrope_section": sections}}
-    tokens["vision_token_id"] = token_ids["<|vision_pad|>"]
-    vision |= {"patch_size": 14, "spatial_patch_size": 14, "in_chans": 3}
-    if family == "qwen2_vl":
-        vision |= {"embed_dim": width, "hidden_size": sizes["hidden_size"], "hidden_act": "quick_gelu"}
-        vision |= {"mlp_ratio": sizes["vision_intermediate_size"] // width}
-        architecture = "Qwen2VLForConditionalGeneration"
-    else:
-        vision |= {"hidden_size": width, "hidden_act": "silu", "intermediate_size": sizes["vision_intermediate_size"]}
-        # Windows of 2×2 merged patches, full attention in the last block only, so that the window path is exercised.
-        vision |= {"window_size": 56, "fullatt_block_indexes": [depth - 1], "tokens_per_second": 2}
-        vision |= {"out_hidden_size": sizes["hidden_size"]}
-        architecture = "Qwen2_5_VLForConditionalGeneration"
-    return {"architectures": [architecture], "model_type": family, **text, **tokens, "vision_config": vision, **shared}
-
-
-def generation_config(family, token_ids):
-    """generation_config.json as published: every family samples by default, Qwen2.5-VL also punishes repetition.
-
-    A greedy answer therefore has to say so: `do_sample=False` and `repetition_penalty=1.0`.
-    """
-    sampling = {
-        "qwen2_vl": {"temperature": 0.01, "top_k": 1, "top_p": 0.001},
-        "qwen2_5_vl": {"repetition_penalty": 1.05, "temperature": 1e-6},
-        "qwen3_vl": {"repetition_penalty": 1.0, "temperature": 0.7, "top_k": 20, "top_p": 0.8},
-        "qwen2": {"repetition_penalty": 1.05, "temperature": 0.7, "top_k": 20, "top_p": 0.8},
-    }[family]
-    end = token_ids["<|endoftext|>"]
-    return {"bos_token_id": end, "pad_token_id": end, "do_sample": True, "eos_token_id": [token_ids["<|im_end|>"], end],
-            **sampling}  # fmt: skip
-
-
-def write_processors(folder, family, min_pixels, max_pixels):
-    """preprocessor_config.json (and, for Qwen3-VL, video_preprocessor_config.json) in the family's own words."""
-    if family == "qwen3_vl":
-        half = [0.5, 0.5, 0.5]
-        shared = {"patch_size": 16, "temporal_patch_size": 2, "merge_size": 2, "image_mean": half, "image_std": half}
-        shared["processor_class"] = "Qwen3VLProcessor"
-        image_size = {"size": {"longest_edge": max_pixels, "shortest_edge": min_pixels}}
-        image_kind = {"image_processor_type": "Qwen2VLImageProcessorFast"}
-        write_json(folder / "preprocessor_config.json", image_size | shared | image_kind)
-        video_size = {"size": {"longest_edge": 25165824, "shortest_edge": 4096}}
-        video_kind = {"video_processor_type": "Qwen3VLVideoProcessor"}
-        write_json(folder / "video_preprocessor_config.json", video_size | shared | video_kind)
-        return
-    # The statistics that CLIP was trained with.
-    content = {"min_pixels": min_pixels, "max_pixels": max_pixels, "patch_size": 14, "temporal_patch_size": 2,
-               "merge_size": 2, "image_mean": [0.48145466, 0.4578275, 0.40821073],
-               "image_std": [0.26862954, 0.26130258, 0.27577711], "image_processor_type": "Qwen2VLImageProcessor",
-               "processor_class": "Qwen2VLProcessor" if family == "qwen2_vl" else "Qwen2_5_VLProcessor"}  # fmt: skip
-    write_json(folder / "preprocessor_config.json", content)
-
-
-def write_tiny_model(
-    folder,
-    family,
-    seed=0,
-    *,
-    dtype="float32",
-    tokenizer_from=None,
-    tie_word_embeddings=False,
-    min_pixels=None,
-    max_pixels=None,
-    hidden_size=64,
-    intermediate_size=128,
-    layers=2,
-    heads=4,
-    kv_heads=2,
-    vision_hidden_size=32,
-    vision_intermediate_size=64,
-    vision_depth=3,
-    vision_heads=2,
-    vision_positions=64,
-):
-    """Write a tiny model with random weights to `folder` (created, must not exist) and return its Path.
-
-    family: qwen2_vl, qwen2_5_vl, qwen3_vl, or qwen2 (text only). The folder has the files of the real one on the hub:
-    config.json, generation_config.json, model.safetensors, tokenizer.json, tokenizer_config.json, vocab.json,
-    merges.txt, chat_template.json or .jinja, preprocessor_config.json. The same arguments give the same bytes.
-    dtype: the weights' dtype on disk, as a torch dtype or its name. tokenizer_from: folder of a real tokenizer.
-    min_pixels, max_pixels: the image processor's bounds in pixels; by default the real ones, except that pictures down
-    to 64×64 (Qwen3-VL) or 56×56 stay as they are. Raises ValueError on an unknown family or an existing folder.
-    """
-    import torch
-    from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText
-
-    if family not in DEFAULT_SYSTEM:
-        raise ValueError(f"family {family!r}: choose one of {', '.join(DEFAULT_SYSTEM)}")
     folder = Path(folder)
     if folder.exists():
         raise ValueError(f"{folder} exists; delete it or choose another folder")
-    dtype = getattr(torch, dtype) if isinstance(dtype, str) else dtype
-    sizes = {
-        "hidden_size": hidden_size,
-        "intermediate_size": intermediate_size,
-        "layers": layers,
-        "heads": heads,
-        "kv_heads": kv_heads,
-        "vision_hidden_size": vision_hidden_size,
-        "vision_intermediate_size": vision_intermediate_size,
-        "vision_depth": vision_depth,
-        "vision_heads": vision_heads,
-        "vision_positions": vision_positions,
-        "tie_word_embeddings": tie_word_embeddings,
-    }
+    rng = random.Random(seed)
+    procedures, numbers, colors = dealt(PROCEDURES, rng), dealt((1, 2, 3), rng), dealt(COLORS, rng)
     partial = folder.with_name(f".{folder.name}.{uuid.uuid4().hex[:8]}")
-    partial.mkdir(parents=True)
+    (partial / "images").mkdir(parents=True)
     try:
-        token_ids = write_tokenizer(partial, family, tokenizer_from)
-        config = model_config(family, token_ids, dtype, sizes)
-        write_json(partial / "config.json", config)
-        auto = AutoModelForCausalLM if family == "qwen2" else AutoModelForImageTextToText
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(seed)
-            model = auto.from_config(AutoConfig.from_pretrained(partial), dtype=dtype)
-        model.save_pretrained(partial)
-        write_json(partial / "config.json", config)  # save_pretrained wrote its own, in today's layout
-        write_json(partial / "generation_config.json", generation_config(family, token_ids))
-        template = json.loads((partial / "tokenizer_config.json").read_text(encoding="utf-8"))["chat_template"]
-        if family == "qwen3_vl":
-            (partial / "chat_template.jinja").write_text(template, encoding="utf-8")
-        elif family != "qwen2":
-            write_json(partial / "chat_template.json", {"chat_template": template})
-        if family != "qwen2":
-            default_min, default_max = (64 * 64, 16777216) if family == "qwen3_vl" else (56 * 56, 12845056)
-            write_processors(partial, family, min_pixels or default_min, max_pixels or default_max)
+        with open(partial / "metadata.csv", "w", newline="", encoding="utf-8") as file:
+            table = csv.writer(file)
+            table.writerow(["source", "question", "answer", "img_id"])
+            for picture in range(images):
+                img_id, procedure, number, color = f"drawn{picture:05d}", next(procedures), next(numbers), next(colors)
+                places = rng.sample(list(PLACES), number)
+                polyps = [(place, color) for place in places]
+                if number > 1 and rng.random() < 0.35:
+                    polyps[-1] = (places[-1], rng.choice([other for other in COLORS if other != color]))
+                drawing = draw_picture(procedure, polyps, rng)
+                drawing.save(partial / "images" / f"{img_id}.jpg", quality=90)
+                answers = {
+                    PROCEDURE: procedure,
+                    NUMBER: str(number),
+                    COLOR: "; ".join(sorted({color for _, color in polyps})),
+                    PLACE: "; ".join(sorted(places)),
+                }
+                table.writerows(["Drawn", question, answer, img_id] for question, answer in answers.items())
         partial.rename(folder)
     except BaseException:
         shutil.rmtree(partial, ignore_errors=True)
         raise
     return folder
+
+
+def majority_answers(samples):
+    """question → its most frequent answer."""
+    answers = {}
+    for sample in samples:
+        answers.setdefault(sample["question"], Counter())[sample["answer"]] += 1
+    return {question: counts.most_common(1)[0][0] for question, counts in answers.items()}
+
+
+def summarise(config="configs/demo.yaml"):
+    """Print the demo's scores question by question, three answers, and where to look next.
+
+    Returns whether the test accuracy is at least PROMISED_RATIO times that of always giving the majority answer.
+    """
+    results, output = Path("results/demo"), Path("outputs/demo")
+    scores = json.loads((results / "predict_results.json").read_text(encoding="utf-8"))
+    lines = (results / "generated_predictions.jsonl").read_text(encoding="utf-8").splitlines()
+    rows = [json.loads(line) for line in lines]
+    majority = majority_answers(json.loads(Path("demo/data/train.json").read_text(encoding="utf-8")))
+    width = max(map(len, majority)) + 2
+    print(f"\n{'test accuracy, in per cent':<{width}}  majority answer   trained model   questions")
+    for question in majority:
+        asked = [row for row in rows if row["question"] == question]
+        guessed = sum(row["answer"] == majority[question] for row in asked) / len(asked)
+        right = sum(row["correct"] for row in asked) / len(asked)
+        print(f"{question:<{width}}{100 * guessed:17.1f}{100 * right:16.1f}{len(asked):12,}")
+    guessed, right = scores["majority_accuracy"], scores["predict_accuracy"]
+    print(f"{'all':<{width}}{100 * guessed:17.1f}{100 * right:16.1f}{len(rows):12,}")
+    print("\nThree of its answers:")
+    for row in rows[:3]:
+        print(f"  demo/raw/{row['images'][0]}  {row['question']}\n    says {row['prediction']!r}, is {row['answer']!r}")
+    python = sys.executable if Path(sys.executable).is_relative_to(Path.cwd()) else "python"
+    python = Path(python).relative_to(Path.cwd()) if python != "python" else python
+    picture = f"demo/raw/{rows[0]['images'][0]}"
+    print(f"""
+Where to look next:
+  demo/raw/images                               the pictures
+  demo/data/report.md                           how they were split
+  {output / "log.jsonl":<45} one line per logged step; as curves: {python} -m tensorboard.main --logdir {output}/runs
+  {results / "generated_predictions.jsonl":<45} every answer
+  {python} predict.py --adapter-path {output} --image {picture} --prompt "{NUMBER}"
+  {python} evaluate.py --config {config} image=none    what the questions alone give away
+  configs/exp2.yaml                             the first real experiment""")
+    kept = right >= PROMISED_RATIO * guessed
+    ratio = f"{right / guessed:.1f} times the majority answer's accuracy; {PROMISED_RATIO} times was promised"
+    print(f"\n{'✓' if kept else '✗'} {ratio}")
+    return kept
+
+
+def main(arguments=None):
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--summary", action="store_true", help="show the results of configs/demo.yaml")
+    args = parser.parse_args(arguments)
+    if args.summary:
+        try:
+            return 0 if summarise() else 1
+        except FileNotFoundError as error:
+            print(f"error: {error.filename} is not there; run make demo first", file=sys.stderr)
+            return 2
+    for folder, write in (("demo/model", write_demo_model), ("demo/raw", write_endoscopy_set)):
+        if Path(folder).exists():
+            print(f"{folder} is there already; delete it to have it made anew")
+        else:
+            print(f"Making {folder} ...", flush=True)
+            write(folder)
+    return 0
+
+
+def write_demo_model(folder):
+    """The demo's model: a tiny Qwen3-VL that LoRA can teach."""
+    return write_tiny_model(folder, "qwen3_vl", teachable=True)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -37,12 +37,12 @@ class TinyModels(dict):
         return self[family]
 
     def build(self, family, **options):
-        """A folder for these options of `demo.write_tiny_model`, built once per session."""
-        import demo
+        """A folder for these options of `write_tiny_model`, built once per session."""
+        from tiny_model import write_tiny_model
 
         name = "-".join([family, *(f"{key}={value}" for key, value in sorted(options.items()))])
         folder = self.root / name.replace("/", "_")
-        return folder if folder.exists() else demo.write_tiny_model(folder, family, **options)
+        return folder if folder.exists() else write_tiny_model(folder, family, **options)
 
 
 @pytest.fixture(scope="session")

@@ -1,180 +1,122 @@
-"""The tiny models have the layout of the real ones and behave like them; the drawn set is reproducible and balanced."""
+"""The drawn set is laid out as the published one, shows what its answers say, and cannot be guessed."""
 
-import json
+import csv
+from collections import Counter, defaultdict
+from pathlib import Path
 
 import pytest
-import torch
-from conftest import shared_data
+from conftest import REPO_ROOT, shared_data
 from PIL import Image
-from safetensors import safe_open
-from transformers import AutoImageProcessor, AutoModelForCausalLM, AutoModelForImageTextToText, AutoTokenizer
 
 import demo
-
-VISION_FAMILIES = ["qwen2_vl", "qwen2_5_vl", "qwen3_vl"]
-PICTURE = {"type": "image"}
-ASK = {"type": "text", "text": "Where in the image is the abnormality?\n"}
-
-
-def conversations(lists=True):
-    """Message lists that the families' templates must render alike; `lists` off leaves out list content."""
-    user, answer = {"role": "user", "content": "How many?"}, {"role": "assistant", "content": " 3\n"}
-    system = {"role": "system", "content": "You answer briefly."}
-    yield from ([user], [system, user], [user, answer], [system, user, answer, user, answer, user])
-    if lists:
-        yield [{"role": "user", "content": [PICTURE, ASK]}]
-        yield [{"role": "user", "content": [ASK, {"type": "image", "image": "a.jpg"}, ASK, PICTURE]}, answer, user]
-        yield [{"role": "system", "content": [ASK]}, {"role": "user", "content": [{"type": "video"}, PICTURE]}]
-        yield [{"role": "user", "content": []}, {"role": "assistant", "content": [ASK]}, user]
+import prepare_data
+from config import load_config
+from family import load_family
+from metrics import majority_answers
+from stager import stage_by_rules
 
 
-def real_template(family):
-    """The family's published chat template; Qwen2-VL's and Qwen2.5-VL's are the same text."""
-    if family == "qwen3_vl":
-        return shared_data("configs/Qwen3-VL-Instruct/chat_template.jinja").read_text(encoding="utf-8")
-    if family == "qwen2":
-        return shared_data("configs/Qwen2.5-Instruct/chat_template.jinja").read_text(encoding="utf-8")
-    file = shared_data("configs/Qwen2.5-VL-7B-Instruct/chat_template.json")
-    return json.loads(file.read_text(encoding="utf-8"))["chat_template"]
+@pytest.fixture(scope="module")
+def drawn(tmp_path_factory):
+    """A drawn set of 120 pictures."""
+    return demo.write_endoscopy_set(tmp_path_factory.mktemp("drawn") / "raw", images=120)
 
 
-@pytest.mark.parametrize("family", [*VISION_FAMILIES, "qwen2"])
-def test_tiny_template_renders_what_the_real_template_renders(tiny_models, family):
-    tokenizer = AutoTokenizer.from_pretrained(tiny_models[family])
-    real = real_template(family)
-    for messages in conversations(lists=family != "qwen2"):
-        for add_generation_prompt in (False, True):
-            options = {"tokenize": False, "add_generation_prompt": add_generation_prompt}
-            expected = tokenizer.apply_chat_template(messages, chat_template=real, **options)
-            assert tokenizer.apply_chat_template(messages, **options) == expected
+def table(folder):
+    with open(folder / "metadata.csv", newline="", encoding="utf-8") as file:
+        return list(csv.DictReader(file))
 
 
-@pytest.mark.parametrize("family", [*VISION_FAMILIES, "qwen2"])
-def test_folder_has_exactly_the_files_of_the_real_one(tiny_models, family):
-    files = {"config.json", "generation_config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json"}
-    files |= {"vocab.json", "merges.txt"}
-    if family != "qwen2":
-        files |= {"preprocessor_config.json", "chat_template.json"}
-    if family == "qwen3_vl":
-        files = files - {"chat_template.json"} | {"chat_template.jinja", "video_preprocessor_config.json"}
-    assert {path.name for path in tiny_models[family].iterdir()} == files
+def test_layout_and_questions_are_those_of_kvasir_vqa(drawn):
+    rows = table(drawn)
+    real = shared_data("kvasir/kvasir_vqa_3000.csv")
+    with open(real, newline="", encoding="utf-8") as file:
+        published = list(csv.DictReader(file))
+    assert list(rows[0]) == list(published[0])
+    assert {row["question"] for row in rows} <= {row["question"] for row in published}
+    assert {path.stem for path in (drawn / "images").iterdir()} == {row["img_id"] for row in rows}
+    assert len(rows) == 4 * 120
 
 
-@pytest.mark.parametrize(
-    ("family", "published"),
-    [
-        ("qwen2_5_vl", "configs/Qwen2.5-VL-7B-Instruct"),
-        ("qwen3_vl", "configs/Qwen3-VL-Embedding-8B"),
-        ("qwen3_vl", "configs/Qwen3-VL-Instruct"),
-    ],
-)
-def test_json_files_have_the_keys_and_kinds_of_the_published_ones(tiny_models, family, published):
-    def shape(value):
-        if isinstance(value, dict):
-            return {key: shape(item) for key, item in value.items()}
-        return type(value).__name__ if not isinstance(value, list) else "list"
-
-    # The embedding model's config says dtype; the instruct models of its time said torch_dtype, like the others.
-    renamed = {"dtype": None, "torch_dtype": None, "use_cache": None, "transformers_version": None}
-    for name in ("config.json", "preprocessor_config.json", "video_preprocessor_config.json"):
-        real_file = shared_data(published) / name
-        if not real_file.exists() or (published.endswith("8B") and name != "config.json"):
-            continue
-        real, tiny = (json.loads(path.read_text()) for path in (real_file, tiny_models[family] / name))
-        for part in (real, real.get("text_config", {}), real.get("vision_config", {})):
-            for key in renamed:
-                part.pop(key, None)
-        for part in (tiny, tiny.get("text_config", {}), tiny.get("vision_config", {})):
-            for key in renamed:
-                part.pop(key, None)
-        assert shape(tiny) == shape(real)
+def test_each_place_named_shows_a_polyp_of_a_colour_named_and_no_other_place_does(drawn):
+    answers = defaultdict(dict)
+    for row in table(drawn):
+        answers[row["img_id"]][row["question"]] = row["answer"]
+    for img_id, answer in answers.items():
+        picture = Image.open(drawn / "images" / f"{img_id}.jpg")
+        assert (picture.size, picture.mode) == ((demo.WIDTH, demo.HEIGHT), "RGB")
+        named = [demo.COLORS[name] for name in answer[demo.COLOR].split("; ")]
+        seen = {}
+        for place, (column, row) in demo.PLACES.items():
+            x, y = demo.WIDTH * (0.5 + 0.275 * column), demo.HEIGHT * (0.5 + 0.265 * row)
+            box = (round(x) - 6, round(y) - 6, round(x) + 7, round(y) + 7)
+            channels = picture.crop(box).resize((1, 1), Image.Resampling.BOX).getpixel((0, 0))
+            # Hue and saturation tell polyp from tissue; the light on the ball changes only how bright it is.
+            seen[place] = min(closeness(channels, color) for color in named)
+        places = answer[demo.PLACE].split("; ")
+        assert sorted(places) == places and len(places) == int(answer[demo.NUMBER])
+        nearest = sorted(seen, key=seen.get)[: len(places)]
+        assert set(nearest) == set(places), (img_id, seen)
 
 
-@pytest.mark.parametrize("family", VISION_FAMILIES)
-def test_plain_auto_classes_load_every_weight_and_generate(tiny_models, family):
-    folder = tiny_models[family]
-    model, info = AutoModelForImageTextToText.from_pretrained(folder, output_loading_info=True)
-    assert not info["missing_keys"] and not info["unexpected_keys"] and not info["mismatched_keys"]
-    tokenizer = AutoTokenizer.from_pretrained(folder)
-    processor = AutoImageProcessor.from_pretrained(folder)
-    side = 2 * processor.patch_size * 3  # three merged patches
-    pixels = processor(images=[Image.effect_noise((side, 2 * side), 60).convert("RGB")], return_tensors="pt")
-    assert pixels["image_grid_thw"].tolist() == [[1, 12, 6]]
-    messages = [{"role": "user", "content": [PICTURE, ASK]}]
-    text = tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
-    batch = tokenizer(text.replace("<|image_pad|>", "<|image_pad|>" * 18), return_tensors="pt")
-    is_image = batch["input_ids"] == model.config.image_token_id
-    assert is_image.sum() == 18
-    answer = model.generate(**batch, **pixels, mm_token_type_ids=is_image.int(), max_new_tokens=4, do_sample=False)
-    assert answer.shape[1] > batch["input_ids"].shape[1]
-    pixels["pixel_values"] = -pixels["pixel_values"]
-    other = model(**batch, **pixels, mm_token_type_ids=is_image.int()).logits[0, -1]
-    pixels["pixel_values"] = -pixels["pixel_values"]
-    assert not torch.allclose(other, model(**batch, **pixels, mm_token_type_ids=is_image.int()).logits[0, -1])
+def closeness(channels, color):
+    """Distance of two colours, each scaled to its own brightness."""
+    scaled = [[value / max(max(triple), 1) for value in triple] for triple in (channels, color)]
+    return sum((a - b) ** 2 for a, b in zip(*scaled, strict=True))
 
 
-def test_text_only_model_loads_and_generates(tiny_models):
-    model = AutoModelForCausalLM.from_pretrained(tiny_models["qwen2"])
-    tokenizer = AutoTokenizer.from_pretrained(tiny_models["qwen2"])
-    batch = tokenizer(["accept or reject", "paper"], return_tensors="pt", padding=True, padding_side="left")
-    assert model.generate(**batch, max_new_tokens=3, do_sample=False).shape[0] == 2
+def test_always_giving_the_commonest_answer_is_right_less_than_a_quarter_of_the_time(drawn):
+    counts = defaultdict(Counter)
+    for row in table(drawn):
+        counts[row["question"]][row["answer"]] += 1
+    commonest = sum(answers.most_common(1)[0][1] for answers in counts.values())
+    assert commonest / (4 * 120) < 0.25
+    assert all(len(answers) >= 3 for answers in counts.values())
 
 
-@pytest.mark.parametrize("family", [*VISION_FAMILIES, "qwen2"])
-def test_special_tokens_agree_between_tokenizer_and_configs(tiny_models, family):
-    folder = tiny_models[family]
-    tokenizer = AutoTokenizer.from_pretrained(folder)
-    config = json.loads((folder / "config.json").read_text())
-    generation = json.loads((folder / "generation_config.json").read_text())
-    ids = tokenizer.convert_tokens_to_ids
-    assert (tokenizer.eos_token, tokenizer.pad_token) == ("<|im_end|>", "<|endoftext|>")
-    assert generation["eos_token_id"] == [ids("<|im_end|>"), ids("<|endoftext|>")]
-    if family != "qwen2":
-        for key in ("image", "video"):
-            assert config[f"{key}_token_id"] == ids(f"<|{key}_pad|>")
-        for key in ("vision_start", "vision_end"):
-            assert config[f"{key}_token_id"] == ids(f"<|{key}|>")
-    assert config.get("text_config", config)["vocab_size"] > len(tokenizer)  # as in the real ones
-
-
-def test_any_text_survives_the_tokenizer(tiny_models):
-    tokenizer = AutoTokenizer.from_pretrained(tiny_models["qwen3_vl"])
-    text = 'The snare\'s "5-10mm"; ünïcode 日本 🙂\t\r\n\n  {"point_2d": [1, 2]}'
-    assert tokenizer.decode(tokenizer(text)["input_ids"]) == text
-    assert len(tokenizer("upper-left; red; colonoscopy")["input_ids"]) <= 6  # answers are words, not letters
-
-
-@pytest.mark.parametrize("name", ["qwen3-vl", "qwen2.5-vl"])
-def test_a_real_tokenizer_can_be_taken_over(tiny_models, name):
-    source = shared_data(f"tokenizers/{name}")
-    family = {"qwen3-vl": "qwen3_vl", "qwen2.5-vl": "qwen2_5_vl"}[name]
-    folder = tiny_models.build(family, tokenizer_from=source, hidden_size=32, tie_word_embeddings=True)
-    text = "How many instrumnets are in the image? <|im_start|>"
-    real, taken = AutoTokenizer.from_pretrained(source), AutoTokenizer.from_pretrained(folder)
-    assert taken(text)["input_ids"] == real(text)["input_ids"]
-    assert json.loads((folder / "config.json").read_text())["image_token_id"] == 151655
-    assert AutoModelForImageTextToText.from_pretrained(folder).config.tie_word_embeddings
-
-
-def test_same_seed_gives_the_same_bytes_and_another_seed_other_weights(tmp_path):
-    demo.write_tiny_model(tmp_path / "a", "qwen3_vl", seed=1)
-    demo.write_tiny_model(tmp_path / "b", "qwen3_vl", seed=1)
-    demo.write_tiny_model(tmp_path / "c", "qwen3_vl", seed=2)
-    for file in (tmp_path / "a").iterdir():
-        assert file.read_bytes() == (tmp_path / "b" / file.name).read_bytes()
-    assert (tmp_path / "a/model.safetensors").read_bytes() != (tmp_path / "c/model.safetensors").read_bytes()
+def test_same_seed_gives_the_same_bytes_and_another_seed_other_pictures(tmp_path):
+    a, b, c = (demo.write_endoscopy_set(tmp_path / name, 6, seed) for name, seed in (("a", 1), ("b", 1), ("c", 2)))
+    for file in (path for path in a.rglob("*") if path.is_file()):
+        assert file.read_bytes() == (b / file.relative_to(a)).read_bytes()
+    assert (a / "metadata.csv").read_bytes() != (c / "metadata.csv").read_bytes()
+    with pytest.raises(ValueError, match="exists"):
+        demo.write_endoscopy_set(a)
     assert {path.name for path in tmp_path.iterdir()} == {"a", "b", "c"}
 
 
-def test_weights_are_saved_in_the_dtype_asked_for(tmp_path):
-    folder = demo.write_tiny_model(tmp_path / "model", "qwen2_vl", dtype="bfloat16")
-    with safe_open(folder / "model.safetensors", "pt") as weights:
-        assert {weights.get_tensor(name).dtype for name in weights.keys()} == {torch.bfloat16}  # noqa: SIM118
-    assert AutoModelForImageTextToText.from_pretrained(folder).dtype == torch.bfloat16
+def test_prepare_data_takes_it_by_rules_and_finds_no_answer_outside_the_candidates(drawn, tmp_path):
+    prepare_data.main(["kvasir", "--source", str(drawn), "--out", str(tmp_path)])
+    assert [stage_by_rules(q) for q in (demo.PROCEDURE, demo.NUMBER, demo.COLOR, demo.PLACE)] == [1, 2, 2, 2]
+    assert "test answers outside the training candidates | 0" in (tmp_path / "report.md").read_text(encoding="utf-8")
 
 
-def test_existing_folder_and_unknown_family_are_refused(tmp_path):
-    with pytest.raises(ValueError, match="exists"):
-        demo.write_tiny_model(tmp_path, "qwen3_vl")
-    with pytest.raises(ValueError, match="qwen2_5_vl"):
-        demo.write_tiny_model(tmp_path / "new", "qwen2.5_vl")
+def test_demo_config_is_valid_and_fits_the_model_that_demo_writes(tmp_path, monkeypatch):
+    config = load_config(REPO_ROOT / "configs" / "demo.yaml")
+    demo.write_demo_model(tmp_path / config.model_name)
+    monkeypatch.chdir(tmp_path)
+    load_family(config.model_name).check_image_size(config.image_size, "configs/demo.yaml")
+    assert {Path(path).parent for path in (config.data.train, config.data.val, config.data.test)} == {Path("demo/data")}
+
+
+def test_majority_answers_of_the_summary_are_those_of_the_scores(drawn):
+    rows = table(drawn)
+    ours, scored = demo.majority_answers(rows), majority_answers(rows)
+    counts = {question: Counter(row["answer"] for row in rows if row["question"] == question) for question in ours}
+    for question, answer in ours.items():
+        assert counts[question][answer] == counts[question][scored[question]]
+
+
+def test_summary_before_a_run_is_one_line_that_names_the_cure(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    assert demo.main(["--summary"]) == 2
+    assert "make demo" in capsys.readouterr().err
+
+
+def test_a_second_call_leaves_what_is_there(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(demo, "write_endoscopy_set", lambda folder: Path(folder).mkdir())
+    assert demo.main([]) == 0
+    before = (tmp_path / "demo/model/model.safetensors").stat().st_mtime_ns
+    assert demo.main([]) == 0
+    assert capsys.readouterr().out.count("there already") == 2
+    assert (tmp_path / "demo/model/model.safetensors").stat().st_mtime_ns == before
