@@ -9,6 +9,7 @@ folder that was merged before.
 import argparse
 import json
 import os
+import shutil
 import tempfile
 import time
 from dataclasses import replace
@@ -204,6 +205,15 @@ def write_model(model: torch.nn.Module, config: Config, family: Family, temporar
     (temporary / MERGED_CONFIG_FILE).write_text(text, encoding="utf-8")
 
 
+def refuse_full_disk(model: torch.nn.Module, out: Path) -> None:
+    """Errors: `UserError` where the merged weights would not fit."""
+    parent = next(folder for folder in out.absolute().parents if folder.exists())
+    weights = (p for name, p in model.named_parameters() if ".lora_" not in name)
+    needed, free = sum(p.numel() * p.element_size() for p in weights), shutil.disk_usage(parent).free
+    if needed > free:
+        raise UserError(f"--out {out} needs {needed / 1e9:.3f} GB, and {free / 1e9:.3f} GB are free in {parent}")
+
+
 def merge(config: Config, folder: Path, out: Path, name: str) -> None:
     """Merge, check, and let the folder appear. name: what the model card calls the model."""
     if config.task == "cls":
@@ -219,6 +229,7 @@ def merge(config: Config, folder: Path, out: Path, name: str) -> None:
         samples, encoder, what = inputs_to_check(config, encoder, Path(scratch))
         print(f"Merging {folder} into {config.model_name}, to be checked on {what}", flush=True)
         model = load_adapted(config, folder, device)
+        refuse_full_disk(model, out)
         adapted = answer_logits(model, samples, encoder, device)
         alone = base_logits(model, samples, encoder, device)
         model = merged_into_base(model)
