@@ -1,14 +1,16 @@
 """What a run leaves to read: console lines, log.jsonl, order.jsonl and TensorBoard, without overlap on resume."""
 
+import contextlib
 import json
 import os
 import resource
+import shutil
 import sys
 from pathlib import Path
 
 import torch
 
-from config import Config, to_yaml
+from config import Config, UserError, to_yaml
 from distributed import Ranks
 
 
@@ -50,17 +52,23 @@ class RunLog:
         """One line in log.jsonl, and its numbers as TensorBoard curves `prefix/key` (eval_ keys: `eval/key`)."""
         if not self.active:
             return
-        self._log.write(json.dumps(values) + "\n")
-        self._log.flush()
-        for key, value in values.items():
-            if key not in ("step", "epoch") and isinstance(value, (int, float)):
-                self._tensorboard.add_scalar(f"{prefix}/{key.removeprefix('eval_')}", value, values["step"])
-        self._tensorboard.flush()
+        with _disk_full_is_said(self._log):
+            self._log.write(json.dumps(values) + "\n")
+            self._log.flush()
+            for key, value in values.items():
+                if key not in ("step", "epoch") and isinstance(value, (int, float)):
+                    self._tensorboard.add_scalar(f"{prefix}/{key.removeprefix('eval_')}", value, values["step"])
+            self._tensorboard.flush()
 
-    def order(self, steps: list) -> None:
-        """Record which samples each step trained, in order: [[step, [sample id, ...] over all ranks], ...]."""
-        if self.active:
-            self._order.writelines(json.dumps(step, ensure_ascii=False) + "\n" for step in steps)
+    def order(self, trained: list) -> None:
+        """Record which samples each step trained, in order. trained: [[step, [sample id, ...]], ...], rank by rank."""
+        if not self.active:
+            return
+        by_step: dict = {}
+        for step, ids in trained:
+            by_step.setdefault(step, []).extend(ids)  # a rank's slice follows the slice of the rank before
+        with _disk_full_is_said(self._order):
+            self._order.writelines(json.dumps(step, ensure_ascii=False) + "\n" for step in sorted(by_step.items()))
             self._order.flush()
 
     def sample(self, number: int, pictures: list, text: str) -> None:
@@ -75,6 +83,19 @@ class RunLog:
             self._log.close()
             self._order.close()
             self._tensorboard.close()
+
+
+@contextlib.contextmanager
+def _disk_full_is_said(file):
+    """Errors: `UserError` with path and free space where a line cannot be written."""
+    try:
+        yield
+    except OSError as error:
+        free = shutil.disk_usage(Path(file.name).parent).free
+        raise UserError(
+            f"cannot write {file.name} ({error.strerror or error}); {free / 1e9:.2f} GB are free there. "
+            "Free some space and start again: the run resumes from its newest checkpoint"
+        ) from None
 
 
 def _continue_lines(path: Path, resumed_step: int):

@@ -152,7 +152,9 @@ def train(config: Config, check_only: bool, source: str) -> None:
     module = modeling.AnswerLoss(model, family)
     loss = module
     if ranks.world > 1:
-        # init_sync would broadcast the frozen base weights too; every rank has loaded the same ones.
+        # init_sync would broadcast the frozen base weights too. Every rank has loaded the same ones; what is trained:
+        sums = ranks.gather([sum(float(parameter.detach().double().sum()) for parameter in names.values())])
+        assert len(set(sums)) == 1, f"the ranks start from different weights: {sums}"
         loss = DistributedDataParallel(
             module,
             device_ids=[ranks.device.index] if on_gpu else None,
@@ -185,17 +187,10 @@ def train(config: Config, check_only: bool, source: str) -> None:
     records = clicks.records(family, config)  # kept beside the weights
     trained: list = []  # [step, sample ids of this rank], until written out
 
-    def write_order() -> None:
-        """All ranks: contains all_gathers."""
-        by_step: dict = {}
-        for step, ids in ranks.gather(trained):
-            by_step.setdefault(step, []).extend(ids)  # rank by rank, which is the order within the step
-        log.order(sorted(by_step.items()))
-        trained.clear()
-
     def save(reason: str = "") -> None:
-        """All ranks: contains all_reduces."""
-        write_order()
+        """All ranks: contains all_gathers and all_reduces."""
+        log.order(ranks.gather(trained))
+        trained.clear()
         state.config, state.global_batch, state.ranks = to_dict(config), plan.batch, ranks.world
         state.train_data = train_samples.sha256
         failure = None
