@@ -7,8 +7,8 @@ once.
 
 Environment: STAND_IN_HOLDS=N: the first N starts stay at their second step until they are stopped or the file `release`
 appears; STAND_IN_CRASH=NAME: a config whose name contains it raises; STAND_IN_STUCK=1: no step is ever finished;
-STAND_IN_LOADING_SECONDS: how long a start takes before it listens to signals; STAND_IN_EVALUATION_HOLDS=N: the first N
-evaluations never end.
+STAND_IN_LOADING_SECONDS: how long a start takes before it listens to signals; STAND_IN_SAVING_SECONDS: how long a stop
+takes; STAND_IN_EVALUATION_HOLDS=N: the first N evaluations never end.
 """
 
 import argparse
@@ -48,6 +48,7 @@ def train(config, name):
     if told:
         print(f"stand-in: told {signal.Signals(told[0]).name} at step {step}", flush=True)
     if first_rank:
+        time.sleep(float(os.environ.get("STAND_IN_SAVING_SECONDS", "0")))
         if not stuck:
             (output / f"checkpoint-{step}").mkdir(exist_ok=True)
         if step < TOTAL_STEPS:

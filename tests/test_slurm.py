@@ -161,8 +161,9 @@ def test_a_job_stopped_twice_goes_on_where_it_was_and_completes(slurm, repo):
 @pytest.mark.slow
 @pytest.mark.slurm
 def test_a_signal_to_every_process_of_the_job_is_survived_by_torchrun(slurm, repo):
-    """SIGUSR1 kills an unprotected torchrun, and its workers never hear of it."""
-    job = slurm.run_job("slurm/train_exp2_2gpu.slurm", cwd=repo, environment={"STAND_IN_HOLDS": "1"})
+    """SIGUSR1 kills an unprotected torchrun, and the job ends before its workers have saved."""
+    environment = {"STAND_IN_HOLDS": "1", "STAND_IN_SAVING_SECONDS": "2"}
+    job = slurm.run_job("slurm/train_exp2_2gpu.slurm", cwd=repo, environment=environment)
     wait_for_start(job, "exp2")
     slurm.call("scancel", "--full", "--signal=USR1", job.id)
     job.wait_for_restart()
