@@ -209,8 +209,8 @@ def summarise(config="configs/demo.yaml"):
 Where to look next:
   demo/raw/images                               the pictures
   demo/data/report.md                           how they were split
-  {output / "log.jsonl":<45} one line per logged step; as curves: {python} -m tensorboard.main --logdir {output}/runs
-  {results / "generated_predictions.jsonl":<45} every answer
+  {f"{output}/log.jsonl":<45} one line per logged step; as curves: {python} -m tensorboard.main --logdir {output}/runs
+  {f"{results}/generated_predictions.jsonl":<45} every answer
   {python} predict.py --adapter-path {output} --image {picture} --prompt "{NUMBER}"
   {python} evaluate.py --config {config} image=none    what the questions alone give away
   configs/exp2.yaml                             the first real experiment""")

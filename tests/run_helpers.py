@@ -48,7 +48,7 @@ def write_config(folder, model, output, **changes):
         "model_name": str(model),
         "task": "vqa",
         "template": "ultra_condensed",
-        "data": {"train": str(folder / "samples.json"), "val": str(folder / "samples.json"), "test": str(folder / "samples.json"), "image_root": str(folder)},
+        "data": {**dict.fromkeys(("train", "val", "test"), str(folder / "samples.json")), "image_root": str(folder)},
         "output_dir": str(output),
         "results_dir": f"{output}_results",
         "learning_rate": 1e-2,
