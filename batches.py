@@ -4,7 +4,7 @@ The plan alone decides which questions a step has, as a pure function of (seed, 
 out: sharing a prefix never changes a batch, a loss or a gradient.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -23,6 +23,14 @@ class Item:
     position_ids: np.ndarray  # (3, T): temporal, height, width
     images: tuple[str, ...]  # paths, the keys of the decoded pictures
     last_image_token: int  # index; -1 without images
+    class_label: int | None = None  # of a document to be classified
+    cut_tokens: int = 0  # of its text, at the end
+
+
+def weightless(item: Item) -> Item:
+    """The same question without anything supervised: for a rank that has nothing to do but must take part."""
+    label = None if item.class_label is None else IGNORE
+    return replace(item, labels=np.full_like(item.labels, IGNORE), class_label=label)
 
 
 class BatchPlan:
@@ -92,6 +100,7 @@ def collate(items: list[Item], images: dict[str, ModelImage], share_prefix: bool
     Returns input_ids, targets, segments (B, T); position_ids (3, B, T); patches, image_grid_thw of the distinct
     pictures; image_index: for each picture in the rows, in order, which of them it is; slots (B, K): item of each row's
     questions, -1 where there is none. targets: the next token at the position that predicts it, elsewhere `IGNORE`.
+    Of documents: class_labels, cut_tokens (items,). answer_tokens: how many tokens, or labels, are supervised.
     """
     rows = [_row(items, group, prefix) for group, prefix in _groups(items, share_prefix)]
     length = max(len(row["ids"]) for row in rows)
@@ -118,7 +127,19 @@ def collate(items: list[Item], images: dict[str, ModelImage], share_prefix: bool
         batch["image_index"] = [distinct.index(path) for path in shown]
     batch["sample_ids"] = [item.sample_id for item in items]
     batch["answer_tokens"] = int((batch["targets"] != IGNORE).sum())
+    if items[0].class_label is not None:
+        batch["class_labels"] = torch.tensor([item.class_label for item in items])
+        batch["cut_tokens"] = torch.tensor([item.cut_tokens for item in items])
+        batch["answer_tokens"] = int((batch["class_labels"] != IGNORE).sum())
     return batch
+
+
+def last_tokens(segments: torch.Tensor) -> torch.Tensor:
+    """(B, T) segments → bool (B, T), True at each question's last token; row by row, they come in the slots' order."""
+    is_last = torch.zeros_like(segments, dtype=torch.bool)
+    is_last[:, :-1] = (segments[:, :-1] > 0) & (segments[:, 1:] != segments[:, :-1])
+    is_last[:, -1] = segments[:, -1] > 0
+    return is_last
 
 
 def passes(items: list[Item], share_prefix: bool) -> list[list[Item]]:

@@ -16,12 +16,14 @@ from pathlib import Path
 import torch
 from safetensors.torch import load_file, save_file
 
+from classification import load_head, save_head
 from config import Config, UserError
-from model import load_base, quiet_peft
+from model import HEAD, base_of, group_of, load_base, quiet_peft
 
 STATE_FILE, OPTIMIZER_FILE = "trainer_state.json", "optimizer.safetensors"
 ADAPTER_FILE, ADAPTER_CONFIG = "adapter_model.safetensors", "adapter_config.json"
 TRAINED_FILE = "trained_weights.safetensors"  # full fine-tuning: what is trained, without the frozen rest
+FINAL_FILES = (ADAPTER_FILE, "model.safetensors", "model.safetensors.index.json")  # the last to appear
 MARKER = "PREEMPTED"  # the Slurm launcher requeues the job where it finds this file
 
 
@@ -37,7 +39,7 @@ class TrainerState:
     interval: dict = field(default_factory=dict)  # sums since the last log line
     evaluation_due: bool = False  # stopped inside the evaluation of this step
     nonfinite_in_a_row: int = 0
-    best_metric: float | None = None
+    best_merit: list[float] | None = None  # of the best evaluation that has a checkpoint, see `evaluation.merit`
     best_step: int | None = None
     train_seconds: float = 0.0
     # Dropout is seeded anew at each step from (seed, step, rank), so this number is the whole RNG state.
@@ -181,7 +183,10 @@ def save(
         if config.finetuning == "lora":
             save_adapter(model, folder)
         else:
-            save_file({name: p.detach().cpu().contiguous() for name, p in names.items()}, folder / TRAINED_FILE)
+            trained = {name: p.detach().cpu().contiguous() for name, p in names.items() if group_of(name) != HEAD}
+            save_file(trained, folder / TRAINED_FILE)
+        if config.task == "cls":
+            save_head(base_of(model).cls_head.state_dict(), folder)
         for name, content in records.items():
             write_json(folder / name, content)
         save_optimizer(optimizer, names, folder / OPTIMIZER_FILE)
@@ -197,6 +202,8 @@ def save(
 
 def load_weights(model, folder: Path, config: Config) -> None:
     """Put a checkpoint's trained weights into the model. Errors: `UserError` where they do not fit."""
+    if config.task == "cls":
+        load_head(model, folder, config.num_labels)
     if config.finetuning == "lora":
         load_adapter(model, folder)
         return
@@ -206,18 +213,26 @@ def load_weights(model, folder: Path, config: Config) -> None:
 
 def is_final(output_dir: Path) -> bool:
     """Whether the run's result is there, written completely."""
-    return any(
-        (output_dir / name).is_file() for name in (ADAPTER_FILE, "model.safetensors", "model.safetensors.index.json")
-    )
+    return any((output_dir / name).is_file() for name in FINAL_FILES)
 
 
 def load_trained(
-    model_name: str, folder: Path | None, device: torch.device, quantization: str = "none"
+    model_name: str,
+    folder: Path | None,
+    device: torch.device,
+    quantization: str = "none",
+    num_labels: int | None = None,
 ) -> torch.nn.Module:
     """The base model with what was trained on top, for inference. folder: an adapter, a checkpoint, or a whole model
-    folder; None: the base alone. quantization: the base's, as in training.
+    folder; None: the base alone. quantization: the base's, as in training. num_labels: of a classification head.
 
     Errors: `UserError` where the folder holds none of these."""
+    if num_labels is not None:
+        if folder is None:
+            raise UserError("the base alone has no classification head; give the folder of a trained model")
+        model = load_trained(model_name, folder, device, quantization)
+        load_head(model, folder, num_labels)
+        return model
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
     if folder is None:
         return load_base(model_name, dtype, quantization).to(device)
@@ -253,8 +268,11 @@ def save_final(output_dir: Path, model, config: Config, records: dict[str, dict]
     if config.finetuning == "lora":
         save_adapter(model, temporary)
     else:
-        model.save_pretrained(temporary)
-    for path in sorted(temporary.iterdir(), key=lambda path: path.suffix == ".safetensors"):
+        state = {name: tensor for name, tensor in model.state_dict().items() if group_of(name) != HEAD}
+        model.save_pretrained(temporary, state_dict=state)
+    if config.task == "cls":
+        save_head(base_of(model).cls_head.state_dict(), temporary)
+    for path in sorted(temporary.iterdir(), key=lambda path: path.name in FINAL_FILES):
         _flush(path)
         path.replace(output_dir / path.name)
     temporary.rmdir()

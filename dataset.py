@@ -7,7 +7,6 @@ the step. Which questions those are, and how they are laid out, is decided in `b
 import hashlib
 import json
 from collections.abc import Iterator, Sequence
-from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -15,7 +14,7 @@ import torch
 from torch.utils.data import DataLoader, Dataset
 
 import clicks
-from batches import BatchPlan, Item, collate, passes
+from batches import BatchPlan, Item, collate, passes, weightless
 from config import Config, UserError
 from distributed import ignore_stop_signals
 from family import Family
@@ -33,9 +32,11 @@ from images import (
 )
 from templates import (
     CONVERSATION_TEMPLATE,
-    IGNORE,
-    SYSTEM_PROMPTS,
     as_conversations,
+    check_template,
+    class_label,
+    cut_text,
+    document_messages,
     encode,
     sample_images,
     split_answer,
@@ -151,8 +152,7 @@ class SampleEncoder:
 
     def __init__(self, config: Config, family: Family, tokenizer):
         self.config, self.family, self.tokenizer = config, family, tokenizer
-        if config.template not in SYSTEM_PROMPTS:
-            raise UserError(f"key 'template' is '{config.template}'; use one of {', '.join(SYSTEM_PROMPTS)}")
+        check_template(config.template, config.task)
         self.image_shown = config.image == "shown" and family.has_vision
 
     def load_image(self, path: str) -> ModelImage:
@@ -186,22 +186,45 @@ class SampleEncoder:
             placement = self.placement(clicks.picture_of(sample), clicks.stated_size(sample))
         return clicks.as_question(sample, placement, self.family)
 
+    def messages(self, sample: dict, placement: Placement | None = None) -> list[dict]:
+        """The sample's conversation up to its answer; of a document to be classified, the prompt alone.
+
+        Errors: `UserError` that says what is wrong with the sample."""
+        if self.config.task != "cls":
+            return to_messages(self.spoken(sample, placement), self.config.template, self.image_shown)
+        pages = len(self.images_of(sample))
+        if self.image_shown and not pages:
+            raise UserError(
+                f"the sample has no images but model_name is a vision model ({self.family.model_type}); classify texts "
+                "with a text model, give the sample 'images' (prepare_data.py papers --pages), or set image: none"
+            )
+        class_label(sample, self.config.num_labels)
+        return document_messages(sample, self.config.template, pages)
+
     def images_of(self, sample: dict) -> tuple[str, ...]:
-        return tuple(sample_images(sample)) if self.image_shown else ()
+        """Errors: `UserError` where the model cannot see them."""
+        images = sample_images(sample)
+        if images and self.config.image == "shown" and not self.family.has_vision:
+            raise UserError(f"the sample has images but model_name is a text model ({self.family.model_type})")
+        return tuple(images) if self.image_shown else ()
 
     def encode(self, sample: dict, images: Sequence[ModelImage], generation: bool = False) -> Item:
         """generation: only the prompt goes in, so the gold answer cannot reach the model.
 
-        Errors: `UserError` where the sample is longer than max_tokens: neither picture nor answer is ever cut.
+        Errors: `UserError` where the sample is longer than max_tokens: neither picture nor answer is ever cut, only a
+        document's text, at its end.
         """
         family, merge_size = self.family, self.family.merge_size
-        sample = self.spoken(sample, images[0].placement if images else None)
-        messages = to_messages(sample, self.config.template, self.image_shown)
-        if generation:
+        is_document = self.config.task == "cls"
+        messages = self.messages(sample, images[0].placement if images else None)
+        if generation and not is_document:
             messages, _ = split_answer(messages)
         image_tokens = [image.grid[0] * image.grid[1] // merge_size**2 for image in images]
-        encoded = encode(messages, self.tokenizer, image_tokens, family.image_token_id, generation)
-        if len(encoded.input_ids) > self.config.max_tokens:
+        encoded = encode(messages, self.tokenizer, image_tokens, family.image_token_id, generation or is_document)
+        too_many = max(0, len(encoded.input_ids) - self.config.max_tokens)
+        if too_many and is_document and "text" in sample:
+            encoded = cut_text(encoded, sample["text"], too_many, self.tokenizer)
+        elif too_many:
             raise UserError(
                 f"{len(encoded.input_ids)} tokens ({sum(image_tokens)} of them image) exceed max_tokens "
                 f"{self.config.max_tokens}; raise max_tokens, make the picture smaller or drop the sample"
@@ -215,6 +238,8 @@ class SampleEncoder:
             position_ids=rope_positions(input_ids, [i.grid for i in images], merge_size, family.image_token_id),
             images=self.images_of(sample),
             last_image_token=int(is_image[-1]) if len(is_image) else -1,
+            class_label=class_label(sample, self.config.num_labels) if is_document else None,
+            cut_tokens=too_many,
         )
 
 
@@ -257,8 +282,7 @@ class StepDataset(_Batches):
             if (
                 not items
             ):  # this rank has nothing to do, but must join the gradient's all_reduce: a question of weight 0
-                items = self.build(self.plan.questions(step)[:1], images)
-                items = [replace(item, labels=np.full_like(item.labels, IGNORE)) for item in items]
+                items = [weightless(item) for item in self.build(self.plan.questions(step)[:1], images)]
             micro_batches = [
                 collate(part, images, self.share_prefix, self.pad_id)
                 for start in range(0, len(items), self.train_bs)

@@ -20,10 +20,11 @@ import clicks
 import metrics
 import model as modeling
 from checkpoint import load_trained, write_json, write_text
-from config import Config, UserError, check_data_files, exit_on_user_error, load_config
+from classification import ClassLoss
+from config import Config, check_data_files, exit_on_user_error, load_config
 from dataset import SampleEncoder, load_samples, load_split
 from distributed import start_ranks, stop_ranks
-from evaluation import answer_split
+from evaluation import answer_split, classify_split
 from family import load_family
 from images import image_path
 from preflight import check_samples
@@ -35,8 +36,8 @@ def results_folder(config: Config, split: str) -> Path:
     return Path(config.results_dir + suffix + ("_question_only" if config.image == "none" else ""))
 
 
-def run_history(output_dir) -> list[dict]:
-    """Every evaluation line of the run's log.jsonl."""
+def read_log(output_dir) -> list[dict]:
+    """The lines of the run's log.jsonl."""
     path = Path(output_dir) / "log.jsonl"
     if not path.exists():
         return []
@@ -44,7 +45,12 @@ def run_history(output_dir) -> list[dict]:
     for line in path.read_text(encoding="utf-8").splitlines():
         with contextlib.suppress(ValueError):  # the last line of a killed run may be cut
             rows.append(json.loads(line))
-    return [row for row in rows if any(key.startswith("eval_") for key in row)]
+    return rows
+
+
+def run_history(output_dir) -> list[dict]:
+    """Every evaluation line of the run's log.jsonl."""
+    return [row for row in read_log(output_dir) if any(key.startswith("eval_") for key in row)]
 
 
 def table(scores: dict) -> list[str]:
@@ -53,22 +59,28 @@ def table(scores: dict) -> list[str]:
     for name, value in scores.items():
         if f"{name}_ci" not in scores or value is None:
             continue
-        unit, factor = ("pixels", 1) if name.endswith("_pixels") else ("%", 100)
-        interval = scores[f"{name}_ci"]
-        spread = f"   95 % interval {factor * interval[0]:5.1f} to {factor * interval[1]:5.1f}" if interval else ""
-        lines.append(f"  {name:<28}{factor * value:6.1f} {unit}{spread}")
+        unit, factor, digits = ("pixels", 1, 1) if name.endswith("_pixels") else ("%", 100, 1)
+        if name in ("predict_auroc", "predict_brier", "predict_ece"):
+            unit, factor, digits = " ", 1, 3
+        shown = [f"{factor * number:6.{digits}f}" for number in (value, *(scores[f"{name}_ci"] or []))]
+        spread = f"   95 % interval {shown[1]} to {shown[2]}" if shown[1:] else ""
+        lines.append(f"  {name:<28}{shown[0]} {unit}{spread}")
     if scores.get("outside_candidates") is not None:
         lines.append(
             f"  {'outside_candidates':<28}{scores['outside_candidates']:6d} of {scores['predict_samples']} answers"
         )
     if scores.get("unparsable"):
         lines.append(f"  {'unparsable':<28}{scores['unparsable']:6d} answers without a point, counted as wrong")
+    if scores.get("cut_texts"):
+        lines.append(f"  {'cut_texts':<28}{scores['cut_texts']:6d} texts lost their end to max_tokens")
     if scores.get("cut_off"):
         lines.append(f"  {'cut_off':<28}{scores['cut_off']:6d} answers without an end; is the model trained?")
     return lines
 
 
 def score(rows: list[dict], config: Config) -> dict:
+    if config.task == "cls":
+        return metrics.score_cls(rows) | {"cut_texts": sum(row["cut_tokens"] > 0 for row in rows)}
     if config.task == "click":
         return metrics.score_click(rows)
     return metrics.score_vqa(rows, metrics.majority_answers(load_samples(config.data.train)))
@@ -87,6 +99,18 @@ def draw_worst_misses(rows: list[dict], config: Config, path: Path) -> None:
     print(f"The worst misses are drawn in {path}")
 
 
+def draw_classification(rows: list[dict], config: Config, results: Path) -> None:
+    """The reliability diagram of the predictions, and the run's curves where its log is at hand."""
+    import plots
+
+    probabilities, labels = [row["probabilities"] for row in rows], [row["true_label"] for row in rows]
+    plots.reliability_diagram(probabilities, labels, results / "reliability.png")
+    log = read_log(config.output_dir)
+    if log:
+        plots.loss_curves(log, results / "loss_curves.png")
+    print(f"Drawn: {results / 'reliability.png'}" + (f", {results / 'loss_curves.png'}" if log else ""))
+
+
 def evaluate(config: Config, checkpoint: str | None, split: str, source: str) -> dict:
     """Scores of a split, written to the results folder. All ranks take part; every one returns them."""
     check_data_files(config, dict.fromkeys([split, "train"]))
@@ -100,15 +124,19 @@ def evaluate(config: Config, checkpoint: str | None, split: str, source: str) ->
     clicks.check_convention(config.model_name if checkpoint == "base" else folder, family, config)
     ranks = start_ranks()
     started = time.perf_counter()
-    model = load_trained(config.model_name, None if checkpoint == "base" else folder, ranks.device, config.quantization)
+    trained = None if checkpoint == "base" else folder
+    model = load_trained(config.model_name, trained, ranks.device, config.quantization, config.num_labels)
     model.eval()
     if ranks.is_first:
-        print(f"Answering {len(samples):,} questions of {samples.source} with {checkpoint or folder}", flush=True)
+        print(f"Answering {len(samples):,} samples of {samples.source} with {checkpoint or folder}", flush=True)
     loaded = time.perf_counter()
-    rows = answer_split(model, samples, encoder, ranks)
+    if config.task == "cls":
+        rows = classify_split(ClassLoss(model, family), samples, encoder, ranks)
+    else:
+        rows = answer_split(model, samples, encoder, ranks)
     seconds = time.perf_counter() - loaded
     scores = score(rows, config) | {
-        "cut_off": sum(row["cut_off"] for row in rows),
+        "cut_off": sum(row.get("cut_off", False) for row in rows),
         "experiment": config.experiment,
         "task": config.task,
         "checkpoint": str(checkpoint or folder),
@@ -126,9 +154,11 @@ def evaluate(config: Config, checkpoint: str | None, split: str, source: str) ->
         write_text(results / "generated_predictions.jsonl", lines)
         write_json(results / "all_results.json", {"history": run_history(config.output_dir), "final": scores})
         write_json(results / "predict_results.json", scores)
-        print("\n".join([f"{config.experiment}: {split}, {len(rows):,} questions, {seconds:.1f} s", *table(scores)]))
+        print("\n".join([f"{config.experiment}: {split}, {len(rows):,} samples, {seconds:.1f} s", *table(scores)]))
         if config.task == "click":
             draw_worst_misses(rows, config, results / "worst_misses.png")
+        if config.task == "cls":
+            draw_classification(rows, config, results)
         print(f"Predictions and scores are in {results}", flush=True)
     ranks.barrier()
     stop_ranks()
@@ -144,8 +174,6 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="override any config key, e.g. image=none")
     args = parser.parse_intermixed_args(arguments)
     config = load_config(args.config, args.overrides)
-    if config.task == "cls":
-        raise UserError(f"{args.config}: evaluate.py does not know task '{config.task}'")
     with torch.no_grad():
         evaluate(config, args.checkpoint, args.split, args.config)
 

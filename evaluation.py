@@ -7,6 +7,7 @@ from tqdm import tqdm
 
 import clicks
 import metrics
+from classification import ClassLoss
 from config import Config
 from dataset import EvalDataset, SampleEncoder, SampleList, load
 from distributed import Ranks
@@ -44,6 +45,65 @@ def split_loss(
             tokens += batch["answer_tokens"]
     nll, tokens = ranks.sum(nll, tokens)
     return nll / tokens
+
+
+def merit(task: str, values: dict[str, float]) -> list[float]:
+    """What decides which checkpoint is the best, of an evaluation on val: the greater list is the better one."""
+    return [values["eval_accuracy"], -values["eval_loss"]] if task == "cls" else [-values["eval_loss"]]
+
+
+def scores_while_training(loss, splits: dict[str, SampleList], encoder: SampleEncoder, ranks: Ranks, stop) -> dict:
+    """Loss and accuracy on val (eval_loss, eval_accuracy); for cls on test too (test_loss, test_accuracy).
+
+    Questions are answered up to `eval_max_samples`; the losses are of whole splits. All ranks: contains all_reduces."""
+    config = encoder.config
+    if config.task == "cls":
+        values = {}
+        for split, prefix in (("val", "eval"), ("test", "test")):
+            if split in splits:
+                lines = classify_split(loss, splits[split], encoder, ranks, stop)
+                values[f"{prefix}_loss"] = _mean_cross_entropy(lines)
+                values[f"{prefix}_accuracy"] = sum(line["correct"] for line in lines) / len(lines)
+        return values
+    values = {"eval_loss": split_loss(loss, splits["val"], encoder, ranks, stop)}
+    if config.eval_max_samples:
+        rows = range(min(config.eval_max_samples, len(splits["val"])))
+        lines = answer_split(loss.model, splits["val"], encoder, ranks, rows, stop)
+        values["eval_accuracy"] = sum(line["correct"] for line in lines) / len(lines)
+    return values
+
+
+@torch.no_grad()
+def classify_split(
+    loss: ClassLoss, samples: SampleList, encoder: SampleEncoder, ranks: Ranks, stop=lambda: False
+) -> list[dict]:
+    """The classes of a split's documents, as lines of `generated_predictions.jsonl` in the order of the file; every
+    rank gets all of them. All ranks: contains all_gathers.
+
+    Each line: id, images, logits, probabilities, predicted_label, true_label, correct, cut_tokens (of its text, at the
+    end), and every other key of the sample."""
+    dataset = EvalDataset(samples, encoder, encoder.config.share_prefix, encoder.config.eval_bs, generation=True)
+    found = []
+    for batch in _rounds(dataset, encoder.config, ranks, stop, "classes"):
+        if batch is not None:
+            logits = loss(to_device(batch, ranks.device), only_logits=True)
+            found += zip(batch["rows"], logits.tolist(), batch["cut_tokens"].tolist(), strict=True)
+    return [_class_line(samples[row], logits, cut) for row, logits, cut in sorted(map(tuple, ranks.gather(found)))]
+
+
+def _mean_cross_entropy(lines: list[dict]) -> float:
+    logits = torch.tensor([line["logits"] for line in lines], dtype=torch.float64)
+    return float(torch.nn.functional.cross_entropy(logits, torch.tensor([line["true_label"] for line in lines])))
+
+
+def _class_line(sample: dict, logits: list[float], cut_tokens: int) -> dict:
+    probabilities = torch.tensor(logits, dtype=torch.float64).softmax(0).tolist()
+    predicted = max(range(len(logits)), key=lambda label: logits[label])
+    line = {"id": sample["id"], "images": sample_images(sample), "logits": logits, "probabilities": probabilities}
+    line |= {"predicted_label": predicted, "true_label": sample["label"], "correct": predicted == sample["label"]}
+    line["cut_tokens"] = cut_tokens
+    skipped = line.keys() | {"image"}
+    return line | {key: value for key, value in sample.items() if key not in skipped}
 
 
 def answer_split(

@@ -7,6 +7,7 @@ one token per question; the mask lets it see the prefix, its own question and it
 import torch
 from torch import nn
 
+from batches import last_tokens
 from family import Family
 from model import forward_logits
 
@@ -25,10 +26,7 @@ def greedy(model: nn.Module, batch: dict, family: Family, end_ids: set[int], max
     segments, positions, slots = batch["segments"], batch["position_ids"], batch["slots"]
     rows, width = slots.shape
     device = segments.device
-    # Each question's last prompt token, in the order of the slots; row-major, as logits_to_keep returns them.
-    is_last = torch.zeros_like(segments, dtype=torch.bool)
-    is_last[:, :-1] = (segments[:, :-1] > 0) & (segments[:, 1:] != segments[:, :-1])
-    is_last[:, -1] = segments[:, -1] > 0
+    is_last = last_tokens(segments)
     used = slots >= 0  # (rows, width)
     cache = DynamicCache(config=model.config)
     output = forward_logits(model, batch, family, is_last, use_cache=True, past_key_values=cache)

@@ -47,12 +47,12 @@ def load_base(model_name: str, dtype: torch.dtype, quantization: str = "none") -
     Errors: `UserError` where the weights are missing, of another shape or not loaded completely.
     """
     from safetensors import SafetensorError
-    from transformers import AutoModelForImageTextToText
+    from transformers import AutoConfig
     from transformers.utils import logging as transformers_logging
 
     transformers_logging.disable_progress_bar()
     try:
-        model, report = AutoModelForImageTextToText.from_pretrained(
+        model, report = auto_class(AutoConfig.from_pretrained(model_name)).from_pretrained(
             model_name,
             dtype=dtype,
             attn_implementation="sdpa",
@@ -65,9 +65,17 @@ def load_base(model_name: str, dtype: torch.dtype, quantization: str = "none") -
         names = sorted(map(str, [*report["missing_keys"], *report["mismatched_keys"]]))
         raise UserError(f"model_name '{model_name}': {len(names)} weights are missing or misshapen, first {names[0]}")
     model.requires_grad_(False)
-    patch_embed_as_matrix_product(model)
-    install_shared_attention(model)
+    if hasattr(model.model, "visual"):
+        patch_embed_as_matrix_product(model)
+        install_shared_attention(model)  # texts without a picture share no prefix
     return model
+
+
+def auto_class(model_config):
+    """The transformers class that loads a model of this config: with a vision tower or without."""
+    from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
+
+    return AutoModelForImageTextToText if hasattr(model_config, "vision_config") else AutoModelForCausalLM
 
 
 def _nf4():
@@ -101,13 +109,14 @@ def patch_embed_as_matrix_product(model: nn.Module) -> None:
 
 # ------------------------------------------------------------------------------------------- what is trained
 
-LANGUAGE, VISION, PROJECTOR = "language model", "vision tower", "projector"
+LANGUAGE, VISION, PROJECTOR, HEAD = "language model", "vision tower", "projector", "head"
 # Under these paths, in the names of the model that `load_base` returns.
 _GROUP_PATHS = OrderedDict(
     [
         (PROJECTOR, r"model\.visual\.(merger|deepstack_merger_list)\."),
         (VISION, r"model\.visual\."),
-        (LANGUAGE, r"(model\.language_model|lm_head)\b"),
+        (HEAD, r"cls_head\b"),
+        (LANGUAGE, r"(model|lm_head)\b"),  # text models: model.layers; vision models: model.language_model.layers
     ]
 )
 
@@ -119,6 +128,9 @@ def group_of(parameter_name: str) -> str:
 
 
 def trained_groups(config: Config) -> list[str]:
+    """Besides the head, which always is. At a backbone rate of 0 nothing else is, and no gradient reaches it."""
+    if config.backbone_learning_rate == 0:
+        return []
     return [
         LANGUAGE,
         *([] if config.vision_frozen else [VISION]),
@@ -190,15 +202,18 @@ def add_lora_in_the_product(model: nn.Module) -> None:
 
 
 def prepare_training(model: nn.Module, config: Config) -> nn.Module:
-    """Freeze and unfreeze, attach LoRA, switch on gradient checkpointing."""
+    """Freeze and unfreeze, attach LoRA, switch on gradient checkpointing. model: with its head, where it has one."""
     groups = trained_groups(config)
     if config.finetuning == "lora":
-        model = attach_lora(model, config.lora, groups, config.seed)
-    else:
-        for name, parameter in model.named_parameters():
-            if group_of(name) in groups:
-                parameter.requires_grad_(True)
-                parameter.data = parameter.data.float()  # a bfloat16 weight never moves at a rate of 2e-6
+        model = attach_lora(model, config.lora, groups or [LANGUAGE], config.seed)
+        if not groups:
+            model.requires_grad_(False)
+        groups = []  # of the model's own parameters
+    for name, parameter in model.named_parameters():
+        unused = config.task == "cls" and name == "lm_head.weight"
+        if group_of(name) in [*groups, HEAD] and not unused:
+            parameter.requires_grad_(True)
+            parameter.data = parameter.data.float()  # a bfloat16 weight never moves at a rate of 2e-6
     if config.gradient_checkpointing:
         base_of(model).activation_checkpointing_enable(activation_checkpointing_kwargs={"use_reentrant": False})
     return model
@@ -209,27 +224,33 @@ def trainable_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
 
 
 def optimizer_groups(model: nn.Module, config: Config) -> list[dict]:
-    """AdamW parameter groups: no weight decay on norms and biases."""
-    decayed, plain = [], []
-    for parameter in trainable_parameters(model).values():
-        (decayed if parameter.ndim > 1 else plain).append(parameter)
-    groups = [
-        {"params": decayed, "lr": config.learning_rate, "weight_decay": config.weight_decay},
-        {"params": plain, "lr": config.learning_rate, "weight_decay": 0.0},
-    ]
-    return [group for group in groups if group["params"]]
+    """AdamW parameter groups: no weight decay on norms and biases. A head has groups of its own, before the others, and
+    `backbone_learning_rate`, where it is given, is the rate of all but the head."""
+    groups: dict = {}
+    for name, parameter in trainable_parameters(model).items():
+        is_head, decayed = group_of(name) == HEAD, parameter.ndim > 1
+        own_rate = is_head or config.backbone_learning_rate is None
+        group = {
+            "params": [],
+            "lr": config.learning_rate if own_rate else config.backbone_learning_rate,
+            "weight_decay": config.weight_decay if decayed else 0.0,
+        }
+        groups.setdefault((not is_head, not decayed), group)["params"].append(parameter)
+    return [groups[key] for key in sorted(groups)]
 
 
 def parameter_table(model: nn.Module) -> list[str]:
     """Lines for the log: total and trainable parameters of each part of the model."""
-    counts = {group: [0, 0] for group in (LANGUAGE, PROJECTOR, VISION)}
+    counts = {group: [0, 0] for group in (LANGUAGE, PROJECTOR, VISION, HEAD)}
     for name, parameter in model.named_parameters():
         count = counts[group_of(name)]
         numel = parameter.numel() * (2 if hasattr(parameter, "quant_state") else 1)  # two 4-bit weights in a byte
         count[0] += numel
         count[1] += numel * parameter.requires_grad
     lines = [
-        f"  {group:<15}{total:>15,} parameters {trained:>13,} trainable" for group, (total, trained) in counts.items()
+        f"  {group:<15}{total:>15,} parameters {trained:>13,} trainable"
+        for group, (total, trained) in counts.items()
+        if total
     ]
     total, trained = (sum(count[i] for count in counts.values()) for i in (0, 1))
     return [*lines, f"  {'all':<15}{total:>15,} parameters {trained:>13,} trainable ({trained / total:.2%})"]
@@ -281,17 +302,24 @@ def encode_images(model: nn.Module, batch: dict, family: Family):
 def forward_logits(model: nn.Module, batch: dict, family: Family, keep: torch.Tensor, **cache):
     """Run the model on a collated batch. keep: bool (B, T), where logits are wanted. Returns transformers' output with
     logits (positions kept, vocabulary)."""
+    return model(**model_inputs(model, batch, family), logits_to_keep=keep, **{"use_cache": False, **cache})
+
+
+def model_inputs(model: nn.Module, batch: dict, family: Family) -> dict:
+    """What transformers' forward takes of a collated batch."""
+    if not family.has_vision:
+        # Without a picture no prefix is shared. Positions of their own would make transformers look for packed
+        # sequences, and put a mask where plain causal attention does.
+        return {"input_ids": batch["input_ids"]}
     features = encode_images(model, batch, family)
     mask = attention_mask(batch["segments"])
-    return model(
-        input_ids=batch["input_ids"],
-        attention_mask=mask,
-        position_ids=batch["position_ids"],
-        mm_encoder_outputs={"image": features} if features is not None else None,
-        logits_to_keep=keep,
+    return {
+        "input_ids": batch["input_ids"],
+        "attention_mask": mask,
+        "position_ids": batch["position_ids"],
+        "mm_encoder_outputs": {"image": features} if features is not None else None,
         **({} if mask is None else {"shared_rows": SharedRows(batch["segments"], mask)}),
-        **{"use_cache": False, **cache},
-    )
+    }
 
 
 class AnswerLoss(nn.Module):

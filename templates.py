@@ -35,6 +35,19 @@ SYSTEM_PROMPTS = {
 }
 CONVERSATION_TEMPLATE = "sequential_cot"
 
+# template → what the user's turn asks of a document (task cls), after its pages and before its text
+CLASSIFY = {
+    "plain": "Classify this document.",
+    "paper_decision": "This paper was submitted to a scientific conference. Judge whether it was accepted or rejected.",
+}
+
+
+def check_template(template: str, task: str) -> None:
+    """Errors: `UserError` where the task has no template of that name."""
+    known = CLASSIFY if task == "cls" else SYSTEM_PROMPTS
+    if template not in known:
+        raise UserError(f"key 'template' is '{template}'; use one of {', '.join(known)} for task '{task}'")
+
 
 def question_text(sample: dict, template: str) -> str:
     """What the user's turn says after the picture. `plain` asks the bare question; the others list the candidates."""
@@ -109,6 +122,30 @@ def _question_by_question(sample: dict, template: str, image_shown: bool) -> lis
         messages.append({"role": "assistant", "content": turn["answer"]})
         images = 0  # shown once, with the first question
     return messages
+
+
+def document_messages(sample: dict, template: str, images: int) -> list[dict]:
+    """The user's turn that shows a document to be classified: its pages, the instruction, its text.
+
+    The text stands last, so that what is cut from a long one is its end. images: how many pages are shown.
+    Errors: `UserError` where there is neither text nor page."""
+    text = sample.get("text")
+    if text is None and not images:
+        raise UserError("the sample has neither 'text' nor 'images'; give it something to classify")
+    if text is not None and (not isinstance(text, str) or not text.strip()):
+        raise UserError("key 'text' is empty or no text; fill it, or drop the sample")
+    said = CLASSIFY[template] if text is None else f"{CLASSIFY[template]}\n\n{text.strip()}"
+    return [{"role": "user", "content": _with_images(images, said)}]
+
+
+def class_label(sample: dict, num_labels: int) -> int:
+    """Errors: `UserError` where the sample's label is none of 0 ... num_labels - 1."""
+    label = sample.get("label")
+    if type(label) is not int or not 0 <= label < num_labels:
+        raise UserError(
+            f"key 'label' is {label!r}, but num_labels {num_labels} allows the numbers 0 to {num_labels - 1}"
+        )
+    return label
 
 
 def count_images(sample: dict) -> int:
@@ -238,6 +275,17 @@ def encode(messages: list[dict], tokenizer, image_tokens: list[int], image_token
         assert prompt.startswith(rendered), "this chat template rewrites earlier turns"
         append(ids_of(prompt[len(rendered) :]), supervised=False)
     return _expand_images(encoded, image_tokens, image_token_id)
+
+
+def cut_text(encoded: Encoded, text: str, too_many: int, tokenizer) -> Encoded:
+    """Without the last `too_many` tokens of a document's text, which ends the last turn before the generation prompt.
+
+    Errors: `UserError` where that would leave nothing of it."""
+    if too_many >= len(tokenizer(text.strip(), add_special_tokens=False)["input_ids"]):
+        raise UserError("the pages and the instruction alone fill max_tokens; raise it, or show fewer or smaller pages")
+    ids = encoded.input_ids
+    end = len(ids) - 1 - ids[::-1].index(tokenizer.convert_tokens_to_ids("<|im_end|>"))
+    return Encoded(*(values[: end - too_many] + values[end:] for values in (ids, encoded.labels)))
 
 
 def _control_tokens(tokenizer) -> list[str]:

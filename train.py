@@ -19,13 +19,14 @@ import torch
 from torch.nn.parallel import DistributedDataParallel
 
 import checkpoint
+import classification
 import clicks
 import model as modeling
 from checkpoint import TrainerState
 from config import Config, UserError, check_data_files, exit_on_user_error, load_config, to_dict, to_yaml
 from dataset import SampleEncoder, StepDataset, load, load_split
 from distributed import Ranks, StopSignal, start_ranks, stop_ranks
-from evaluation import Stopped, answer_split, split_loss
+from evaluation import Stopped, merit, scores_while_training
 from family import load_family
 from preflight import (
     batch_arithmetic,
@@ -139,6 +140,8 @@ def train(config: Config, check_only: bool, source: str) -> None:
     started = time.perf_counter()
     dtype = torch.bfloat16 if on_gpu else torch.float32
     base = modeling.load_base(config.model_name, dtype, config.quantization)
+    if config.task == "cls":
+        classification.attach_head(base, config.num_labels, config.seed)
     model = modeling.prepare_training(base, config).to(ranks.device)
     names = modeling.trainable_parameters(model)
     if config.init_adapter and not resume_from:
@@ -149,7 +152,7 @@ def train(config: Config, check_only: bool, source: str) -> None:
     peak_rates = [group["lr"] for group in optimizer.param_groups]
     if resume_from:
         checkpoint.load_optimizer(optimizer, names, Path(resume_from) / checkpoint.OPTIMIZER_FILE)
-    module = modeling.AnswerLoss(model, family)
+    module = (classification.ClassLoss if config.task == "cls" else modeling.AnswerLoss)(model, family)
     loss = module
     if ranks.world > 1:
         # init_sync would broadcast the frozen base weights too. Every rank has loaded the same ones; what is trained:
@@ -173,7 +176,8 @@ def train(config: Config, check_only: bool, source: str) -> None:
     log.say(config.experiment)
     seconds = time.perf_counter() - started
     log.say(f"Model {config.model_name} ({family.model_type}), ready in {seconds:.1f} s; commit {git_commit()}")
-    for line in [*modeling.parameter_table(model), *batch_arithmetic(config, plan, ranks.world), *notes]:
+    arithmetic = batch_arithmetic(config, plan, ranks.world)
+    for line in [*modeling.parameter_table(model), *arithmetic, *classification.notes(config), *notes]:
         log.say(line)
     if not resume_from and ranks.is_first:
         for row in range(min(SAMPLES_ON_TENSORBOARD, len(train_samples))):
@@ -209,11 +213,8 @@ def train(config: Config, check_only: bool, source: str) -> None:
         state.evaluation_due = True
         began = time.perf_counter()
         model.eval()
-        values = {"eval_loss": split_loss(module, splits["val"], encoder, ranks, lambda: stop.requested)}
-        if config.eval_max_samples:
-            rows = range(min(config.eval_max_samples, len(splits["val"])))
-            answers = answer_split(model, splits["val"], encoder, ranks, rows, lambda: stop.requested)
-            values["eval_accuracy"] = sum(line["correct"] for line in answers) / len(answers)
+        with autocast():
+            values = scores_while_training(module, splits, encoder, ranks, lambda: stop.requested)
         model.train()
         state.evaluation_due = False
         values["eval_seconds"] = time.perf_counter() - began
@@ -221,8 +222,8 @@ def train(config: Config, check_only: bool, source: str) -> None:
         log.say("eval " + " | ".join(f"{key.removeprefix('eval_')} {value:.4f}" for key, value in values.items()))
         # The best is only worth keeping where there is a checkpoint of it.
         saved = is_due(config.save_steps, state.step, plan.steps_per_epoch) or state.step == plan.total_steps
-        if saved and (state.best_metric is None or values["eval_loss"] < state.best_metric):
-            state.best_metric, state.best_step = values["eval_loss"], state.step
+        if saved and (state.best_merit is None or merit(config.task, values) > state.best_merit):
+            state.best_merit, state.best_step = merit(config.task, values), state.step
 
     dataset = StepDataset(train_samples, encoder, config.share_prefix, plan, config.train_bs, ranks.rank, ranks.world)
     steps = load(dataset, range(state.step, plan.total_steps), config.dataloader_num_workers, ranks.device)
@@ -296,6 +297,7 @@ def train(config: Config, check_only: bool, source: str) -> None:
                     "loss": interval["nll"] / interval["answer_tokens"],
                     "grad_norm": grad_norm,
                     "learning_rate": rates[0],
+                    **classification.logged_rates(config, rates),
                     "seconds_per_step": seconds / clock["steps"],
                     "qa_per_second": clock["questions"] / seconds,
                     "tokens_per_second": clock["tokens"] / seconds,
@@ -331,6 +333,9 @@ def train(config: Config, check_only: bool, source: str) -> None:
             checkpoint.write_json(output / checkpoint.MARKER, {"step": state.step, "signal": stop.name})
         log.say(f"Stopped at step {state.step}/{plan.total_steps} on request; the same command goes on from here")
     else:
+        if config.task == "cls" and state.best_step not in (None, state.step):
+            checkpoint.load_weights(model, output / f"checkpoint-{state.best_step}", config)
+            log.say(f"The best on val was step {state.best_step}, accuracy {state.best_merit[0]:.4f}: it is the result")
         if ranks.is_first:
             checkpoint.save_final(output, model, config, records)
         minutes = state.train_seconds / 60

@@ -1,0 +1,105 @@
+"""The classification head beside the language model: its logits, its loss and its file.
+
+A document's class is read off its last token: the hidden state after the language model's final norm goes through one
+linear layer. No logits over the vocabulary are computed.
+"""
+
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from safetensors.torch import load_file, save_file
+from torch import nn
+
+from batches import last_tokens
+from config import Config, UserError
+from family import Family
+from model import base_of, model_inputs
+from templates import IGNORE
+
+HEAD_FILE = "cls_head.safetensors"  # weight (num_labels, hidden_size) and bias (num_labels,), float32, always whole
+
+
+def attach_head(model: nn.Module, num_labels: int, seed: int) -> None:
+    """Give a transformers model the module `cls_head`, float32 whatever the model's type. Same seed → same head on all
+    ranks. Its weights start as those of transformers' own heads: normal, of the config's initializer_range."""
+    text_config = model.config.get_text_config()
+    head = nn.Linear(text_config.hidden_size, num_labels)
+    start = torch.randn(head.weight.shape, generator=torch.Generator().manual_seed(seed), device="cpu")
+    with torch.no_grad():
+        head.weight.copy_(start * text_config.initializer_range)
+        head.bias.zero_()
+    model.cls_head = head
+
+
+def class_logits(model: nn.Module, batch: dict, family: Family) -> torch.Tensor:
+    """A collated batch of documents → logits (items, num_labels), float32, in the order of the items."""
+    base = base_of(model)
+    hidden = base.model(**model_inputs(model, batch, family), use_cache=False).last_hidden_state  # (B, T, hidden_size)
+    last = hidden[last_tokens(batch["segments"])]  # (items, hidden_size), in the order of the slots
+    with torch.autocast(last.device.type, enabled=False):
+        logits = base.cls_head(last.to(base.cls_head.weight.dtype))
+    item_of_slot = batch["slots"][batch["slots"] >= 0]
+    return logits[item_of_slot.argsort()]
+
+
+class ClassLoss(nn.Module):
+    """What DDP wraps: one micro-batch → the summed cross-entropy of its documents' labels (see `model.AnswerLoss`)."""
+
+    def __init__(self, model: nn.Module, family: Family):
+        super().__init__()
+        self.model, self.family = model, family
+
+    def forward(self, batch: dict, only_logits: bool = False) -> torch.Tensor:
+        logits = class_logits(self.model, batch, self.family)
+        if only_logits:
+            return logits
+        return F.cross_entropy(logits, batch["class_labels"], reduction="sum", ignore_index=IGNORE)
+
+
+# ----------------------------------------------------------------------------------------------------------- the file
+
+
+def save_head(state: dict[str, torch.Tensor], folder: Path) -> None:
+    """state: the head's own weight and bias, whole."""
+    save_file({name: tensor.detach().cpu().float().contiguous() for name, tensor in state.items()}, folder / HEAD_FILE)
+
+
+def load_head(model: nn.Module, folder: Path, num_labels: int) -> None:
+    """Give the model the head that was saved in the folder. Errors: `UserError` where there is none, or of another
+    size."""
+    base = base_of(model)
+    path = Path(folder) / HEAD_FILE
+    if not path.is_file():
+        raise UserError(f"{folder} holds no {HEAD_FILE}; give the folder of a classification run or of its checkpoint")
+    state = load_file(path)
+    expected = (num_labels, base.config.get_text_config().hidden_size)
+    if tuple(state["weight"].shape) != expected:
+        raise UserError(
+            f"{path} is of shape {tuple(state['weight'].shape)}, but num_labels and the model's hidden size ask for "
+            f"{expected}; use the config it was trained with"
+        )
+    if not hasattr(base, "cls_head"):
+        attach_head(base, num_labels, seed=0)
+    base.cls_head.load_state_dict(state)
+    base.cls_head.to(next(base.parameters()).device)
+
+
+def logged_rates(config: Config, rates: list[float]) -> dict[str, float]:
+    """What a log row says of a step's rates besides the first group's. rates: of `model.optimizer_groups`, the head's
+    first; a backbone at rate 0 has no group."""
+    if config.task != "cls":
+        return {}
+    return {"backbone_learning_rate": 0.0 if config.backbone_learning_rate == 0 else rates[-1]}
+
+
+def notes(config: Config) -> list[str]:
+    """What the log says of a classification run before its first step."""
+    if config.task != "cls":
+        return []
+    head = config.learning_rate
+    backbone = head if config.backbone_learning_rate is None else config.backbone_learning_rate
+    lines = [f"[INFO] Using custom classification optimizer with backbone_lr={backbone:.2e}, head_lr={head:.2e}"]
+    if config.eval_steps and config.data.test:
+        lines.append("The test curve is reported and never used to choose: the best epoch is the best on val.")
+    return lines
