@@ -241,7 +241,7 @@ def main(arguments=None):
 
 def write_demo_model(folder):
     """The demo's model: a tiny Qwen3-VL that LoRA can teach."""
-    return write_tiny_model(folder, "qwen3_vl", teachable=True)
+    return write_tiny_model(folder, "qwen3_vl", teachable=True, layers=3)
 
 
 if __name__ == "__main__":

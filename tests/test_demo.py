@@ -1,6 +1,8 @@
 """The drawn set is laid out as the published one, shows what its answers say, and cannot be guessed."""
 
 import csv
+import json
+import re
 from collections import Counter, defaultdict
 from pathlib import Path
 
@@ -110,6 +112,26 @@ def test_summary_before_a_run_is_one_line_that_names_the_cure(tmp_path, monkeypa
     monkeypatch.chdir(tmp_path)
     assert demo.main(["--summary"]) == 2
     assert "make demo" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(("right", "code"), [(5, 0), (4, 1)])
+def test_summary_shows_both_accuracies_and_fails_below_the_promise(tmp_path, monkeypatch, capsys, right, code):
+    monkeypatch.chdir(tmp_path)
+    for folder in ("demo/data", "results/demo"):
+        (tmp_path / folder).mkdir(parents=True)
+    train = [{"question": demo.NUMBER, "answer": answer} for answer in ("2", "2", "3")]
+    (tmp_path / "demo/data/train.json").write_text(json.dumps(train))
+    rows = [
+        {"images": [f"images/{n}.jpg"], "question": demo.NUMBER, "answer": "2" if n < 2 else "3", "prediction": "3",
+         "correct": n < right} for n in range(10)
+    ]  # fmt: skip
+    (tmp_path / "results/demo/generated_predictions.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    scores = {"majority_accuracy": 0.2, "predict_accuracy": right / 10}
+    (tmp_path / "results/demo/predict_results.json").write_text(json.dumps(scores))
+    assert demo.main(["--summary"]) == code
+    shown = capsys.readouterr().out
+    assert re.search(rf"How many polyps .* 20\.0 +{10 * right}\.0 +10\n", shown)
+    assert "demo/raw/images/0.jpg" in shown and f"{right / 2:.1f} times the majority" in shown
 
 
 def test_a_second_call_leaves_what_is_there(tmp_path, monkeypatch, capsys):
