@@ -20,8 +20,11 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from config import UserError
+
 NAME = "shared_prefix"  # in transformers' registry
 PATHS = ("mask", "two_part", "varlen")
+VARLEN_TYPES = (torch.bfloat16, torch.float16)  # of its kernel
 
 
 def attention_mask(segments: torch.Tensor) -> torch.Tensor | None:
@@ -64,7 +67,7 @@ class SharedRows:
 def chosen_path(device: torch.device) -> str:
     path = os.environ.get("SHARED_ATTENTION", "two_part")
     if path not in PATHS:
-        raise ValueError(f"SHARED_ATTENTION={path}: choose one of {', '.join(PATHS)}")
+        raise UserError(f"SHARED_ATTENTION is '{path}'; choose one of {', '.join(PATHS)}")
     return path if path != "varlen" or varlen_agrees(device) else "two_part"
 
 
@@ -211,7 +214,7 @@ def install_shared_attention(model: nn.Module) -> None:
                 module, query, key, value, attention_mask, scaling=scaling, dropout=dropout, **others
             )
         scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
-        if shared_rows.path == "varlen" and query.dtype in (torch.bfloat16, torch.float16):
+        if shared_rows.path == "varlen" and query.dtype in VARLEN_TYPES:
             output = varlen(query, key, value, shared_rows.varlen, scaling)
         else:
             output = two_part(query, key, value, shared_rows.prefix, shared_rows.bias, scaling)

@@ -1,0 +1,301 @@
+"""python bench/speed.py [--size 33m|8b] [--questions-per-image 1,4,9,real] [--image-tokens 576,2040,2900] [--steps N]
+
+Training speed, side by side in one process: the same weights, samples, seed and LoRA targets, one optimizer step of
+each variant in turn, so that whatever else the machine does hits all alike. Prints one table per setting.
+
+(A) the Hugging Face Trainer with a plain collator; (B) this repo's loop with A's layout and A's work: every question
+its own sequence, logits at every position, a picture's vision once per question, Conv3d patches, PEFT's own LoRA;
+(C) without the unused work; (D) with shared prefixes, as train.py runs; on CUDA also (E) the varlen attention path
+and, with --compile, (F) E with norms and MLPs compiled.
+"""
+
+import os
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch; on a CPU one thread gives stable ratios
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+import argparse
+import contextlib
+import shutil
+import statistics
+import sys
+import tempfile
+import types
+import warnings
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # the modules at the root
+
+import workload as work
+from measuring import Measured, largest_difference, measure_step
+from workload import Workload
+
+from batches import BatchPlan
+from config import Lora, UserError, exit_on_user_error
+from dataset import StepDataset, load
+from distributed import Ranks
+from model import AnswerLoss, forward_logits, optimizer_groups, to_device, trainable_parameters
+from templates import IGNORE
+from train import backward_step
+
+warnings.filterwarnings("ignore", message=".*is_gradient_checkpointing` is deprecated.*")
+TITLES = {
+    "A": "Hugging Face Trainer",
+    "B": "ours, A's layout and work",
+    "C": "+ unused work removed",
+    "D": "+ shared prefixes",
+    "E": "+ varlen attention",
+    "F": "+ norms, MLPs compiled",
+}
+
+
+class FullWork(torch.nn.Module):
+    """B's loss: `AnswerLoss` with the unused work put back in."""
+
+    def __init__(self, model, family):
+        super().__init__()
+        self.model, self.family = model, family
+
+    def forward(self, batch: dict) -> torch.Tensor:
+        counts = [grid[1] * grid[2] for grid in batch["image_grid_thw"].tolist()]
+        patches = batch["patches"].split(counts)
+        occurrences = {
+            **batch,
+            "patches": torch.cat([patches[i] for i in batch["image_index"]]),
+            "image_grid_thw": batch["image_grid_thw"][batch["image_index"]],
+            "image_index": list(range(len(batch["image_index"]))),
+        }
+        everywhere = torch.ones_like(batch["targets"], dtype=torch.bool)
+        logits = forward_logits(self.model, occurrences, self.family, everywhere).logits
+        return F.cross_entropy(logits.float(), batch["targets"].flatten(), ignore_index=IGNORE, reduction="sum")
+
+
+class Ours:
+    """Variants B to F: the training step of train.py."""
+
+    def __init__(self, variant: str, model, workload: Workload, device: torch.device):
+        self.variant, self.workload, self.device, self.model = variant, workload, device, model
+        self.share = variant in "DEF"
+        self.loss = (FullWork if variant == "B" else AnswerLoss)(model, workload.family)
+        self.optimizer = torch.optim.AdamW(optimizer_groups(model, workload.config))
+        self.plan = BatchPlan(len(workload.samples), workload.questions, 1, "sequential", 0)
+        self.dataset = StepDataset(
+            workload.samples, workload.encoder, self.share, self.plan, workload.config.train_bs, 0, 1
+        )
+        self._steps = None
+
+    @contextlib.contextmanager
+    def path(self):
+        before = os.environ.get("SHARED_ATTENTION")
+        if self.variant in "EF":
+            os.environ["SHARED_ATTENTION"] = "varlen"
+        yield
+        if self.variant in "EF":
+            os.environ.pop("SHARED_ATTENTION") if before is None else os.environ.update(SHARED_ATTENTION=before)
+
+    def backward(self, micro_batches: list[dict]) -> None:
+        with self.path():
+            backward_step(self.loss, micro_batches, Ranks(0, 1, self.device), contextlib.nullcontext)
+
+    def gradients(self, rows: list[int]) -> dict:
+        plan = types.SimpleNamespace(rank_questions=lambda step, rank, ranks: rows)
+        dataset = StepDataset(self.workload.samples, self.workload.encoder, self.share, plan, len(rows), 0, 1)
+        self.model.train()
+        self.backward(dataset[0]["micro_batches"])
+        gradients = {name: p.grad.float().cpu().numpy() for name, p in trainable_parameters(self.model).items()}
+        self.model.zero_grad(set_to_none=True)
+        return gradients
+
+    def step(self) -> None:
+        if self._steps is None:
+            workers = self.workload.config.dataloader_num_workers
+            self._steps = load(self.dataset, range(self.workload.steps), workers, self.device)
+        self.backward(next(self._steps)["micro_batches"])
+        parameters = [p for p in self.model.parameters() if p.requires_grad]
+        torch.nn.utils.clip_grad_norm_(parameters, self.workload.config.max_grad_norm)
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+
+
+def build(variant: str, base, workload: Workload, device: torch.device, folder: Path, micro_batch: int):
+    """A runnable variant on a copy of the base that shares its frozen weights. All start from the same adapter."""
+    model = work.adapted(base, workload.config.lora, workload.config.seed, stock=variant in "AB").train()
+    if variant == "F":
+        compile_elementwise(model)
+    if variant == "A":
+        from trainer import HuggingFace
+
+        return HuggingFace(model, workload, folder / "trainer", device, micro_batch)
+    if workload.config.gradient_checkpointing:
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    if variant in "BC":
+        workload = replace(workload, config=replace(workload.config, train_bs=micro_batch))
+    return Ours(variant, model, workload, device)
+
+
+def compile_elementwise(model) -> None:
+    """Fuse what surrounds the matrix products in norms and MLPs."""
+    for layer in model.get_base_model().model.language_model.layers:
+        for module in (layer.mlp, layer.input_layernorm, layer.post_attention_layernorm):
+            module.compile(dynamic=True)
+
+
+# ------------------------------------------------------------------------------------------------------- measuring
+
+
+def final_loss(model, workload: Workload, device: torch.device) -> float:
+    """Mean loss over the answers of the first step after training, by the same code for all variants."""
+    plan = types.SimpleNamespace(rank_questions=lambda step, rank, ranks: range(workload.questions))
+    dataset = StepDataset(workload.samples, workload.encoder, True, plan, workload.questions, 0, 1)
+    loss, nll, tokens = AnswerLoss(model, workload.family), 0.0, 0
+    with torch.no_grad():
+        for batch in dataset[0]["micro_batches"]:
+            nll += float(loss(to_device(batch, device)))
+            tokens += batch["answer_tokens"]
+    return nll / tokens
+
+
+def measure(variants: str, base, workload: Workload, device: torch.device, folder: Path, micro_batch: int) -> dict:
+    """Every variant: gradient check, one warm-up step, then the other steps in rounds, all side by side."""
+    runs, results, reference = {}, {variant: Measured() for variant in variants}, None
+
+    def guarded(variant, action):
+        try:
+            return action()
+        except torch.OutOfMemoryError:
+            results[variant].failure = "out of memory"
+            runs.pop(variant, None)
+            torch.cuda.empty_cache()
+
+    for variant in variants:
+        runs[variant] = build(variant, base, workload, device, folder, micro_batch)
+        rows = list(range(min(4, workload.questions)))
+        gradients = guarded(variant, lambda run=runs[variant]: run.gradients(rows))  # noqa: B023
+        reference = gradients if reference is None else reference
+        if gradients is not None and reference is not None:
+            results[variant].gradient_difference = largest_difference(gradients, reference)
+    for step in range(workload.steps):
+        for variant in list(runs):
+            result = Measured() if step == 0 else results[variant]  # the first step warms up
+            guarded(variant, lambda: measure_step(runs[variant], result, device))  # noqa: B023
+            took = (*(result.seconds or [0])[-1:], *(result.cpu_seconds or [0])[-1:])
+            print(f"  step {step}/{workload.steps - 1} {variant} {took[0]:.2f} s, {took[1]:.2f} CPU s", file=sys.stderr)
+    for variant, run in runs.items():
+        results[variant].loss = guarded(variant, lambda: final_loss(run.model, workload, device))  # noqa: B023
+    return results
+
+
+# ------------------------------------------------------------------------------------------------------------ table
+
+
+def ceilings(workload: Workload, sizes: dict, image_tokens: int) -> tuple[float, float, float]:
+    """(tokens laid out without sharing / with it, operations of A's step / of D's, D's useful operations per step)."""
+    operations = work.Operations(sizes)
+    plan = BatchPlan(len(workload.samples), workload.questions, 1, "sequential", 0)
+    tokens, useful, full = [0, 0], 0.0, 0.0
+    for share in (False, True):
+        dataset = StepDataset(workload.samples, workload.encoder, share, plan, workload.questions, 0, 1)
+        for batch in dataset[0]["micro_batches"]:
+            laid_out = int((batch["segments"] >= 0).sum())
+            tokens[share] += laid_out
+            pictures = len(batch["image_grid_thw"] if share else batch["image_index"])
+            positions = batch["answer_tokens"] if share else laid_out
+            count = operations.step(batch["segments"], positions, [image_tokens] * pictures)
+            useful, full = (useful + count, full) if share else (useful, full + count)
+    return tokens[0] / tokens[1], full / useful, useful
+
+
+def table(results: dict, workload: Workload, sizes: dict, image_tokens: int, rate: float) -> list[str]:
+    token_ceiling, operation_ceiling, useful = ceilings(workload, sizes, image_tokens)
+    lines = [
+        "| variant | questions/s | × A | × A in CPU time | s/step | peak GB | loss | gradient differs from A's by "
+        "| useful TFLOP/s | MFU | 3 epochs, h | of the token ceiling |",
+        "|---|--:|--:|--:|--:|--:|--:|--:|--:|--:|--:|--:|",
+    ]
+    first = next(iter(results.values()))
+    for variant, result in results.items():
+        title = f"({variant}) {TITLES[variant]}"
+        if result.failure or not result.seconds:
+            lines.append(f"| {title} | {result.failure or 'not run'} |" + " |" * 10)
+            continue
+        seconds = statistics.median(result.seconds)
+        speed, cpu = workload.questions / seconds, statistics.median(result.cpu_seconds)
+        ratio = statistics.median(a / b for a, b in zip(first.seconds, result.seconds, strict=False)) if first.seconds else float("nan")  # fmt: skip  # noqa: E501
+        cpu_ratio = statistics.median(first.cpu_seconds) / cpu if first.cpu_seconds else float("nan")
+        difference = "–" if result is first else f"{result.gradient_difference:.1e}"
+        hours = work.EPOCHS * work.QUESTIONS_IN_TRAINING / speed / 3600
+        ceiling = f"{ratio / token_ceiling:.0%}" if variant in "DEF" else ""
+        lines.append(
+            f"| {title} | {speed:.3g} | {ratio:.2f} | {cpu_ratio:.2f} | {seconds:.2f} | {result.peak_gb:.2f} "
+            f"| {result.loss:.5f} | {difference} | {useful / seconds / 1e12:.3g} | {useful / seconds / rate:.1%} "
+            f"| {hours:.2f} | {ceiling} |"
+        )
+    lines += ["", f"Token ceiling {token_ceiling:.2f}, operations of A's step / D's {operation_ceiling:.2f}."]
+    return lines
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--size", default="33m", choices=work.SIZES)
+    parser.add_argument("--questions-per-image", default="real", help="comma-separated: 1, 4, 9, ... or real")
+    parser.add_argument("--image-tokens", default="576", help="comma-separated")
+    parser.add_argument("--images", type=int, default=2, help="pictures in an optimizer step")
+    parser.add_argument("--steps", type=int, default=3, help="timed steps of each variant, after one to warm up")
+    parser.add_argument("--variants", default=None, help="the first is what the others are compared with")
+    parser.add_argument("--micro-batch", type=int, default=1, help="questions per micro-step of A, B and C")
+    parser.add_argument("--shared-micro-batch", type=int, default=0, help="of D to F; 0: the whole step")
+    parser.add_argument("--lora-r", type=int, default=16)
+    parser.add_argument("--gradient-checkpointing", action="store_true", help="in all variants")
+    parser.add_argument("--workers", type=int, default=1, help="DataLoader workers of each variant")
+    parser.add_argument("--compile", action="store_true", help="adds variant F")
+    parser.add_argument("--tokenizer", help="folder of a real tokenizer; the embedding then has 151,936 rows")
+    parser.add_argument("--histogram", help="csv with a column img_id, for 'real'; default: numbers in workload.py")
+    parser.add_argument("--seed", type=int, default=0)
+    args = parser.parse_args()
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    variants = args.variants or ("ABCD" + ("EF" if args.compile else "E") * (device.type == "cuda"))
+    if not set(variants) <= set(TITLES):
+        raise UserError(f"--variants {variants}: choose letters of {''.join(TITLES)}")
+    if args.size == "8b" and device.type != "cuda":
+        raise UserError("--size 8b needs a CUDA device of 80 GB; use --size 33m here")
+    torch.set_float32_matmul_precision("high")
+    histogram = work.read_histogram(args.histogram)
+    sizes = dict(work.SIZES[args.size])
+    if args.tokenizer:
+        sizes["rows"] = max(sizes["rows"], work.EIGHT_B["rows"])
+    rate = work.matrix_rate(device)
+    folder = Path(tempfile.mkdtemp(prefix="bench-"))
+    try:
+        model_folder = work.write_folder(folder / "model", sizes, args.tokenizer)
+        base = work.build_base(model_folder, device, args.seed)
+        parameters = sum(p.numel() for p in base.parameters())
+        name = torch.cuda.get_device_name() if device.type == "cuda" else f"CPU, {torch.get_num_threads()} thread(s)"
+        print(f"{name}; torch {torch.__version__}; {parameters / 1e6:,.0f}M parameters; matrix product {rate / 1e12:.3g} TFLOP/s")  # fmt: skip  # noqa: E501
+        for image_tokens in map(int, args.image_tokens.split(",")):
+            for k in args.questions_per_image.split(","):
+                per_step = work.questions_of_step(k, histogram, args.images)
+                data = folder / f"data-{image_tokens}-{k}"
+                workload = work.make_workload(
+                    model_folder, data, per_step, image_tokens, args.steps + 1, args.shared_micro_batch,
+                    Lora(args.lora_r, 2 * args.lora_r, 0.0), args.seed,
+                )  # fmt: skip
+                config = replace(
+                    workload.config,
+                    gradient_checkpointing=args.gradient_checkpointing,
+                    dataloader_num_workers=args.workers,
+                )
+                workload = replace(workload, config=config)
+                results = measure(variants, base, workload, device, folder, args.micro_batch)
+                print(f"\n### {args.size}, {image_tokens} image tokens, questions per image: {k} {per_step}\n")
+                print("\n".join(table(results, workload, sizes, image_tokens, rate)), flush=True)
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+if __name__ == "__main__":
+    with exit_on_user_error():
+        main()

@@ -1,0 +1,293 @@
+"""What the benchmarks run on: model sizes, pictures, questions, and how many operations a question costs.
+
+Everything is made on the spot from numbers; nothing is downloaded and no data set is needed.
+"""
+
+import copy
+import csv
+import sys
+import time
+from collections import Counter
+from dataclasses import dataclass
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # the modules at the root
+
+import numpy as np
+import torch
+from PIL import Image
+
+import tiny_model
+from attention import install_shared_attention
+from config import Config, Data, Lora, UserError
+from dataset import SampleEncoder, SampleList
+from family import Family, load_family
+from images import native_size
+from model import LANGUAGE, attach_lora, load_tokenizer, patch_embed_as_matrix_product, trainable_parameters
+
+# The true sizes of Qwen3-VL-8B, as its config.json on the hub gives them.
+EIGHT_B = {
+    "hidden_size": 4096, "intermediate_size": 12288, "layers": 36, "heads": 32, "kv_heads": 8, "head_dim": 128,
+    "rows": 151_936, "vision_hidden_size": 1152, "vision_intermediate_size": 4304, "vision_depth": 27,
+    "vision_heads": 16, "deepstack": [8, 16, 24], "positions": 2304,
+}  # fmt: skip
+# Every width of the 8B divided by 16, the vocabulary too, so that a token's operations are shared out among layers and
+# logits as in the 8B. Attention does not shrink with the square of the width as matrices do: the vision tower, whose
+# every patch sees 2,304 others, keeps 7 of its 27 layers, which is again the 8B's share of a step's operations.
+THIRTY_THREE_M = {
+    "hidden_size": 256, "intermediate_size": 768, "layers": 36, "heads": 8, "kv_heads": 2, "head_dim": 32,
+    "rows": 9_496, "vision_hidden_size": 72, "vision_intermediate_size": 269, "vision_depth": 7,
+    "vision_heads": 2, "deepstack": [2, 4, 6], "positions": 2304,
+}  # fmt: skip
+TINY = THIRTY_THREE_M | {"layers": 4, "hidden_size": 64, "intermediate_size": 192, "head_dim": 16, "heads": 4}
+SIZES = {"8b": EIGHT_B, "33m": THIRTY_THREE_M, "tiny": TINY}
+
+# Questions per picture → pictures, in 3,007 rows of Kvasir-VQA (352 whole pictures; Gautam et al. 2024, CC BY-NC 4.0).
+REAL_HISTOGRAM = {3: 6, 4: 10, 5: 15, 6: 30, 7: 45, 8: 64, 9: 62, 10: 58, 11: 37, 12: 12, 13: 7, 14: 3, 15: 3}
+QUESTIONS_IN_TRAINING = 41_079  # of Kvasir-VQA, 70 % of the pictures
+EPOCHS = 3
+
+_YES_NO = "no; not relevant; yes"
+_COUNT = "0; 1; 2; 3; 4; 5; 6-10; 11-15; 16-20"
+_PLACE = (
+    "center; center-left; center-right; lower-center; lower-left; lower-right; none; upper-center; upper-left; "
+    "upper-right"
+)
+# As Kvasir-VQA asks them, with the candidates a training split offers.
+QUESTIONS = {
+    "What type of procedure is the image taken from?": "capsule endoscopy; colonoscopy; gastroscopy",
+    "How many polyps are in the image?": _COUNT,
+    "What type of polyp is present?": "none; not relevant; paris ip; paris iia; paris is",
+    "Is there a green/black box artefact?": _YES_NO,
+    "Are there any instruments in the image? Check all that are present.": (
+        "biopsy forceps; injection needle; metal clip; none; polyp snare; tube"
+    ),
+    "What is the size of the polyp?": "5-10mm; 11-20mm; <5mm; >20mm; none",
+    "Is this finding easy to detect?": _YES_NO,
+    "Have all polyps been removed?": _YES_NO,
+    "What color is the abnormality? If more than one separate with ;": (
+        "black; blue; brown; flesh; green; grey; none; orange; pink; purple; red; violet; white; yellow"
+    ),
+    "How many findings are present?": _COUNT,
+    "Are there any anatomical landmarks in the image? Check all that are present.": (
+        "cecum; ileum; none; pylorus; z-line"
+    ),
+    "Where in the image is the instrument?": _PLACE,
+    "Is there text?": _YES_NO,
+    "Where in the image is the abnormality?": _PLACE,
+    "Where in the image is the anatomical landmark?": _PLACE,
+    "Are there any abnormalities in the image? Check all that are present.": (
+        "none; oesophagitis; polyp; short-segment barretts; ulcerative colitis"
+    ),
+    "How many instruments are in the image?": _COUNT,
+}
+
+
+# ------------------------------------------------------------------------------------------------------------- model
+
+
+def write_folder(folder: Path, sizes: dict, tokenizer_from: str | None) -> Path:
+    """A model folder without weights: config.json, tokenizer and image processor files. tokenizer_from: a real
+    tokenizer's folder instead of the demo's; the embedding then gets as many rows as it needs."""
+    folder.mkdir(parents=True)
+    token_ids = tiny_model.write_tokenizer(folder, "qwen3_vl", tokenizer_from)
+    demo_sizes = dict.fromkeys(("tie_word_embeddings", "vision_positions"), 0) | sizes
+    config = tiny_model.model_config("qwen3_vl", token_ids, torch.float32, demo_sizes)
+    rows = max(sizes["rows"], EIGHT_B["rows"] if tokenizer_from else 0)
+    half = sizes["head_dim"] // 2
+    side = half * 20 // 64
+    config["tie_word_embeddings"] = False
+    config["text_config"] |= {"vocab_size": rows, "head_dim": sizes["head_dim"]}
+    config["text_config"]["rope_scaling"] = {
+        "mrope_interleaved": True, "mrope_section": [half - 2 * side, side, side], "rope_type": "default"
+    }  # fmt: skip
+    config["vision_config"] |= {
+        "deepstack_visual_indexes": sizes["deepstack"],
+        "num_position_embeddings": sizes["positions"],
+    }
+    tiny_model.write_json(folder / "config.json", config)
+    tiny_model.write_processors(folder, "qwen3_vl", 64 * 64, 16_777_216)
+    return folder
+
+
+def build_base(folder: Path, device: torch.device, seed: int) -> torch.nn.Module:
+    """The model of a folder with random weights, built on the device, frozen: bfloat16 on CUDA, else float32."""
+    from transformers import AutoConfig, AutoModelForImageTextToText
+
+    dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
+    torch.manual_seed(seed)
+    with device:
+        model = AutoModelForImageTextToText.from_config(
+            AutoConfig.from_pretrained(folder), dtype=dtype, attn_implementation="sdpa"
+        )
+    return model.requires_grad_(False)
+
+
+def adapted(base: torch.nn.Module, lora: Lora, seed: int, stock: bool) -> torch.nn.Module:
+    """A copy of the base that shares its frozen weights, with an adapter that is random in both halves (a fresh one has
+    B = 0, and no gradient would reach A). The same seed gives the same adapter.
+
+    stock: as transformers and PEFT make it, without this repo's patch embedding, attention and adapter product."""
+    model = copy.deepcopy(base, memo={id(parameter): parameter for parameter in base.parameters()})
+    if not stock:
+        patch_embed_as_matrix_product(model)
+        install_shared_attention(model)
+    model = attach_lora(model, lora, [LANGUAGE], seed)
+    if stock:
+        for module in model.modules():
+            vars(module).pop("forward", None)
+    generator = torch.Generator().manual_seed(seed)
+    for name, parameter in trainable_parameters(model).items():
+        if "lora_B" in name:
+            parameter.data.copy_(torch.randn(parameter.shape, generator=generator) * 0.02)
+    return model.to(next(base.parameters()).device)
+
+
+# -------------------------------------------------------------------------------------------------------------- data
+
+
+def read_histogram(path: str | None) -> dict[int, int]:
+    """Questions per picture → pictures, from a csv with a column `img_id`; without a path the numbers above."""
+    if path is None:
+        return REAL_HISTOGRAM
+    with open(path, newline="", encoding="utf-8") as stream:
+        rows = list(csv.DictReader(stream))
+    if not rows or "img_id" not in rows[0]:
+        raise UserError(f"--histogram {path}: needs rows with a column 'img_id'")
+    return dict(sorted(Counter(Counter(row["img_id"] for row in rows).values()).items()))
+
+
+def questions_of_step(questions_per_image: str, histogram: dict[int, int], images: int) -> list[int]:
+    """Questions of each picture of one optimizer step. 'real': the middles of `images` equal parts of the histogram,
+    so that every step has the whole's mean, and rows of unequal length as the whole has."""
+    if questions_per_image != "real":
+        return [int(questions_per_image)] * images
+    counts = [count for count, pictures in sorted(histogram.items()) for _ in range(pictures)]
+    return [counts[int((part + 0.5) / images * len(counts))] for part in range(images)]
+
+
+def picture_size(image_tokens: int, factor: int) -> tuple[int, int]:
+    """(width, height) in pixels of the squarest picture with exactly so many image tokens."""
+    rows = max(n for n in range(1, int(image_tokens**0.5) + 1) if image_tokens % n == 0)
+    size = (image_tokens // rows * factor, rows * factor)
+    if native_size(*size, factor, 64 * 64, 16_777_216) != size:
+        raise UserError(f"--image-tokens {image_tokens}: no picture shape fits; try a number with more divisors")
+    return size
+
+
+def write_samples(folder: Path, per_step: list[int], steps: int, size: tuple[int, int], seed: int) -> list[dict]:
+    """Pictures (JPEG) and the questions on them, those of a picture side by side; `steps` steps of fresh pictures."""
+    generator = np.random.default_rng(seed)
+    names, samples = list(QUESTIONS), []
+    folder.mkdir(parents=True, exist_ok=True)
+    for step in range(steps):
+        for place, count in enumerate(per_step):
+            name = f"{size[0]}x{size[1]}-{step}-{place}.jpg"
+            if not (folder / name).exists():
+                coarse = generator.integers(0, 256, (24, 24, 3), dtype=np.uint8)
+                Image.fromarray(coarse).resize(size, Image.Resampling.BICUBIC).save(folder / name, quality=90)
+            for index in generator.permutation(len(names))[:count]:
+                candidates = QUESTIONS[names[index]].split("; ")
+                answer = candidates[int(generator.integers(len(candidates)))]
+                samples.append(
+                    {"id": f"{name}-{index}", "image": name, "question": names[index], "answer": answer}
+                    | {"candidates": candidates}
+                )
+    return samples
+
+
+@dataclass(frozen=True)
+class Workload:
+    """One setting of the table: the questions of its steps and what lays them out."""
+
+    config: Config
+    family: Family
+    encoder: SampleEncoder
+    samples: SampleList
+    questions: int  # per optimizer step
+    steps: int
+
+
+def make_workload(
+    model_folder: Path, root: Path, per_step: list[int], image_tokens: int, steps: int, train_bs: int, lora: Lora, seed
+) -> Workload:
+    """steps: so many optimizer steps of fresh pictures. train_bs: questions per micro-step, 0 for the whole step."""
+    family = load_family(str(model_folder))
+    samples = write_samples(root, per_step, steps, picture_size(image_tokens, family.factor), seed)
+    questions = sum(per_step)
+    config = Config(
+        experiment="BENCHMARK", model_name=str(model_folder), task="vqa", data=Data(train="-", image_root=str(root)),
+        output_dir="-", results_dir="-", learning_rate=1e-4, template="ultra_condensed", resize="native", lora=lora,
+        train_bs=train_bs or questions, max_tokens=16_384, seed=seed, dataloader_num_workers=1,
+    )  # fmt: skip
+    encoder = SampleEncoder(config, family, load_tokenizer(str(model_folder)))
+    return Workload(config, family, encoder, SampleList(samples, "benchmark"), questions, steps)
+
+
+# -------------------------------------------------------------------------------------------------------- operations
+
+
+@dataclass(frozen=True)
+class Operations:
+    """Floating-point operations of a model, from its config: a multiplication and an addition count as two.
+
+    Frozen base with LoRA: forward and the gradient by activations, none by the weights; adapters are left out (under
+    1 %). Vision runs forward only.
+    """
+
+    sizes: dict
+
+    @property
+    def linear_per_token(self) -> float:
+        s = self.sizes
+        attention = 2 * s["hidden_size"] * s["head_dim"] * (s["heads"] + s["kv_heads"])
+        return 4 * s["layers"] * (attention + 3 * s["hidden_size"] * s["intermediate_size"])
+
+    @property
+    def attention_per_pair(self) -> float:
+        """Of one (query, key) pair in all layers: forward once, backward twice."""
+        return 3 * 4 * self.sizes["heads"] * self.sizes["head_dim"] * self.sizes["layers"]
+
+    @property
+    def logits_per_position(self) -> float:
+        return 4 * self.sizes["rows"] * self.sizes["hidden_size"]
+
+    def vision(self, image_tokens: int) -> float:
+        s, patches, width = self.sizes, 4 * image_tokens, self.sizes["vision_hidden_size"]
+        block = 2 * (4 * width**2 + 2 * width * s["vision_intermediate_size"]) + 4 * patches * width
+        merger = 2 * (4 * width * 4 * width + 4 * width * s["hidden_size"])
+        embed = 2 * 3 * 2 * 16 * 16 * width
+        return patches * (s["vision_depth"] * block + embed) + image_tokens * merger * (1 + len(s["deepstack"]))
+
+    def step(self, segments: torch.Tensor, supervised: int, image_tokens: list[int]) -> float:
+        """Useful operations of a micro-batch laid out as `segments` (rows, tokens): pairs that a token may see, logits
+        at supervised positions, vision once per picture in `image_tokens`."""
+        tokens, pairs = 0, 0
+        for row in segments.tolist():
+            lengths = Counter(segment for segment in row if segment >= 0)
+            prefix = lengths.pop(0, 0)
+            tokens += prefix + sum(lengths.values())
+            pairs += prefix * (prefix + 1) // 2
+            pairs += sum(length * prefix + length * (length + 1) // 2 for length in lengths.values())
+        return (
+            tokens * self.linear_per_token
+            + pairs * self.attention_per_pair
+            + supervised * self.logits_per_position
+            + sum(map(self.vision, image_tokens))
+        )
+
+
+def matrix_rate(device: torch.device) -> float:
+    """Operations per second of a large matrix product on this machine: bfloat16 on CUDA, float32 on CPU."""
+    n, dtype = (8192, torch.bfloat16) if device.type == "cuda" else (1024, torch.float32)
+    a, b = (torch.randn(n, n, device=device, dtype=dtype) for _ in range(2))
+    best = 0.0
+    for _ in range(10):
+        if device.type == "cuda":
+            torch.cuda.synchronize()
+        began = time.perf_counter()
+        a @ b
+        if device.type == "cuda":
+            torch.cuda.synchronize()
+        best = max(best, 2 * n**3 / (time.perf_counter() - began))
+    return best

@@ -1,0 +1,168 @@
+"""Every attention path gives the same numbers as the masked reference, and none lets a question see another."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+from tiny_runs import FAMILIES, build_items, tiny_run, vqa_samples
+
+import attention
+from attention import SharedRows, attention_mask, two_part, varlen, varlen_layout
+from batches import collate
+from config import UserError
+from model import AnswerLoss, trainable_parameters
+
+PREFIX, PADDING = 0, -1
+
+
+def row(*runs: tuple[int, int]) -> list[int]:
+    """(segment, tokens) runs, one after another."""
+    return [segment for segment, tokens in runs for _ in range(tokens)]
+
+
+LAYOUTS = {
+    "one row": [row((PREFIX, 7), (1, 3), (2, 5), (3, 1))],
+    "rows of unlike length": [
+        row((PREFIX, 9), (1, 2), (2, 4), (3, 2)),
+        row((PREFIX, 6), (1, 5), (PADDING, 6)),
+        row((PREFIX, 4), (1, 1), (2, 3), (3, 4), (PADDING, 5)),
+    ],
+    "a row whose prefix is empty": [row((1, 4), (2, 5)), row((PREFIX, 3), (1, 2), (2, 4))],
+}
+
+
+@pytest.fixture(params=LAYOUTS)
+def segments(request) -> torch.Tensor:
+    return torch.tensor(LAYOUTS[request.param], dtype=torch.int32)
+
+
+def states(segments: torch.Tensor) -> list[torch.Tensor]:
+    """Random float64 queries of 4 heads, keys and values of 2."""
+    generator = torch.Generator().manual_seed(0)
+    rows, tokens = segments.shape
+    return [
+        torch.randn(rows, heads, tokens, 8, generator=generator, dtype=torch.float64).requires_grad_()
+        for heads in (4, 2, 2)
+    ]
+
+
+def reference(query, key, value, segments):
+    key, value = key.repeat_interleave(2, dim=1), value.repeat_interleave(2, dim=1)
+    return F.scaled_dot_product_attention(query, key, value, attn_mask=attention_mask(segments), scale=0.3)
+
+
+def in_pieces(queries, keys, values, cu_q, cu_k, max_q, max_k, scale):
+    """What `torch.nn.attention.varlen` computes, from its definition: sequence by sequence, causal from the end."""
+    outputs = []
+    for i in range(len(cu_q) - 1):
+        q = queries[cu_q[i] : cu_q[i + 1]].transpose(0, 1)
+        k, v = (x[cu_k[i] : cu_k[i + 1]].transpose(0, 1).repeat_interleave(2, dim=0) for x in (keys, values))
+        assert 0 < q.shape[1] <= max_q and q.shape[1] <= k.shape[1] <= max_k
+        seen = torch.ones(q.shape[1], k.shape[1], dtype=torch.bool).tril(k.shape[1] - q.shape[1])
+        outputs.append(F.scaled_dot_product_attention(q, k, v, attn_mask=seen, scale=scale).transpose(0, 1))
+    return torch.cat(outputs)
+
+
+def by_two_part(query, key, value, segments):
+    rows = SharedRows(segments, attention_mask(segments))
+    return two_part(query, key, value, rows.prefix, rows.bias, 0.3)
+
+
+def by_varlen(query, key, value, segments):
+    return varlen(query, key, value, varlen_layout(segments), 0.3, attend=in_pieces)
+
+
+@pytest.mark.parametrize("path", [by_two_part, by_varlen])
+def test_a_path_gives_the_masked_references_outputs_and_gradients(segments, path):
+    inputs = states(segments)
+    real = (segments >= 0)[:, None, :, None]  # nothing reads what stands at padding
+    results = []
+    for attend in (reference, path):
+        output = attend(*inputs, segments) * real
+        gradients = torch.autograd.grad((output * torch.arange(8.0)).square().sum(), inputs)
+        results.append([output, *gradients])
+    for expected, got in zip(*results, strict=True):
+        assert torch.allclose(expected, got, rtol=1e-10, atol=1e-12)
+
+
+@pytest.mark.parametrize("path", [reference, by_two_part, by_varlen])
+def test_no_question_sees_another_nor_the_future(segments, path):
+    """Changing one token's key and value changes nothing before it and nothing in other questions."""
+    query, key, value = (x.detach() for x in states(segments))
+    before = path(query, key, value, segments)
+    for b, token in [(0, segments.shape[1] // 2), (len(segments) - 1, segments.shape[1] - 2), (0, 1)]:
+        key2, value2 = key.clone(), value.clone()
+        key2[b, :, token] += 1
+        value2[b, :, token] -= 1
+        changed = (path(query, key2, value2, segments) != before).any(dim=(1, 3))
+        own = int(segments[b, token])
+        may_see = (segments == own) | (own == PREFIX)
+        may_see[:, :token] = False
+        may_see[torch.arange(len(segments)) != b] = False
+        assert not (changed & ~may_see & (segments >= 0)).any()
+
+
+def test_the_two_part_path_leaves_out_most_of_what_the_mask_throws_away():
+    segments = torch.tensor([row((PREFIX, 600), *((k, 40) for k in range(1, 10)))])
+    rows = SharedRows(segments, attention_mask(segments))
+    useful = int(attention_mask(segments).sum())
+    computed = rows.prefix**2 / 2 + rows.bias.numel()
+    assert rows.prefix == 600 and computed < 0.6 * 960**2 and computed < 1.3 * useful + 360**2 * 0.9
+
+
+def loss_and_gradients(run, monkeypatch, path: str, dtype=torch.float64):
+    monkeypatch.setenv("SHARED_ATTENTION", path)
+    items, images = build_items(run.encoder(), vqa_samples(3, 4)[:-2])
+    batch = collate(items, images, True, run.tokenizer.pad_token_id)
+    model = run.model(dtype)
+    model.zero_grad()
+    loss = AnswerLoss(model, run.family)(batch)
+    loss.backward()
+    return float(loss.detach()), {name: p.grad.clone() for name, p in trainable_parameters(model).items()}
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_model_trains_the_same_on_every_path(tiny_models, monkeypatch, family):
+    run = tiny_run(tiny_models, family)
+    calls = []
+    for name, stand_in in (("two_part", two_part), ("varlen", varlen)):
+        monkeypatch.setattr(attention, name, lambda *a, f=stand_in, n=name, **k: calls.append(n) or f(*a, **k))
+    expected, expected_gradients = loss_and_gradients(run, monkeypatch, "mask")
+    assert calls == []
+    monkeypatch.setattr(attention, "varlen_agrees", lambda device: True)
+    monkeypatch.setattr(attention, "_varlen_kernel", in_pieces)
+    monkeypatch.setattr(attention, "VARLEN_TYPES", (torch.float64,))
+    for path in ("two_part", "varlen"):
+        calls.clear()
+        loss, gradients = loss_and_gradients(run, monkeypatch, path)
+        assert calls == [path] * 2, "both layers take it"
+        assert loss == pytest.approx(expected, rel=1e-10)
+        for name, gradient in gradients.items():
+            assert torch.allclose(gradient, expected_gradients[name], rtol=1e-7, atol=1e-10), name
+
+
+def test_rows_of_one_question_need_no_mask_and_no_path(tiny_models, monkeypatch):
+    run = tiny_run(tiny_models, "qwen3_vl")
+    monkeypatch.setattr(attention, "two_part", None)  # calling it would be an error
+    items, images = build_items(run.encoder(), vqa_samples(3, 1))
+    batch = collate(items, images, True, run.tokenizer.pad_token_id)
+    assert attention_mask(batch["segments"]) is None
+    assert float(AnswerLoss(run.model(), run.family)(batch).detach()) > 0
+
+
+def test_varlen_on_a_cpu_falls_back_to_two_part_and_says_so(monkeypatch):
+    monkeypatch.setenv("SHARED_ATTENTION", "varlen")
+    attention.varlen_agrees.cache_clear()
+    with pytest.warns(UserWarning, match="varlen is not usable here .* CUDA only.*; using two_part"):
+        assert attention.chosen_path(torch.device("cpu")) == "two_part"
+
+
+def test_an_unknown_path_is_an_error_that_names_the_known_ones(monkeypatch):
+    monkeypatch.setenv("SHARED_ATTENTION", "flash")
+    with pytest.raises(UserError, match="SHARED_ATTENTION is 'flash'; choose one of mask, two_part, varlen"):
+        attention.chosen_path(torch.device("cpu"))
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU")
+def test_on_a_gpu_varlen_agrees_with_the_reference():
+    attention.varlen_agrees.cache_clear()
+    assert attention.varlen_agrees(torch.device("cuda"))

@@ -1,0 +1,115 @@
+"""The benchmarks run, their variants compute the same thing, and their arithmetic is that of the model's makers."""
+
+import re
+import subprocess
+import sys
+
+import pytest
+import torch
+from conftest import REPO_ROOT, shared_data
+
+sys.path.insert(0, str(REPO_ROOT / "bench"))
+import workload
+
+from config import UserError
+from images import native_size
+
+
+def run(*command: str) -> str:
+    finished = subprocess.run([sys.executable, *command], cwd=REPO_ROOT, capture_output=True, text=True, timeout=300)
+    assert finished.returncode == 0, finished.stderr
+    return finished.stdout
+
+
+def columns(output: str) -> dict[str, list[str]]:
+    """First cell of a table's line → the other cells."""
+    rows = [[cell.strip() for cell in line.strip("| ").split("|")] for line in output.splitlines() if "| " in line]
+    return {cells[0]: cells[1:] for cells in rows}
+
+
+def test_speed_prints_a_table_in_which_all_variants_learn_the_same():
+    output = run(*"bench/speed.py --size tiny --image-tokens 16 --questions-per-image 3 --images 1 --steps 1".split())
+    table = columns(output)
+    variants = {name: cells for name, cells in table.items() if name.startswith("(")}
+    assert [name[:3] for name in variants] == ["(A)", "(B)", "(C)", "(D)"]
+    losses = {round(float(cells[5]), 3) for cells in variants.values()}
+    assert len(losses) == 1, losses
+    assert all(float(cells[6]) < 1e-4 for name, cells in variants.items() if name[:3] != "(A)")
+    assert float(re.search(r"Token ceiling (\S+),", output).group(1)) > 1
+
+
+@pytest.mark.slow
+def test_evaluation_speed_gives_generates_answers_token_for_token():
+    output = run(*"bench/evaluation_speed.py --size tiny --image-tokens 16 --questions-per-image 3 --rounds 1".split())
+    answers = [cells[-1] for name, cells in columns(output).items() if "one by one" in name or "together" in name]
+    assert answers == ["6/6"] * 3
+
+
+@pytest.mark.slow
+def test_two_processes_are_compared_with_one():
+    output = run(*"bench/scaling.py --size tiny --image-tokens 16 --images 1 --rounds 1".split())
+    assert re.search(r"median ratio of 1 rounds: \d+\.\d+", output)
+
+
+@pytest.mark.slow
+def test_a_setting_that_cannot_run_is_one_line():
+    command = [sys.executable, "bench/speed.py", "--variants", "AZ"]
+    finished = subprocess.run(command, cwd=REPO_ROOT, capture_output=True, text=True, timeout=300)
+    assert finished.returncode == 2 and finished.stderr.strip().splitlines()[-1].startswith("error: --variants AZ")
+    assert "Traceback" not in finished.stderr
+
+
+# --------------------------------------------------------------------------------------------------------- workload
+
+
+def test_the_8bs_operations_are_those_of_its_architecture():
+    """Counted by hand from its config.json: linear layers 27.8 GFLOP a token forward and backward."""
+    operations = workload.Operations(workload.EIGHT_B)
+    assert operations.linear_per_token == pytest.approx(27.8e9, rel=1e-3)
+    assert operations.attention_per_pair == pytest.approx(3 * 0.59e6, rel=1e-3)
+    assert operations.vision(576) == pytest.approx(2.75e12, rel=1e-3)
+    assert operations.vision(2900) == pytest.approx(27.25e12, rel=1e-3)
+
+
+def test_useful_operations_count_the_pairs_that_the_mask_lets_through():
+    from attention import attention_mask
+
+    operations = workload.Operations(workload.TINY)
+    segments = torch.tensor([[0] * 7 + [1] * 3 + [2] * 5, [0] * 6 + [1] * 4 + [-1] * 5])
+    real = (segments >= 0)[:, None, :, None]
+    expected = int((attention_mask(segments) & real).sum()) * operations.attention_per_pair
+    expected += 25 * operations.linear_per_token + 8 * operations.logits_per_position + operations.vision(4)
+    assert operations.step(segments, 8, [4]) == pytest.approx(expected, rel=1e-12)
+
+
+@pytest.mark.parametrize(("size", "low", "high"), [("33m", 32e6, 34e6), ("8b", 8.7e9, 8.8e9)])
+def test_the_models_have_the_size_they_are_named_by(tmp_path, size, low, high):
+    folder = workload.write_folder(tmp_path / "model", workload.SIZES[size], None)
+    model = workload.build_base(folder, torch.device("meta"), 0)
+    assert low < sum(parameter.numel() for parameter in model.parameters()) < high
+
+
+def test_the_histogram_is_that_of_the_real_rows_and_a_step_has_its_mean():
+    histogram = workload.REAL_HISTOGRAM
+    assert (sum(histogram.values()), sum(k * n for k, n in histogram.items())) == (352, 3007)
+    for images in (2, 4, 16):
+        questions = workload.questions_of_step("real", histogram, images)
+        assert sum(questions) / images == pytest.approx(3007 / 352, rel=0.02)
+    assert workload.read_histogram(str(shared_data("kvasir/kvasir_vqa_3000.csv"))) == histogram
+
+
+def test_a_histogram_without_the_column_is_an_error(tmp_path):
+    (tmp_path / "other.csv").write_text("a,b\n1,2\n")
+    with pytest.raises(UserError, match="column 'img_id'"):
+        workload.read_histogram(str(tmp_path / "other.csv"))
+
+
+@pytest.mark.parametrize("tokens", [16, 576, 2040, 2900])
+def test_a_picture_of_so_many_tokens_is_not_resized(tokens):
+    width, height = workload.picture_size(tokens, 32)
+    assert width * height == tokens * 32 * 32 and native_size(width, height, 32, 64 * 64, 16_777_216) == (width, height)
+
+
+def test_image_tokens_that_no_picture_has_are_an_error():
+    with pytest.raises(UserError, match="more divisors"):
+        workload.picture_size(20011, 32)
