@@ -23,18 +23,18 @@ export PIP_DISABLE_PIP_VERSION_CHECK := 1
 	@echo "Installing requirements.txt into .venv (a minute or two)"
 	@rm -rf .venv
 	@$(PYTHON) -m venv .venv
-	@$(BIN)/pip install --quiet --progress-bar off --requirement requirements.txt
+	@$(BIN)/pip install -qq --no-compile --requirement requirements.txt
 	@touch $@
 
 .venv/requirements-dev.stamp: .venv/requirements.stamp requirements-dev.txt
 	@echo "Installing requirements-dev.txt into .venv"
-	@$(BIN)/pip install --quiet --progress-bar off --requirement requirements-dev.txt
+	@$(BIN)/pip install -qq --no-compile --requirement requirements-dev.txt
 	@touch $@
 
 # Made once. A change of how they are made, or of the config, starts the demo afresh; otherwise `make demo` goes on
 # where it was: a stopped training resumes, a finished one is only evaluated again.
 demo/raw/metadata.csv: demo.py tiny_model.py configs/demo.yaml | .venv/requirements.stamp
-	@rm -rf demo outputs/demo results/demo
+	@rm -rf demo outputs/demo results/demo results/demo_question_only
 	$(BIN)/python demo.py
 
 demo/data/train.json: demo/raw/metadata.csv
@@ -58,7 +58,7 @@ lint: .venv/requirements-dev.stamp
 		else echo "shellcheck is not installed: the shell scripts were not checked"; fi
 
 clean:
-	rm -rf demo outputs/demo results/demo .pytest_cache .ruff_cache
+	rm -rf demo outputs/demo results/demo results/demo_question_only .pytest_cache .ruff_cache
 	find . -name __pycache__ -not -path './.venv/*' -prune -exec rm -rf {} +
 
 distclean: clean
