@@ -107,19 +107,24 @@ class Scripted(torch.nn.Module):
         return type("Output", (), {"logits": logits})()
 
 
-def scripted(run, max_new_tokens: int):
+def scripted(run, max_new_tokens: int) -> tuple[list, int]:
+    """(answers, forward passes after the first)"""
     items, images = build_items(run.encoder(), vqa_samples(pictures=1, questions=4), generation=True)
     batch = collate(items, images, True, 0)
     end = run.tokenizer.convert_tokens_to_ids(END)
-    return greedy(Scripted(run, end), batch, run.family, end_ids(run), max_new_tokens)
+    model = Scripted(run, end)
+    return greedy(model, batch, run.family, end_ids(run), max_new_tokens), model.step
 
 
 def test_answers_end_at_their_own_end_token_while_neighbours_go_on(run):
-    assert scripted(run, 8) == [([10], True), ([11] * 2, True), ([12] * 3, True), ([13] * 4, True)]
+    found, steps = scripted(run, 99)
+    assert found == [([10], True), ([11] * 2, True), ([12] * 3, True), ([13] * 4, True)]
+    assert steps == 4, "and nothing is computed once all have ended"
 
 
 def test_an_answer_cut_off_at_the_limit_is_marked_as_unfinished(run):
-    assert scripted(run, 3) == [([10], True), ([11] * 2, True), ([12] * 3, False), ([13] * 3, False)]
+    found, _ = scripted(run, 3)
+    assert found == [([10], True), ([11] * 2, True), ([12] * 3, False), ([13] * 3, False)]
 
 
 def test_a_picture_is_read_once_for_all_its_questions(run):

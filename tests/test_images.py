@@ -126,55 +126,43 @@ def test_exif_orientation_turns_the_picture_upright(tmp_path):
             assert left[2] > 200 > 60 > left[0] and right[0] > 200 > 60 > right[2]
 
 
-GREY = np.array([[0, 100, 255]], dtype=np.uint8)
+def row_of(values, kind=np.uint8, mode=None) -> Image.Image:
+    """A picture one pixel high."""
+    return Image.fromarray(np.array([values], dtype=kind), mode=mode)
 
 
 def grey_with_alpha() -> Image.Image:
-    image = Image.fromarray(GREY).convert("LA")
-    image.putalpha(Image.fromarray(np.array([[255, 255, 0]], dtype=np.uint8)))
+    image = row_of([0, 100, 255]).convert("LA")
+    image.putalpha(row_of([255, 255, 0]))
     return image
 
 
 def palette_picture() -> Image.Image:
-    image = Image.fromarray(np.array([[0, 1, 2]], dtype=np.uint8), mode="P")
+    image = row_of([0, 1, 2], mode="P")
     image.putpalette([10, 20, 30, 200, 0, 0, 0, 0, 99])
     return image
+
+
+BLACK, GREY, WHITE = [0] * 3, [100] * 3, [255] * 3
+PALETTE = [[10, 20, 30], [200, 0, 0], [0, 0, 99]]
+RGBA = [[9, 8, 7, 255], [9, 8, 7, 0], [0, 0, 0, 51]]
+CMYK = [[0, 0, 0, 0], [0, 255, 255, 0], [0, 0, 0, 255]]
 
 
 @pytest.mark.parametrize(
     ("image", "name", "options", "expected"),
     [
-        (Image.fromarray(GREY), "grey.png", {}, [[0] * 3, [100] * 3, [255] * 3]),
-        (Image.fromarray(GREY).convert("1", dither=0), "bits.png", {}, [[0] * 3, [0] * 3, [255] * 3]),
-        (grey_with_alpha(), "la.png", {}, [[0] * 3, [100] * 3, [255] * 3]),
-        (palette_picture(), "palette.png", {}, [[10, 20, 30], [200, 0, 0], [0, 0, 99]]),
-        (palette_picture(), "clear.png", {"transparency": 2}, [[10, 20, 30], [200, 0, 0], [255, 255, 255]]),
-        (palette_picture(), "palette.gif", {}, [[10, 20, 30], [200, 0, 0], [0, 0, 99]]),
-        (
-            Image.fromarray(np.array([[[9, 8, 7, 255], [9, 8, 7, 0], [0, 0, 0, 51]]], dtype=np.uint8)),
-            "rgba.png",
-            {},
-            [[9, 8, 7], [255] * 3, [204] * 3],
-        ),
-        (
-            Image.fromarray(np.array([[[0, 0, 0, 0], [0, 255, 255, 0], [0, 0, 0, 255]]], dtype=np.uint8), mode="CMYK"),
-            "cmyk.tif",
-            {},
-            [[255] * 3, [255, 0, 0], [0] * 3],
-        ),
-        (
-            Image.fromarray(np.array([[0, 25700, 65535]], dtype=np.uint16)),
-            "deep.png",
-            {},
-            [[0] * 3, [100] * 3, [255] * 3],
-        ),
-        (Image.fromarray(np.array([[0, 100, 200]], dtype=np.uint16)), "dark.png", {}, [[0] * 3, [0] * 3, [1] * 3]),
-        (
-            Image.fromarray(np.array([[0, 0.5, 1.0]], dtype=np.float32)),
-            "float.tif",
-            {},
-            [[0] * 3, [128] * 3, [255] * 3],
-        ),
+        (row_of([0, 100, 255]), "grey.png", {}, [BLACK, GREY, WHITE]),
+        (row_of([0, 100, 255]).convert("1", dither=0), "bits.png", {}, [BLACK, BLACK, WHITE]),
+        (grey_with_alpha(), "la.png", {}, [BLACK, GREY, WHITE]),
+        (palette_picture(), "palette.png", {}, PALETTE),
+        (palette_picture(), "clear.png", {"transparency": 2}, [*PALETTE[:2], WHITE]),
+        (palette_picture(), "palette.gif", {}, PALETTE),
+        (row_of(RGBA), "rgba.png", {}, [[9, 8, 7], WHITE, [204] * 3]),
+        (row_of(CMYK, mode="CMYK"), "cmyk.tif", {}, [WHITE, [255, 0, 0], BLACK]),
+        (row_of([0, 25700, 65535], np.uint16), "deep.png", {}, [BLACK, GREY, WHITE]),
+        (row_of([0, 100, 200], np.uint16), "dark.png", {}, [BLACK, BLACK, [1] * 3]),
+        (row_of([0, 0.5, 1.0], np.float32), "float.tif", {}, [BLACK, [128] * 3, WHITE]),
     ],
     ids=lambda value: value if isinstance(value, str) else "",
 )
@@ -312,6 +300,11 @@ def test_letterbox_keeps_the_aspect_centres_the_picture_and_pads_in_black():
     array = np.asarray(boxed)
     assert (array[30:60] == (10, 200, 30)).all()
     assert (array[:30] == LETTERBOX_FILL).all() and (array[60:] == LETTERBOX_FILL).all()
+    picture = noise(100, 80)
+    boxed, placement = letterbox(picture, 64)
+    inside = boxed.crop((0, 6, 64, 57))
+    assert placement.offset == (0, 6) and placement.content_size == inside.size
+    assert pixels(inside) == pixels(picture.resize(inside.size, Image.Resampling.BICUBIC)), "as the image processors do"
     square, placement = letterbox(noise(90, 90), 90)
     assert pixels(square) == pixels(noise(90, 90)) and placement.offset == (0, 0)
 
