@@ -6,9 +6,10 @@ import torch
 from conftest import shared_data
 from tiny_runs import END, FAMILIES, TinyRun, build_items, supervised_text, tiny_run, vqa_samples, write_pictures
 
-from batches import BatchPlan, collate
+from batches import BatchPlan, Item, collate, passes
 from dataset import SampleEncoder
 from family import load_family
+from images import ModelImage
 from templates import IGNORE, SYSTEM_PROMPTS, as_conversations
 
 ORDERS = ["sequential", "random", "images"]
@@ -257,3 +258,43 @@ def test_padding_is_in_no_segment_and_asks_for_nothing(tiny_models, tmp_path):
     assert padding.any() and (batch["targets"][padding] == IGNORE).all()
     ends = [torch.nonzero(row >= 0).max().item() for row in batch["segments"]]
     assert all((row[: end + 1] >= 0).all() for row, end in zip(batch["segments"], ends, strict=True)), "only at the end"
+
+
+# ------------------------------------------------------------------------------------------------------------ passes
+
+
+def long_items(lengths: dict[str, list[int]]) -> list[Item]:
+    """Questions (a text and one label) behind 900 image tokens. lengths: picture → text tokens of its questions."""
+    items = []
+    for picture, texts in lengths.items():
+        for text in texts:
+            ids = np.concatenate([np.zeros(900, dtype=np.int64), np.arange(1, text + 1) + 1000 * len(items)])
+            labels = np.where(np.arange(900 + text) < 900 + text - 1, IGNORE, ids)
+            items.append(Item(f"{picture}-{len(items)}", ids, labels, np.tile(ids, (3, 1)), (picture,), 899))
+    return items
+
+
+def test_rows_of_unlike_length_stand_in_passes_of_their_own_and_like_ones_together():
+    items = long_items({"a": [50] * 9, "b": [50] * 3, "c": [49] * 9, "d": [50] * 3})
+    parts = [[item.sample_id[0] for item in part] for part in passes(items, True)]
+    assert ["".join(dict.fromkeys(part)) for part in parts] == ["ac", "bd"]
+    images = {name: ModelImage(np.zeros((1, 3), dtype=np.uint8), (2, 2), None) for name in "abcd"}
+    for part in passes(items, True):
+        segments = collate(part, images, True, 0)["segments"]
+        assert (segments < 0).float().mean() < 0.02
+
+
+def test_passes_hold_every_question_once_in_the_order_given_and_never_part_a_picture():
+    items = long_items({name: [20 + 7 * number] * (1 + number % 5) for number, name in enumerate("abcdefg")})
+    mixed = items[::2] + items[1::2]
+    parts = passes(mixed, True)
+    assert len(parts) > 1
+    assert sorted(item.sample_id for part in parts for item in part) == sorted(item.sample_id for item in items)
+    place = {item.sample_id: number for number, item in enumerate(mixed)}
+    assert all([place[i.sample_id] for i in part] == sorted(place[i.sample_id] for i in part) for part in parts)
+    assert sum(len({item.images for item in part}) for part in parts) == 7
+
+
+def test_short_rows_and_rows_that_share_nothing_stay_together():
+    assert len(passes(long_items({"a": [100], "b": [2]}), True)) == 1, "1,024 tokens are not reached before the last"
+    assert len(passes(long_items({"a": [500] * 9, "b": [2] * 3}), False)) == 1

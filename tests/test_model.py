@@ -185,6 +185,28 @@ def test_an_unfrozen_vision_tower_or_projector_is_adapted_too_and_gets_gradients
         assert any(gradients[name].any() for name in gradients if "lora_B" in name and group_of(name) == group)
 
 
+def test_the_adapter_added_in_the_product_equals_pefts_own_forward(run):
+    model = fresh(run, torch.float64, lora=Lora(4, 12, 0.0)).double()
+    for name, parameter in trainable_parameters(model).items():
+        if "lora_B" in name:
+            nn.init.normal_(parameter, std=0.05)
+    layers = [module for module in model.modules() if hasattr(module, "lora_A") and hasattr(module, "base_layer")]
+    assert len(layers) == 2 * len(LAYER_PARTS)
+    for layer in layers:
+        hidden = torch.randn(2, 5, layer.in_features, dtype=torch.float64, requires_grad=True)
+        inputs = [hidden, layer.lora_A["default"].weight, layer.lora_B["default"].weight]
+        results = []
+        for forward in (layer.forward, lambda x, layer=layer: type(layer).forward(layer, x)):
+            output = forward(hidden)
+            results.append([output, *torch.autograd.grad(output.square().sum(), inputs)])
+        for own, pefts in zip(*results, strict=True):
+            assert torch.allclose(own, pefts, rtol=1e-10, atol=1e-12)
+        assert "forward" in vars(layer), "or the two forwards are one"
+    hidden = torch.randn(1, 3, layers[0].in_features, dtype=torch.float64)
+    with model.disable_adapter():
+        assert torch.equal(layers[0](hidden), layers[0].base_layer(hidden))
+
+
 def test_lora_without_a_match_is_an_error():
     with pytest.raises(UserError, match="no linear layer in the vision tower"):
         attach_lora(nn.ModuleDict({"other": nn.ReLU()}), Lora(), [VISION], seed=0)
