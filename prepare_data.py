@@ -25,6 +25,16 @@ Coordinates count from the upper left corner of the upright picture. Other keys 
 side of the split."""
 
 
+PAPERS = """python prepare_data.py papers --source FILE.jsonl --out DATA_DIR
+
+Papers with decisions → train.json, val.json, test.json and report.md. One JSON object a line:
+  {"id", "title", "abstract" and/or "full_text", "keywords": [...], "ratings": [6, 8, 5], "decision": "Accept (Poster)",
+   "images": ["page1.png", ...]}
+Any accept is label 1, a reject 0; withdrawn and undecided papers are dropped. Each split gets as many of the one as of
+the other. Ratings and decision are kept beside the text, never in it. Papers with the same title or text stay on one
+side of the split, which is the same with and without --pages."""
+
+
 def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     def family(name: str, description: str, function) -> argparse.ArgumentParser:
         command, _, text = description.partition("\n")
@@ -75,6 +85,19 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     click.add_argument("--seed", type=int, default=42, help="of the split and the order (default: %(default)s)")
     click.add_argument("--split", default="70/15/15", metavar="TRAIN/VAL/TEST",
                        help="per cent of the clicks, whole pictures only (default: 70/15/15)")  # fmt: skip
+
+    papers = family("papers", PAPERS, prepare_papers)
+    papers.add_argument("--source", required=True, metavar="FILE.jsonl", help="the file to read (.jsonl or .json)")
+    papers.add_argument("--out", required=True, metavar="DATA_DIR", help="folder to write; it is made if need be")
+    papers.add_argument("--train-agreeing", action="store_true",
+                        help="keep in train only papers whose mean rating is on their decision's side of the boundary "
+                             "that report.md states; val and test stay as they are")  # fmt: skip
+    papers.add_argument("--pages", action="store_true",
+                        help="samples show page images instead of text: the source's own, relative to its folder, or "
+                             "else the text drawn on pages; all of them under DATA_DIR/pages")  # fmt: skip
+    papers.add_argument("--seed", type=int, default=42, help="of the split and the order (default: %(default)s)")
+    papers.add_argument("--split", default="85/5/10", metavar="TRAIN/VAL/TEST",
+                        help="per cent of the papers (default: 85/5/10)")  # fmt: skip
     return parser.parse_args(arguments)
 
 
@@ -93,6 +116,19 @@ def prepare_click(options: argparse.Namespace) -> None:
         options.image_root,
         options.coordinates,
         options.boxes,
+        options.seed,
+        options.split,
+    )
+
+
+def prepare_papers(options: argparse.Namespace) -> None:
+    import data_papers
+
+    data_papers.prepare(
+        options.source,
+        options.out,
+        options.train_agreeing,
+        options.pages,
         options.seed,
         options.split,
     )
