@@ -21,6 +21,7 @@ signalled=
 chains=()
 STOPPED=75           # exit code of a run that was stopped and saved (as in sysexits.h: try again later)
 MAX_FRUITLESS_RUNS=3 # stopped in a row without a new checkpoint: then the job is not requeued any more
+LEAVING_SECONDS=60   # for a run that has saved; what hangs on its way out shall not cost the restart
 export OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}" # as torchrun sets it, but not for one process; chains share the cores
 
 say() { printf '=== %(%F %T)T | %s\n' -1 "$*"; }
@@ -39,7 +40,7 @@ config_value() { # KEY CONFIG [key=value ...]
 # ---- one experiment ----
 
 train_run() {
-  local folder pid code
+  local folder pid code saved_at
   folder=$(config_value output_dir "$@") || exit
   rm -f "$folder/PREEMPTED" # an old one would speak for this run
   say "train $*"
@@ -129,15 +130,18 @@ gpus_on_node() {
 }
 
 ask_workers_to_save() { # PID of torchrun, or of the srun that started one on each node
-  if ! several_nodes; then
+  if [ -e "$folder/PREEMPTED" ]; then # in train_run's folder: they have saved
+    : "${saved_at:=$SECONDS}"
+    [ $((SECONDS - saved_at)) -lt "$LEAVING_SECONDS" ] || kill -TERM "$1"
+  elif ! several_nodes; then
     pkill -USR1 -P "$1"
   else
     # A signal to the job step would also reach helpers that die of it. torchrun is, on each node, the Python process
     # with the job's rendezvous id.
     # shellcheck disable=SC2016 # $1 is the inner shell's
-    srun --overlap --ntasks-per-node=1 \
-      bash -c 'pkill -USR1 -P "$(pgrep -d, -f "^[^ ]*python[^ ]* [^ ]*torchrun .*--rdzv-id=$1 ")"
-        true' - "$SLURM_JOB_ID"
+    timeout 30 srun --overlap --ntasks-per-node=1 \
+      bash -c 'pkill -USR1 -P "$(pgrep -d, -f "^[^ ]*python[^ ]* [^ ]*torchrun .*--rdzv-id=$1 ")" 2> /dev/null
+        true' - "$SLURM_JOB_ID" # true: on one node it may have just ended, or not begun
   fi
 }
 

@@ -8,7 +8,8 @@ once.
 Environment: STAND_IN_HOLDS=N: the first N starts stay at their second step until they are stopped or the file `release`
 appears; STAND_IN_CRASH=NAME: a config whose name contains it raises; STAND_IN_STUCK=1: no step is ever finished;
 STAND_IN_LOADING_SECONDS: how long a start takes before it listens to signals; STAND_IN_SAVING_SECONDS: how long a stop
-takes; STAND_IN_EVALUATION_HOLDS=N: the first N evaluations never end.
+takes; STAND_IN_LEAVING_SECONDS: how long the process lives on after it; STAND_IN_EVALUATION_HOLDS=N: the first N
+evaluations never end.
 """
 
 import argparse
@@ -53,6 +54,7 @@ def train(config, name):
             (output / f"checkpoint-{step}").mkdir(exist_ok=True)
         if step < TOTAL_STEPS:
             (output / "PREEMPTED").touch()
+            time.sleep(float(os.environ.get("STAND_IN_LEAVING_SECONDS", "0")))
         elif not (output / FINAL).exists():
             (output / FINAL).write_text(f"{step} steps")
     signal.signal(signal.SIGUSR1, signal.SIG_IGN)  # Python's own end restores the default: to die of it

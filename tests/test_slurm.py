@@ -172,6 +172,19 @@ def test_a_signal_to_every_process_of_the_job_is_survived_by_torchrun(slurm, rep
 
 @pytest.mark.slow
 @pytest.mark.slurm
+def test_a_run_that_has_saved_but_does_not_end_is_ended(slurm, repo):
+    launcher = repo / "slurm" / "launch.sh"
+    assert "LEAVING_SECONDS=60 " in launcher.read_text()
+    launcher.write_text(launcher.read_text().replace("LEAVING_SECONDS=60 ", "LEAVING_SECONDS=2 "))
+    environment = {"STAND_IN_HOLDS": "1", "STAND_IN_LEAVING_SECONDS": "999"}
+    job = slurm.run_job("slurm/train_exp2_2gpu.slurm", cwd=repo, environment=environment)
+    wait_for_start(job, "exp2")
+    job.preempt()
+    job.wait_for_restart()
+
+
+@pytest.mark.slow
+@pytest.mark.slurm
 def test_an_evaluation_that_is_stopped_is_repeated_without_training_again(slurm, repo):
     job = slurm.run_job("slurm/train_exp2_2gpu.slurm", cwd=repo, environment={"STAND_IN_EVALUATION_HOLDS": "1"})
     job.wait_for(lambda: (repo / "outputs/exp2/evaluations").exists(), "does not evaluate")
