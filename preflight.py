@@ -69,8 +69,10 @@ def report_problems(problems: list[str], shown: int) -> None:
 
 def _most_image_tokens(encoder: SampleEncoder) -> int:
     config, family = encoder.config, encoder.family
+    if not family.has_vision:
+        return 0
     pixels = config.image_size**2 if config.resize == "letterbox" else config.max_pixels or family.max_pixels
-    return pixels // family.factor**2 if family.has_vision else 0
+    return pixels // family.factor**2
 
 
 def _size_only(encoder: SampleEncoder, path: str) -> ModelImage:

@@ -235,6 +235,14 @@ def test_a_text_model_refuses_pictures(tiny_models):
         check_samples(SampleList(vqa_samples(1, 1), "s"), encoder)
 
 
+def test_a_text_model_needs_no_image_size(command, data):
+    for split in ("train", "test"):
+        sample = {"id": split, "question": "Is it accepted?", "answer": "accept"}
+        (data / f"{split}.json").write_text(json.dumps([sample]))
+    code, out, err = command(family="qwen2", image_size=None, arguments=["--check"])
+    assert (code, err) == (0, "") and "⟦accept<|im_end|>⟧" in out and "Check passed" in out
+
+
 def test_the_plan_of_exp2_is_printed_as_the_arithmetic_of_its_batches(tiny_models, tmp_path):
     values = config_values(tmp_path, tiny_models["qwen3_vl"], train_bs=4, grad_accum=8, num_train_epochs=3)
     (tmp_path / "c.yaml").write_text(yaml.safe_dump(values))

@@ -73,7 +73,7 @@ def config_values(folder: Path, model, family: str = "qwen3_vl", **changes) -> d
         "learning_rate": 1e-3,
         "lora": {"r": 4, "alpha": 8, "dropout": 0.0},
         "template": "ultra_condensed",
-        "image_size": IMAGE_SIZE[family],
+        "image_size": IMAGE_SIZE.get(family),
         "train_bs": 2,
         "grad_accum": 2,
         "max_tokens": 1000,
