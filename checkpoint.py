@@ -7,7 +7,6 @@ disk and renamed, so that a crash at any moment leaves the previous one in place
 import contextlib
 import copy
 import json
-import os
 import shutil
 import time
 from dataclasses import asdict, dataclass, field
@@ -16,8 +15,11 @@ from pathlib import Path
 import torch
 from safetensors.torch import load_file, save_file
 
+import sharding
+from atomic import flush, full_disk_is_said, save_atomically, write_json
 from classification import load_head, save_head
 from config import Config, UserError
+from distributed import Ranks
 from model import HEAD, base_of, group_of, load_base, quiet_peft
 
 STATE_FILE, OPTIMIZER_FILE = "trainer_state.json", "optimizer.safetensors"
@@ -71,69 +73,6 @@ def read_state(folder: Path) -> TrainerState:
 # ------------------------------------------------------------------------------------------------------------ save
 
 
-def save_atomically(folder: Path, write) -> tuple[int, float]:
-    """Let `write(temporary_folder)` fill a folder that appears under its name only when it is complete and on disk.
-
-    Returns (bytes, seconds). Errors: `UserError` with path and free space where the disk is full or not writable;
-    what was there before stays, and nothing partial is left."""
-    started = time.perf_counter()
-    temporary = folder.with_name(f".{folder.name}.tmp")
-    try:
-        shutil.rmtree(temporary, ignore_errors=True)
-        temporary.mkdir(parents=True)
-        write(temporary)
-        mode = 0o666 & ~_umask()
-        for path in temporary.rglob("*"):
-            if path.is_file():
-                path.chmod(mode)  # safetensors makes its files private to the user, and colleagues share checkpoints
-        size = sum(_flush(path) for path in temporary.rglob("*") if path.is_file())
-        _flush(temporary)
-        if folder.exists():  # incomplete, and already reported; moved aside, so that nothing is ever half deleted
-            folder.rename(folder.with_name(f".deleted-{folder.name}"))
-        temporary.rename(folder)
-        _flush(folder.parent)
-    except Exception as error:
-        shutil.rmtree(temporary, ignore_errors=True)
-        # torch and safetensors report a full disk in words of their own; the free space tells which it was.
-        with contextlib.suppress(OSError):
-            free = shutil.disk_usage(folder.parent).free
-            if isinstance(error, OSError) or "No space left" in str(error) or "unexpected pos" in str(error):
-                raise UserError(
-                    f"cannot save {folder} ({' '.join(str(error).split())}); {free / 1e9:.2f} GB are free there. "
-                    "Free some space and start again: the run resumes from the checkpoint before"
-                ) from None
-        raise
-    return size, time.perf_counter() - started
-
-
-def _umask() -> int:
-    """The process's file mode mask, which can only be read by setting it."""
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask
-
-
-def _flush(path: Path) -> int:
-    """fsync a file or folder; returns its size in bytes."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-        return os.fstat(descriptor).st_size
-    finally:
-        os.close(descriptor)
-
-
-def write_text(path: Path, text: str) -> None:
-    """Write beside, rename last."""
-    temporary = path.with_name(f".{path.name}.tmp")
-    temporary.write_text(text, encoding="utf-8")
-    temporary.replace(path)
-
-
-def write_json(path: Path, value) -> None:
-    write_text(path, json.dumps(value, indent=1, ensure_ascii=False) + "\n")
-
-
 def adapter_state(model) -> dict[str, torch.Tensor]:
     """The adapter under the names of the standard PEFT layout, on the CPU."""
     from peft import get_peft_model_state_dict
@@ -172,32 +111,85 @@ def load_adapter(model, folder) -> None:
 
 
 def save(
-    output_dir, model, optimizer, names, state: TrainerState, config: Config, records: dict[str, dict]
+    output_dir, model, optimizer, names, state: TrainerState, config: Config, records: dict[str, dict], ranks: Ranks
 ) -> tuple[int, float]:
     """Write checkpoint-<step>: what is trained, the optimizer's state and the trainer's. Returns (bytes, seconds).
 
     records: file name → content of further JSON files that belong to the weights.
-    Frozen base weights are never written: they are `model_name`'s. Call on one rank."""
+    Frozen base weights are never written: they are `model_name`'s. All ranks: contains all_reduces; where one rank
+    cannot save, all raise `UserError`."""
+    sharded = config.parallel == "fsdp"
+    folder = Path(output_dir) / f"checkpoint-{state.step}"
+    if ranks.any(ranks.is_first and folder.exists() and whats_wrong(folder) is None):
+        return 0, 0.0  # stopped again before the first step after a resume
+    head = whole_head(model) if config.task == "cls" else None
+    shards = folder.with_name(f".{folder.name}.{sharding.SHARDS}.tmp")
 
     def write(folder: Path) -> None:
-        if config.finetuning == "lora":
+        if sharded:
+            shards.rename(folder / sharding.SHARDS)
+        elif config.finetuning == "lora":
             save_adapter(model, folder)
         else:
             trained = {name: p.detach().cpu().contiguous() for name, p in names.items() if group_of(name) != HEAD}
             save_file(trained, folder / TRAINED_FILE)
-        if config.task == "cls":
-            save_head(base_of(model).cls_head.state_dict(), folder)
+        if head:
+            save_head(head, folder)
         for name, content in records.items():
             write_json(folder / name, content)
-        save_optimizer(optimizer, names, folder / OPTIMIZER_FILE)
+        if not sharded:
+            save_optimizer(optimizer, names, folder / OPTIMIZER_FILE)
         state.rng = {"rule": "torch.manual_seed from (seed, step, rank)", "seed": config.seed, "next_step": state.step}
-        state.files = {path.name: path.stat().st_size for path in folder.iterdir()}
+        files = [path for path in folder.rglob("*") if path.is_file()]
+        state.files = {str(path.relative_to(folder)): path.stat().st_size for path in files}
         (folder / STATE_FILE).write_text(json.dumps(asdict(state), indent=1) + "\n")
 
-    folder = Path(output_dir) / f"checkpoint-{state.step}"
-    if folder.exists() and whats_wrong(folder) is None:  # stopped again before the first step after a resume
-        return 0, 0.0
-    return save_atomically(folder, write)
+    def save_on_first() -> tuple[int, float]:
+        return save_atomically(folder, write) if ranks.is_first else (0, 0.0)
+
+    if not sharded:
+        return together(ranks, save_on_first)
+    started = time.perf_counter()
+    try:
+        together(ranks, lambda: ranks.is_first and shutil.rmtree(shards, ignore_errors=True))
+        together(ranks, lambda: _save_shards(shards, names, optimizer))
+        size, _ = together(ranks, save_on_first)
+    finally:
+        if ranks.is_first:
+            shutil.rmtree(shards, ignore_errors=True)
+    return size, time.perf_counter() - started
+
+
+def whole_head(model) -> dict[str, torch.Tensor]:
+    """All ranks: contains all_gathers where it is sharded."""
+    return {name: sharding.whole(tensor) for name, tensor in base_of(model).cls_head.state_dict().items()}
+
+
+def _save_shards(shards: Path, names, optimizer) -> None:
+    with full_disk_is_said(shards):
+        sharding.save_shards(shards, names, optimizer)
+
+
+def together(ranks: Ranks, action):
+    """What `action()` returns on this rank. All ranks: contains an all_reduce; where it fails on one rank with
+    `UserError`, all raise."""
+    result = failure = None
+    try:
+        result = action()
+    except UserError as error:
+        failure = error
+    if ranks.any(failure is not None):
+        raise failure or UserError("another rank could not save the checkpoint")
+    return result
+
+
+def resume(folder: Path, model, optimizer, names: dict[str, torch.nn.Parameter], config: Config) -> None:
+    """Put a checkpoint's weights and optimizer state in place. All ranks: contains collectives under fsdp."""
+    if config.parallel == "fsdp":
+        sharding.load_shards(folder / sharding.SHARDS, names, optimizer)
+    else:
+        load_weights(model, folder, config)
+        load_optimizer(optimizer, names, folder / OPTIMIZER_FILE)
 
 
 def load_weights(model, folder: Path, config: Config) -> None:
@@ -246,17 +238,25 @@ def load_trained(
         model = load_base(model_name, dtype)
         model.load_state_dict(load_file(folder / TRAINED_FILE), strict=False)
         return model.to(device)
+    if (folder / sharding.SHARDS).is_dir():
+        model = load_base(model_name, dtype)
+        sharding.load_whole(folder / sharding.SHARDS, model)
+        return model.to(device)
     if (folder / "config.json").is_file():
         return load_base(str(folder), dtype).to(device)
     raise UserError(f"{folder} holds no adapter, checkpoint or model; train first, or give --checkpoint another folder")
 
 
-def save_final(output_dir: Path, model, config: Config, records: dict[str, dict]) -> None:
+def save_final(output_dir: Path, model, config: Config, records: dict[str, dict], ranks: Ranks) -> None:
     """The run's result in output_dir itself: the adapter in the standard PEFT layout (full fine-tuning: the whole
     model as `from_pretrained` reads it) with tokenizer, image processor and `records` (see `save`). Weights come last,
-    so that their presence means that all is there."""
+    so that their presence means that all is there. All ranks: contains all_gathers under fsdp."""
     from transformers import AutoImageProcessor, AutoTokenizer
 
+    head = whole_head(model) if config.task == "cls" else None
+    whole = sharding.whole_state(model, keep=ranks.is_first) if config.finetuning == "full" else {}
+    if not ranks.is_first:
+        return
     temporary = output_dir / ".final.tmp"
     shutil.rmtree(temporary, ignore_errors=True)
     temporary.mkdir()
@@ -268,15 +268,14 @@ def save_final(output_dir: Path, model, config: Config, records: dict[str, dict]
     if config.finetuning == "lora":
         save_adapter(model, temporary)
     else:
-        state = {name: tensor for name, tensor in model.state_dict().items() if group_of(name) != HEAD}
-        model.save_pretrained(temporary, state_dict=state)
-    if config.task == "cls":
-        save_head(base_of(model).cls_head.state_dict(), temporary)
+        model.save_pretrained(temporary, state_dict={n: t for n, t in whole.items() if group_of(n) != HEAD})
+    if head:
+        save_head(head, temporary)
     for path in sorted(temporary.iterdir(), key=lambda path: path.name in FINAL_FILES):
-        _flush(path)
+        flush(path)
         path.replace(output_dir / path.name)
     temporary.rmdir()
-    _flush(output_dir)
+    flush(output_dir)
 
 
 def save_optimizer(optimizer: torch.optim.Optimizer, names: dict[str, torch.nn.Parameter], path: Path) -> None:

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 
 import torch
 import torch.distributed as dist
+from torch.nn.parallel import DistributedDataParallel
 
 from config import UserError
 
@@ -103,6 +104,21 @@ def start_ranks() -> Ranks:
 def stop_ranks() -> None:
     if dist.is_initialized():
         dist.destroy_process_group()
+
+
+def wrap_ddp(module: torch.nn.Module, ranks: Ranks) -> DistributedDataParallel:
+    """The module whose backward pass averages gradients over the ranks. All ranks: contains all_gathers."""
+    # init_sync would broadcast the frozen base weights too. Every rank has loaded the same ones; what is trained:
+    trained = [parameter for parameter in module.parameters() if parameter.requires_grad]
+    sums = ranks.gather([sum(float(parameter.detach().double().sum()) for parameter in trained)])
+    assert len(set(sums)) == 1, f"the ranks start from different weights: {sums}"
+    return DistributedDataParallel(
+        module,
+        device_ids=[ranks.device.index] if ranks.device.type == "cuda" else None,
+        broadcast_buffers=False,
+        gradient_as_bucket_view=True,
+        init_sync=False,
+    )
 
 
 class StopSignal:

@@ -19,7 +19,8 @@ import torch
 import clicks
 import metrics
 import model as modeling
-from checkpoint import load_trained, write_json, write_text
+from atomic import write_json, write_text
+from checkpoint import load_trained
 from classification import ClassLoss
 from config import Config, check_data_files, exit_on_user_error, load_config
 from dataset import SampleEncoder, load_samples, load_split

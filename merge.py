@@ -25,15 +25,8 @@ from safetensors.torch import load_file
 import clicks
 import model as modeling
 import publish
-from checkpoint import (
-    ADAPTER_CONFIG,
-    ADAPTER_FILE,
-    TRAINED_FILE,
-    adapter_state,
-    quiet_peft,
-    save_atomically,
-    write_json,
-)
+from atomic import save_atomically, write_json
+from checkpoint import ADAPTER_CONFIG, ADAPTER_FILE, TRAINED_FILE, adapter_state, quiet_peft
 from config import Config, UserError, exit_on_user_error, load_config, to_yaml
 from dataset import EvalDataset, SampleEncoder, SampleList, load_samples
 from family import Family, load_family

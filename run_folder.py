@@ -148,7 +148,8 @@ def rotate(output_dir, keep: int, best_step: int | None) -> threading.Thread:
     folder on a network disk takes seconds that the next step need not wait for."""
     complete = [folder for folder in checkpoints(output_dir) if whats_wrong(folder) is None]
     doomed = [folder for folder in complete[:-keep] if step_of(folder) != best_step]
-    doomed += [p for p in Path(output_dir).glob(".deleted-*")]  # left by a run that was killed while deleting
+    # left by a run that was killed while it deleted, or saved
+    doomed += [p for pattern in (".deleted-*", ".checkpoint-*.tmp") for p in Path(output_dir).glob(pattern)]
 
     def delete():
         for folder in doomed:

@@ -126,6 +126,18 @@ def step_line(values: dict, total_steps: int, eta_seconds: float) -> str:
     )
 
 
+def out_of_memory_message(micro_batches: list[dict], config: Config) -> str:
+    """What made it so large, and two remedies."""
+    batch = max(micro_batches, key=lambda batch: batch["input_ids"].numel())
+    grids = [f"{h}×{w} patches" for _, h, w in batch.get("image_grid_thw", torch.empty(0, 3)).tolist()]
+    questions, (rows, length) = len(batch["sample_ids"]), batch["input_ids"].shape
+    remedy = f"train_bs={max(1, config.train_bs // 2)} grad_accum={config.grad_accum * 2}"
+    return (
+        f"out of memory on a micro-batch of {questions} questions: {rows} rows of {length} tokens, "
+        f"images {', '.join(grids) or 'none'}. Set {remedy} (the same mathematics), or gradient_checkpointing=true"
+    )
+
+
 def git_commit() -> str:
     """The commit this code is at, with a mark where files differ from it; `unknown` outside a checkout."""
     import subprocess

@@ -22,10 +22,12 @@ import checkpoint
 import classification
 import clicks
 import model as modeling
+import sharding
+from atomic import write_json
 from checkpoint import TrainerState
 from config import Config, UserError, check_data_files, exit_on_user_error, load_config, to_dict, to_yaml
 from dataset import SampleEncoder, StepDataset, load, load_split
-from distributed import Ranks, StopSignal, start_ranks, stop_ranks
+from distributed import Ranks, StopSignal, start_ranks, stop_ranks, wrap_ddp
 from evaluation import Stopped, merit, scores_while_training
 from family import load_family
 from preflight import (
@@ -38,7 +40,7 @@ from preflight import (
     sample_pictures,
 )
 from run_folder import OutputLock, find_resume, rotate
-from runlog import RunLog, git_commit, memory_gb, step_line
+from runlog import RunLog, git_commit, memory_gb, out_of_memory_message, step_line
 
 # torch 2.13 renames the argument, which 2.11 does not know under its new name.
 warnings.filterwarnings("ignore", message=".*broadcast_buffers` is deprecated.*")
@@ -64,29 +66,20 @@ def backward_step(loss, micro_batches: list[dict], ranks: Ranks, autocast) -> di
     """Forward and backward over this rank's micro-batches of one optimizer step.
 
     The loss is the mean over the supervised tokens of the whole step, on all ranks: each micro-batch adds
-    sum_nll × world / tokens_global, and DDP averages the gradients over the world.
+    sum_nll × world / tokens_global, and DDP or FSDP averages the gradients over the world.
     Returns tokens_global and this rank's nll (sums). All ranks: contains all_reduces.
     """
     tokens_global = ranks.sum(sum(batch["answer_tokens"] for batch in micro_batches))[0]
     nll = torch.zeros((), dtype=torch.float64, device=ranks.device)
     for index, batch in enumerate(micro_batches):
-        last = index == len(micro_batches) - 1  # gradients travel once, with the last micro-batch
-        with contextlib.nullcontext() if last or ranks.world == 1 else loss.no_sync(), autocast():
+        # Under DDP, gradients travel once, with the last micro-batch. Under FSDP with each: to hold them back, every
+        # rank would have to keep the gradients of the whole model.
+        hold = isinstance(loss, DistributedDataParallel) and index < len(micro_batches) - 1
+        with loss.no_sync() if hold else contextlib.nullcontext(), autocast():
             batch_nll = loss(modeling.to_device(batch, ranks.device))
             (batch_nll * (ranks.world / tokens_global)).backward()
         nll += batch_nll.detach()
     return {"tokens_global": tokens_global, "nll": float(nll)}
-
-
-def out_of_memory_message(micro_batches: list[dict], config: Config) -> str:
-    batch = max(micro_batches, key=lambda batch: batch["input_ids"].numel())
-    grids = [f"{h}×{w} patches" for _, h, w in batch.get("image_grid_thw", torch.empty(0, 3)).tolist()]
-    questions, (rows, length) = len(batch["sample_ids"]), batch["input_ids"].shape
-    remedy = f"train_bs={max(1, config.train_bs // 2)} grad_accum={config.grad_accum * 2}"
-    return (
-        f"out of memory on a micro-batch of {questions} questions: {rows} rows of {length} tokens, "
-        f"images {', '.join(grids) or 'none'}. Set {remedy} (the same mathematics), or gradient_checkpointing=true"
-    )
 
 
 def is_due(steps: int | str | None, step: int, steps_per_epoch: int) -> bool:
@@ -142,32 +135,26 @@ def train(config: Config, check_only: bool, source: str) -> None:
     base = modeling.load_base(config.model_name, dtype, config.quantization)
     if config.task == "cls":
         classification.attach_head(base, config.num_labels, config.seed)
-    model = modeling.prepare_training(base, config).to(ranks.device)
+    model = modeling.prepare_training(base, config)
+    module = (classification.ClassLoss if config.task == "cls" else modeling.AnswerLoss)(model, family)
+    if config.parallel == "fsdp":
+        sharding.shard(module, ranks)
+    else:
+        module.to(ranks.device)
     names = modeling.trainable_parameters(model)
     if config.init_adapter and not resume_from:
         checkpoint.load_adapter(model, config.init_adapter)
-    if resume_from:
-        checkpoint.load_weights(model, Path(resume_from), config)
     optimizer = torch.optim.AdamW(modeling.optimizer_groups(model, config), betas=(0.9, 0.999), eps=1e-8)
     peak_rates = [group["lr"] for group in optimizer.param_groups]
     if resume_from:
-        checkpoint.load_optimizer(optimizer, names, Path(resume_from) / checkpoint.OPTIMIZER_FILE)
-    module = (classification.ClassLoss if config.task == "cls" else modeling.AnswerLoss)(model, family)
+        checkpoint.resume(Path(resume_from), model, optimizer, names, config)
     loss = module
-    if ranks.world > 1:
-        # init_sync would broadcast the frozen base weights too. Every rank has loaded the same ones; what is trained:
-        sums = ranks.gather([sum(float(parameter.detach().double().sum()) for parameter in names.values())])
-        assert len(set(sums)) == 1, f"the ranks start from different weights: {sums}"
-        loss = DistributedDataParallel(
-            module,
-            device_ids=[ranks.device.index] if on_gpu else None,
-            broadcast_buffers=False,
-            gradient_as_bucket_view=True,
-            init_sync=False,
-        )
+    if ranks.world > 1 and config.parallel == "ddp":
+        loss = wrap_ddp(module, ranks)
 
-    def autocast():
-        return torch.autocast("cuda", torch.bfloat16, enabled=on_gpu and config.finetuning == "full")
+    def autocast():  # of float32 weights; fsdp casts them itself
+        float32 = config.finetuning == "full" and config.parallel == "ddp"
+        return torch.autocast("cuda", torch.bfloat16, enabled=on_gpu and float32)
 
     # --- describe the run ---
     log.say("✓ TF32 enabled" if on_gpu else "✓ float32 on CPU")
@@ -197,23 +184,17 @@ def train(config: Config, check_only: bool, source: str) -> None:
         trained.clear()
         state.config, state.global_batch, state.ranks = to_dict(config), plan.batch, ranks.world
         state.train_data = train_samples.sha256
-        failure = None
+        size, seconds = checkpoint.save(output, model, optimizer, names, state, config, records, ranks)
+        log.say(f"Saved checkpoint-{state.step} ({size / 1e6:.1f} MB in {seconds:.2f} s){reason}")
         if ranks.is_first:
-            try:
-                size, seconds = checkpoint.save(output, model, optimizer, names, state, config, records)
-                log.say(f"Saved checkpoint-{state.step} ({size / 1e6:.1f} MB in {seconds:.2f} s){reason}")
-                rotate(output, config.save_total_limit, state.best_step)
-            except UserError as error:
-                failure = error
-        if ranks.any(failure is not None):
-            raise failure or UserError("rank 0 could not save the checkpoint")
+            rotate(output, config.save_total_limit, state.best_step)
 
     def evaluate() -> None:
         """All ranks: contains all_reduces. Raises `Stopped`."""
         state.evaluation_due = True
         began = time.perf_counter()
         model.eval()
-        with autocast():
+        with sharding.gathered(module), autocast():
             values = scores_while_training(module, splits, encoder, ranks, lambda: stop.requested)
         model.train()
         state.evaluation_due = False
@@ -241,12 +222,15 @@ def train(config: Config, check_only: bool, source: str) -> None:
             loaded = next(steps)
             micro_batches = loaded["micro_batches"]
             waited = time.perf_counter() - began
+            if config.parallel == "fsdp":
+                micro_batches = sharding.evened(micro_batches, ranks)
             torch.manual_seed(((config.seed * 1_000_003 + state.step) * 4_099 + ranks.rank) % 2**63)  # dropout
             try:
                 sums = backward_step(loss, micro_batches, ranks, autocast)
             except torch.OutOfMemoryError:
                 raise UserError(out_of_memory_message(micro_batches, config)) from None
-            grad_norm = float(torch.nn.utils.clip_grad_norm_(names.values(), config.max_grad_norm))
+            grad_norm = torch.nn.utils.clip_grad_norm_(names.values(), config.max_grad_norm)
+            grad_norm = float(sharding.whole(grad_norm))
             laid_out = sum(int((batch["segments"] >= 0).sum()) for batch in micro_batches)
             total_nll, total_laid_out, stop_wanted, total_waited = ranks.sum(
                 sums["nll"], laid_out, stop.requested, waited
@@ -330,14 +314,13 @@ def train(config: Config, check_only: bool, source: str) -> None:
         save(" before stopping, its evaluation still due")
     if stopped:
         if ranks.is_first:
-            checkpoint.write_json(output / checkpoint.MARKER, {"step": state.step, "signal": stop.name})
+            write_json(output / checkpoint.MARKER, {"step": state.step, "signal": stop.name})
         log.say(f"Stopped at step {state.step}/{plan.total_steps} on request; the same command goes on from here")
     else:
         if config.task == "cls" and state.best_step not in (None, state.step):
-            checkpoint.load_weights(model, output / f"checkpoint-{state.best_step}", config)
+            checkpoint.resume(output / f"checkpoint-{state.best_step}", model, optimizer, names, config)
             log.say(f"The best on val was step {state.best_step}, accuracy {state.best_merit[0]:.4f}: it is the result")
-        if ranks.is_first:
-            checkpoint.save_final(output, model, config, records)
+        checkpoint.save_final(output, model, config, records, ranks)
         minutes = state.train_seconds / 60
         log.say(f"Done: {plan.total_steps} steps in {minutes:.1f} min of training; the model is in {output}")
     log.close()

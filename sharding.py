@@ -1,0 +1,152 @@
+"""FSDP2: each rank keeps a share of every weight, gradient and moment, in float32, and computes in bfloat16 on GPUs.
+
+Each decoder layer is put together for its own forward and backward pass and taken apart again. A checkpoint holds the
+ranks' shares as safetensors, through `torch.distributed.checkpoint` and its Hugging Face storage (its usual storage
+pickles its metadata), and may be read by any number of ranks.
+"""
+
+import contextlib
+import warnings
+from collections.abc import Iterable
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+import torch.distributed.checkpoint as dcp
+from torch import nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
+from torch.distributed.tensor import DTensor
+
+from distributed import Ranks
+from model import base_of
+from templates import IGNORE
+
+SHARDS = "sharded"  # folder in a checkpoint
+FILE_BYTES = 4e9  # of a rank's share in one file, which is held in memory twice while it is written
+
+
+def shard(loss: nn.Module, ranks: Ranks) -> None:
+    """Spread a loss module over the ranks, in place, on their device. Its parameters become DTensors.
+
+    All ranks: contains all_gathers."""
+    if not dist.is_initialized():  # one process without torchrun
+        dist.init_process_group(
+            "nccl" if ranks.device.type == "cuda" else "gloo", store=dist.HashStore(), rank=0, world_size=1
+        )
+    mesh = init_device_mesh(ranks.device.type, (ranks.world,))
+    compute = torch.bfloat16 if ranks.device.type == "cuda" else torch.float32
+    policy = MixedPrecisionPolicy(param_dtype=compute, reduce_dtype=torch.float32)
+    base = base_of(loss.model)
+    language_model = getattr(base.model, "language_model", base.model)
+    for layer in language_model.layers:
+        fully_shard(layer, mesh=mesh, mp_policy=policy)
+    if hasattr(base.model, "visual"):
+        fully_shard(base.model.visual, mesh=mesh, mp_policy=policy)
+    if base.lm_head.weight is not language_model.embed_tokens.weight:
+        fully_shard(base.lm_head, mesh=mesh, mp_policy=policy)  # classification never puts it together
+    if hasattr(base, "cls_head"):
+        fully_shard(base.cls_head, mesh=mesh, mp_policy=MixedPrecisionPolicy(torch.float32, torch.float32))
+    fully_shard(loss, mesh=mesh, mp_policy=policy)
+    # FSDP takes the first module that runs for the root; an evaluation may begin with a layer.
+    loss.meet = lambda: None
+    register_fsdp_forward_method(loss, "meet")
+    loss.meet()
+    loss.reshard()  # what was put together now would not see weights that are loaded later
+
+
+def whole(tensor: torch.Tensor) -> torch.Tensor:
+    """The full tensor of a sharded one; any other as it is. All ranks: contains an all_gather."""
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+
+
+@contextlib.contextmanager
+def gathered(loss: nn.Module):
+    """The whole model on every rank while it lasts, in the type it computes in, so that the ranks may run different
+    numbers of batches. All ranks: contains all_gathers at the start. Does nothing where nothing is sharded."""
+    parts = [module for module in loss.modules() if isinstance(module, FSDPModule)]
+    if parts:
+        loss.set_reshard_after_forward(False)
+    for part in parts:
+        part.unshard()
+    try:
+        yield
+    finally:
+        for part in parts:
+            part.reshard()
+        if parts:
+            loss.set_reshard_after_forward(True)
+            loss.set_reshard_after_forward(False, recurse=False)  # the backward pass begins with the root
+
+
+def evened(micro_batches: list[dict], ranks: Ranks) -> list[dict]:
+    """As many micro-batches on every rank as the busiest one has: each forward pass gathers weights from all. The added
+    ones carry no weight. All ranks: contains all_gathers."""
+    missing = max(ranks.gather([len(micro_batches)])) - len(micro_batches)
+    last = micro_batches[-1]
+    ignored = {key: torch.full_like(last[key], IGNORE) for key in ("targets", "class_labels") if key in last}
+    return micro_batches + [{**last, **ignored, "answer_tokens": 0}] * missing
+
+
+# --------------------------------------------------------------------------------------------------------- checkpoints
+
+
+def _entries(names: dict[str, nn.Parameter], optimizer: torch.optim.Optimizer) -> dict[str, torch.Tensor]:
+    """Weights and AdamW's state under the names of checkpoints: `NAME`, `NAME|exp_avg`, ..."""
+    entries = {name: parameter.detach() for name, parameter in names.items()}
+    for name, parameter in names.items():
+        for key, value in optimizer.state.get(parameter, {}).items():
+            entries[f"{name}|{key}"] = value
+    return entries
+
+
+def save_shards(folder: Path, names: dict[str, nn.Parameter], optimizer: torch.optim.Optimizer) -> None:
+    """Write this rank's share of weights and optimizer state into a folder that all ranks see.
+
+    All ranks: contains collectives; where one rank fails, all raise."""
+    entries = _entries(names, optimizer)
+    files, filled = {}, 0
+    for name, tensor in entries.items():
+        filled += tensor.numel() * tensor.element_size()
+        files[name] = 1 + int(filled / dist.get_world_size() / FILE_BYTES)
+    folder.mkdir(parents=True, exist_ok=True)
+    writer = dcp.HuggingFaceStorageWriter(str(folder), fqn_to_index_mapping=files, save_distributed=True)
+    dcp.save(entries, storage_writer=writer)
+
+
+def load_shards(folder: Path, names: dict[str, nn.Parameter], optimizer: torch.optim.Optimizer) -> None:
+    """Put weights and optimizer state of `save_shards` in place, whatever number of ranks wrote them.
+
+    All ranks: contains collectives."""
+    saved = set(stored_names(folder))
+    for name, parameter in names.items():
+        if f"{name}|step" in saved:
+            moments = {key: torch.zeros_like(parameter, requires_grad=False) for key in ("exp_avg", "exp_avg_sq")}
+            optimizer.state[parameter] = {"step": torch.zeros(()), **moments}
+    entries = _entries(names, optimizer)
+    assert entries.keys() == saved, f"{folder} holds other weights than this run trains"
+    dcp.load(entries, storage_reader=dcp.HuggingFaceStorageReader(str(folder)))
+
+
+def load_whole(folder: Path, model: nn.Module) -> None:
+    """Put the weights of `save_shards` into a model that is not sharded. In one process."""
+    own = dict(model.named_parameters())
+    entries = {name: own[name].data for name in stored_names(folder) if name in own}
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message=".*assuming the intent is to load in a single process.*")
+        dcp.load(entries, storage_reader=dcp.HuggingFaceStorageReader(str(folder)), no_dist=True)
+
+
+def stored_names(folder: Path) -> Iterable[str]:
+    return dcp.HuggingFaceStorageReader(str(folder)).read_metadata().state_dict_metadata
+
+
+def whole_state(model: nn.Module, keep: bool) -> dict[str, torch.Tensor]:
+    """The full state dict on the CPU, in the type it computes in, put together one tensor at a time; empty on ranks
+    that do not keep it. All ranks: contains all_gathers where it is sharded."""
+    state = {}
+    for name, tensor in model.state_dict().items():
+        full = whole(tensor)
+        if keep:
+            state[name] = full.to("cpu", torch.bfloat16 if full.is_cuda and full.is_floating_point() else full.dtype)
+    return state
