@@ -60,7 +60,7 @@ def test_a_size_of_768_fits_qwen3_vl_and_is_an_error_with_756_and_784_on_the_old
 
 
 def test_a_size_below_one_image_token_names_the_smallest_that_fits(tiny_models):
-    with pytest.raises(UserError, match="use 32$"):
+    with pytest.raises(UserError, match=r"use 32$"):
         load_family(str(tiny_models["qwen3_vl"])).check_image_size(20, "c.yaml")
 
 
