@@ -209,32 +209,45 @@ def ceilings(workload: Workload, sizes: dict, image_tokens: int) -> tuple[float,
     return tokens[0] / tokens[1], full / useful, useful
 
 
-def table(results: dict, workload: Workload, sizes: dict, image_tokens: int, rate: float) -> list[str]:
+def table(results: dict, workload: Workload, sizes: dict, image_tokens: int, rate: float, on_gpu: bool) -> list[str]:
+    """Lines of Markdown. Ratios are medians over the rounds of the ratio in a round. CPU time is this process's,
+    without the loader workers; on a CPU it is what MFU and the share of the ceiling go by, on a GPU the clock."""
     token_ceiling, operation_ceiling, useful = ceilings(workload, sizes, image_tokens)
     lines = [
-        "| variant | questions/s | × A | × A in CPU time | s/step | peak GB | loss | gradient differs from A's by "
-        "| useful TFLOP/s | MFU | 3 epochs, h | of the token ceiling |",
-        "|---|--:|--:|--:|--:|--:|--:|--:|--:|--:|--:|--:|",
+        "| variant | questions/s | × A | × A in CPU time | s/step | CPU s/step | peak GB | loss | gradient differs by "
+        "| useful GFLOP/s | MFU | 3 epochs, h | of the token ceiling |",
+        "|---|--:|--:|--:|--:|--:|--:|--:|--:|--:|--:|--:|--:|",
     ]
     first = next(iter(results.values()))
+
+    def ratio(clock: str, result: Measured) -> float:
+        pairs = zip(getattr(first, clock), getattr(result, clock), strict=False)
+        return statistics.median([a / b for a, b in pairs] or [float("nan")])
+
     for variant, result in results.items():
         title = f"({variant}) {TITLES[variant]}"
         if result.failure or not result.seconds:
-            lines.append(f"| {title} | {result.failure or 'not run'} |" + " |" * 10)
+            lines.append(f"| {title} | {result.failure or 'not run'} |" + " |" * 11)
             continue
-        seconds = statistics.median(result.seconds)
-        speed, cpu = workload.questions / seconds, statistics.median(result.cpu_seconds)
-        ratio = statistics.median(a / b for a, b in zip(first.seconds, result.seconds, strict=False)) if first.seconds else float("nan")  # fmt: skip  # noqa: E501
-        cpu_ratio = statistics.median(first.cpu_seconds) / cpu if first.cpu_seconds else float("nan")
+        seconds, cpu_seconds = statistics.median(result.seconds), statistics.median(result.cpu_seconds)
+        speed = workload.questions / seconds
+        rate_reached = useful / (seconds if on_gpu else cpu_seconds)
         difference = "–" if result is first else f"{result.gradient_difference:.1e}"
         hours = work.EPOCHS * work.QUESTIONS_IN_TRAINING / speed / 3600
-        ceiling = f"{ratio / token_ceiling:.0%}" if variant in "DEF" else ""
+        cpu_ratio = ratio("cpu_seconds", result)
+        reached = ratio("seconds", result) if on_gpu else cpu_ratio
+        ceiling = f"{reached / token_ceiling:.0%}" if variant in "DEF" else ""
         lines.append(
-            f"| {title} | {speed:.3g} | {ratio:.2f} | {cpu_ratio:.2f} | {seconds:.2f} | {result.peak_gb:.2f} "
-            f"| {result.loss:.5f} | {difference} | {useful / seconds / 1e12:.3g} | {useful / seconds / rate:.1%} "
-            f"| {hours:.2f} | {ceiling} |"
+            f"| {title} | {speed:.3g} | {ratio('seconds', result):.2f} | {cpu_ratio:.2f} | {seconds:.2f} "
+            f"| {cpu_seconds:.2f} | {result.peak_gb:.2f} | {result.loss:.5f} | {difference} "
+            f"| {rate_reached / 1e9:.4g} | {rate_reached / rate:.1%} | {hours:.2f} | {ceiling} |"
         )
-    lines += ["", f"Token ceiling {token_ceiling:.2f}, operations of A's step / D's {operation_ceiling:.2f}."]
+    summary = f"Token ceiling {token_ceiling:.2f}, operations of A's step / D's {operation_ceiling:.2f}"
+    if {"C", "D"} <= results.keys() and results["C"].seconds and results["D"].seconds:
+        clock = "seconds" if on_gpu else "cpu_seconds"
+        against_c = [c / d for c, d in zip(getattr(results["C"], clock), getattr(results["D"], clock), strict=True)]
+        summary += f", D {statistics.median(against_c):.2f} × C"
+    lines += ["", summary + "."]
     return lines
 
 
@@ -279,8 +292,10 @@ def main() -> None:
             for k in args.questions_per_image.split(","):
                 per_step = work.questions_of_step(k, histogram, args.images)
                 data = folder / f"data-{image_tokens}-{k}"
+                # One question per picture: nothing to share, so D stands in C's micro-batches.
+                shared_micro_batch = args.micro_batch if k == "1" else args.shared_micro_batch
                 workload = work.make_workload(
-                    model_folder, data, per_step, image_tokens, args.steps + 1, args.shared_micro_batch,
+                    model_folder, data, per_step, image_tokens, args.steps + 1, shared_micro_batch,
                     Lora(args.lora_r, 2 * args.lora_r, 0.0), args.seed,
                 )  # fmt: skip
                 config = replace(
@@ -291,7 +306,7 @@ def main() -> None:
                 workload = replace(workload, config=config)
                 results = measure(variants, base, workload, device, folder, args.micro_batch)
                 print(f"\n### {args.size}, {image_tokens} image tokens, questions per image: {k} {per_step}\n")
-                print("\n".join(table(results, workload, sizes, image_tokens, rate)), flush=True)
+                print("\n".join(table(results, workload, sizes, image_tokens, rate, device.type == "cuda")), flush=True)
     finally:
         shutil.rmtree(folder, ignore_errors=True)
 
