@@ -51,13 +51,15 @@ class SharedRows:
         self.segments = segments
         self.prefix = int((segments == 0).sum(1).min())  # tokens that are prefix in every row
         self._mask_after_prefix = mask[:, :, self.prefix :]
+        self._biases: dict[torch.dtype, torch.Tensor] = {}
         self.path = chosen_path(segments.device)
 
-    @functools.cached_property
-    def bias(self) -> torch.Tensor:
-        """float32 (B, 1, T - prefix, T), 0 or -inf: SDPA would turn a bool mask into this again in every layer."""
-        zeros = torch.zeros(self._mask_after_prefix.shape, device=self.segments.device)
-        return zeros.masked_fill_(~self._mask_after_prefix, float("-inf"))
+    def bias(self, dtype: torch.dtype) -> torch.Tensor:
+        """(B, 1, T - prefix, T), 0 or -inf: SDPA would turn a bool mask into this again in every layer."""
+        if dtype not in self._biases:
+            zeros = torch.zeros(self._mask_after_prefix.shape, dtype=dtype, device=self.segments.device)
+            self._biases[dtype] = zeros.masked_fill_(~self._mask_after_prefix, float("-inf"))
+        return self._biases[dtype]
 
     @functools.cached_property
     def varlen(self) -> dict:
@@ -75,14 +77,15 @@ def chosen_path(device: torch.device) -> str:
 
 
 def two_part(query, key, value, prefix: int, bias: torch.Tensor, scaling: float) -> torch.Tensor:
-    """query (B, H, T, D), key and value (B, K, T, D) with H a multiple of K → (B, H, T, D)."""
+    """query (B, H, T, D), key and value (B, K, T, D) with H a multiple of K → (B, H, T, D). prefix, bias: those of
+    `SharedRows`."""
     # GQA by hand on CUDA: with a mask, `enable_gqa` falls back to a slow kernel there. On CPU it is the faster one.
     groups = query.shape[1] // key.shape[1]
     if groups > 1 and query.device.type != "cpu":
         key, value = key.repeat_interleave(groups, dim=1), value.repeat_interleave(groups, dim=1)
     attend = functools.partial(F.scaled_dot_product_attention, scale=scaling, enable_gqa=key.shape[1] != query.shape[1])
     first, rest = query.split([prefix, query.shape[2] - prefix], dim=2)
-    rest = attend(rest, key, value, attn_mask=bias.to(query.dtype))
+    rest = attend(rest, key, value, attn_mask=bias)
     if not prefix:
         return rest
     first = attend(first, key[:, :, :prefix], value[:, :, :prefix], is_causal=True)
@@ -217,7 +220,7 @@ def install_shared_attention(model: nn.Module) -> None:
         if shared_rows.path == "varlen" and query.dtype in VARLEN_TYPES:
             output = varlen(query, key, value, shared_rows.varlen, scaling)
         else:
-            output = two_part(query, key, value, shared_rows.prefix, shared_rows.bias, scaling)
+            output = two_part(query, key, value, shared_rows.prefix, shared_rows.bias(query.dtype), scaling)
         return output.transpose(1, 2).contiguous(), None
 
     AttentionInterface.register(NAME, forward)

@@ -147,7 +147,7 @@ class HuggingFace(TrainerCallback):
             self._go.acquire()
             self.trainer.train()
         except BaseException as error:
-            self._error = error
+            self._error = error.with_traceback(None)  # its frames would keep a failed step's memory
         self._rested.release()
 
     def on_step_end(self, args, state, control, **kwargs):

@@ -64,7 +64,7 @@ def in_pieces(queries, keys, values, cu_q, cu_k, max_q, max_k, scale):
 
 def by_two_part(query, key, value, segments):
     rows = SharedRows(segments, attention_mask(segments))
-    return two_part(query, key, value, rows.prefix, rows.bias, 0.3)
+    return two_part(query, key, value, rows.prefix, rows.bias(query.dtype), 0.3)
 
 
 def by_varlen(query, key, value, segments):
@@ -105,7 +105,7 @@ def test_the_two_part_path_leaves_out_most_of_what_the_mask_throws_away():
     segments = torch.tensor([row((PREFIX, 600), *((k, 40) for k in range(1, 10)))])
     rows = SharedRows(segments, attention_mask(segments))
     useful = int(attention_mask(segments).sum())
-    computed = rows.prefix**2 / 2 + rows.bias.numel()
+    computed = rows.prefix**2 / 2 + rows.bias(torch.float32).numel()
     assert rows.prefix == 600 and computed < 0.6 * 960**2 and computed < 1.3 * useful + 360**2 * 0.9
 
 
