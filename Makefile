@@ -26,7 +26,7 @@ export PIP_DISABLE_PIP_VERSION_CHECK := 1
 	@$(BIN)/pip install -qq --no-compile --requirement requirements.txt
 	@touch $@
 
-.venv/requirements-dev.stamp: .venv/requirements.stamp requirements-dev.txt
+.venv/requirements-dev.stamp: .venv/requirements.stamp requirements-dev.txt requirements-extra.txt
 	@echo "Installing requirements-dev.txt into .venv"
 	@$(BIN)/pip install -qq --no-compile --requirement requirements-dev.txt
 	@touch $@
