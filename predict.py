@@ -2,7 +2,8 @@
 
 One picture, one prompt, one answer, on the GPU where there is one. The folder is that of a run, one of its checkpoints
 or a merged model; its config says how the picture and the prompt are shown, as in training. For clicks, the point is
-printed in pixels of the original picture, and --draw marks it there.
+printed in pixels of the original picture, and --draw marks it there. For classification, the document's pages are the
+pictures, or its text is the prompt.
 """
 
 import argparse
@@ -20,10 +21,11 @@ from PIL import Image, ImageDraw
 import clicks
 import model as modeling
 from checkpoint import load_trained
+from classification import ClassLoss
 from config import Config, UserError, exit_on_user_error, load_config
 from dataset import SampleEncoder, SampleList
 from distributed import start_ranks
-from evaluation import answer_split
+from evaluation import answer_split, classify_split
 from family import load_family
 from images import open_image
 from preflight import check_samples
@@ -35,6 +37,10 @@ RED, WHITE = "#e0352b", "#ffffff"
 def sample_of(config: Config, images: list[Path], prompt: str, candidates: list[str]) -> dict:
     """The prompt as a sample of the run's task. Its gold answer is a form to be filled: it never enters the prompt."""
     sample = {"id": "prompt", "images": [str(path) for path in images]}
+    if config.task == "cls":
+        return {**sample, **({"text": prompt} if prompt else {}), "label": 0}
+    if not images or not prompt:
+        raise UserError(f"task '{config.task}' needs both --image and --prompt")
     if config.task == "click":
         return {**sample, "instruction": prompt, "point": [0, 0]}
     return {**sample, "question": prompt, "answer": "-", "candidates": candidates}
@@ -43,8 +49,6 @@ def sample_of(config: Config, images: list[Path], prompt: str, candidates: list[
 def encoder_of(config: Config, folder: Path) -> SampleEncoder:
     """What turns a picture and a prompt into tokens, as in training. Errors: `UserError` where the settings are not
     those that the folder's weights were trained with."""
-    if config.task == "cls":
-        raise UserError("predict.py does not know task 'cls'")
     # The pictures come from anywhere on this machine, one at a time.
     config = replace(config, data=replace(config.data, image_root="/"), dataloader_num_workers=0)
     family = load_family(config.model_name)
@@ -86,6 +90,9 @@ def as_pixel(point: list[float], size: list[int]) -> tuple[int, int]:
 
 def describe(line: dict) -> list[str]:
     """What is printed of an answer."""
+    if "predicted_label" in line:
+        shown = ", ".join(f"{label}: {share:.1%}" for label, share in enumerate(line["probabilities"]))
+        return [f"Label: {line['predicted_label']}", f"Probabilities: {shown}"]
     told = [f"Answer: {line['prediction']}" + (" ... (cut off)" if line["cut_off"] else "")]
     if "predicted_point" in line and line["predicted_point"] is None:
         told.append("Point: none, the answer holds no point")
@@ -99,8 +106,8 @@ def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--adapter-path", required=True, type=Path, metavar="DIR",
                         help="a run's output folder, a checkpoint in it, or a merged model")  # fmt: skip
-    parser.add_argument("--image", required=True, type=Path, nargs="+", metavar="X.png", help="one or more pictures")
-    parser.add_argument("--prompt", required=True, help="the question or instruction")
+    parser.add_argument("--image", type=Path, nargs="+", metavar="X.png", default=[], help="one or more pictures")
+    parser.add_argument("--prompt", default="", help="the question or instruction; for classification, the text")
     parser.add_argument("--candidates", metavar="'A; B; C'", default="",
                         help="candidate answers, for models trained with candidate lists")  # fmt: skip
     parser.add_argument("--draw", type=Path, metavar="OUT.png", help="clicks: the picture with the point marked")
@@ -121,17 +128,20 @@ def main(arguments: list[str] | None = None) -> None:
     if args.draw and args.draw.suffix.lower() not in (".png", ".jpg", ".jpeg", ".webp"):
         raise UserError(f"--draw {args.draw}: give a file name that ends with .png")
     # Everything that can be wrong comes before the weights: a wrong path costs no minutes.
-    original = open_image(args.image[0])
+    original = open_image(args.image[0]) if args.image else None
     encoder = encoder_of(config, folder)
     candidates = [text.strip() for text in args.candidates.split(";") if text.strip()]
     sample = sample_of(config, [path.resolve() for path in args.image], args.prompt, candidates)
     samples = SampleList([sample], "--prompt")
     check_samples(samples, encoder)
     ranks = start_ranks()
-    model = load_trained(encoder.config.model_name, folder, ranks.device, config.quantization).eval()
+    model = load_trained(encoder.config.model_name, folder, ranks.device, config.quantization, config.num_labels).eval()
     loaded = time.perf_counter()
     with torch.no_grad():
-        line = answer_split(model, samples, encoder, ranks)[0]
+        if config.task == "cls":
+            line = classify_split(ClassLoss(model, encoder.family), samples, encoder, ranks)[0]
+        else:
+            line = answer_split(model, samples, encoder, ranks)[0]
     answered = time.perf_counter()
     print("\n".join(describe(line)))
     point = line.get("predicted_point")

@@ -18,7 +18,8 @@ from family import Family
 from images import ModelImage, image_path, open_image, unpatchify
 from model import auto_class, parameter_table, prepare_training
 from runlog import on_terminal
-from templates import IGNORE
+from splits import first_names
+from templates import IGNORE, sample_images
 
 SHOWN = 10  # problems printed one by one; the rest is counted
 TEMPLATE_TOKENS = 300  # more than any template adds to a sample's own text
@@ -92,7 +93,7 @@ def full_check(config: Config, splits: Mapping[str, SampleList], encoder: Sample
     report_problems(list(dict.fromkeys(problems)), shown=1000)
     if encoder.family.has_vision:
         print("Every picture decodes.", flush=True)
-        check_leakage(config, splits)
+    check_leakage(config, splits)
     show_sample(splits["train"][0], encoder)
     print("\n".join(["Parameters:", *count_parameters(config)]))
     print("\n".join(batch_arithmetic(config, make_plan(config, splits["train"], encoder, ranks_world), ranks_world)))
@@ -100,13 +101,38 @@ def full_check(config: Config, splits: Mapping[str, SampleList], encoder: Sample
 
 
 def refuse_leakage(config: Config, splits: Mapping[str, SampleList]) -> dict[str, SampleList]:
-    """Errors: `UserError` where a picture file stands in two splits. Returns the splits that were compared: a file
-    given for two splits on purpose, to see a model memorise, is not compared with itself."""
+    """Errors: `UserError` where a picture file, or a document, stands in two splits. Returns the splits that were
+    compared: a file given for two splits on purpose, to see a model memorise, is not compared with itself."""
     import leakage
 
     compared = dict({samples.source: (name, samples) for name, samples in splits.items()}.values())
-    leakage.refuse_identical(compared, config.data.image_root)
+    if config.task != "cls":
+        leakage.refuse_identical(compared, config.data.image_root)
+        return compared
+    refuse_same_texts(compared)
+    # Blank pages and title pages of proceedings may be alike; the first page is the paper's.
+    first_pages = {
+        name: [{"images": sample_images(sample)[:1]} for sample in samples] for name, samples in compared.items()
+    }
+    leakage.refuse_identical(first_pages, config.data.image_root)
     return compared
+
+
+def refuse_same_texts(splits: Mapping[str, SampleList]) -> None:
+    """Errors: `UserError` where two splits hold a document of the same words."""
+    first: dict[str, tuple[str, str]] = {}
+    found = []
+    for split, samples in splits.items():
+        for row in range(len(samples)):
+            words = " ".join(str(samples[row].get("text") or "").casefold().split())
+            other, name = first.setdefault(words, (split, samples.name(row)))
+            if words and other != split:
+                found.append(f"{name} = {samples.name(row)}")
+    if found:
+        raise UserError(
+            f"{len(found)} text(s) stand in more than one split: {first_names(found)}. "
+            "Split again with prepare_data.py, which keeps them on one side"
+        )
 
 
 def check_leakage(config: Config, splits: Mapping[str, SampleList]) -> None:
@@ -114,6 +140,9 @@ def check_leakage(config: Config, splits: Mapping[str, SampleList]) -> None:
     import leakage
 
     compared = refuse_leakage(config, splits)
+    if config.task == "cls":  # pages of text all look alike to a perceptual hash
+        print(f"No document stands in two of {', '.join(compared)}.", flush=True)
+        return
     pairs = leakage.find_near_identical(compared, config.data.image_root)
     print(f"No picture stands in two of {', '.join(compared)}; {len(pairs)} pairs look nearly alike.", flush=True)
     if pairs:

@@ -111,7 +111,7 @@ def train(config: Config, check_only: bool, source: str) -> None:
         lock = OutputLock(output)  # noqa: F841 - held until the process ends
         resume_from, notes = find_resume(config, plan.batch, train_samples.sha256)
         clicks.check_convention(resume_from, family, config)
-        if family.has_vision and not resume_from:
+        if not resume_from:
             refuse_leakage(config, splits)
     ranks = start_ranks()
     # Rank 0 has looked; the others follow it, or a folder that changes meanwhile could split them.
