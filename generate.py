@@ -1,6 +1,6 @@
 """A batch of prompts → greedy answers. A picture is read once, and all its questions are answered from that cache.
 
-Questions of one picture stand in one row behind their shared prefix (see `dataset.collate`). Each decoding step feeds
+Questions of one picture stand in one row behind their shared prefix (see `batches.collate`). Each decoding step feeds
 one token per question; the mask lets it see the prefix, its own question and its own answer.
 """
 

@@ -15,7 +15,7 @@ from config import UserError
 from splits import first_names
 
 COLUMNS = ("source", "question", "answer", "img_id")
-INSTALL = "pip install datasets==5.2.0"
+INSTALL = "pip install -r requirements-extra.txt"
 SUFFIXES = {b"\xff\xd8": ".jpg", b"\x89P": ".png"}  # by a file's first two bytes
 
 

@@ -81,7 +81,9 @@ def _read_folder(folder: Path) -> tuple[dict[str, dict], dict]:
         raise UserError(f"{folder / SCORES}: holds no table of scores; run evaluate.py again")
     rows: dict[str, dict] = {}
     try:
-        lines = (folder / PREDICTIONS).read_text(encoding="utf-8").splitlines()
+        lines = (
+            (folder / PREDICTIONS).read_text(encoding="utf-8").removesuffix("\n").split("\n")
+        )  # a text may hold U+2028
     except UnicodeDecodeError as error:
         raise UserError(f"{folder / PREDICTIONS}: not UTF-8 text ({error}); run evaluate.py again") from None
     for number, line in enumerate(lines, start=1):

@@ -435,7 +435,7 @@ def test_an_id_that_stands_for_two_pictures_is_an_error(tmp_path):
 
 def test_without_the_datasets_library_the_error_names_the_command(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "datasets", None)  # import datasets → ImportError
-    with pytest.raises(UserError, match=r"pip install datasets=="):
+    with pytest.raises(UserError, match=r"pip install -r requirements-extra\.txt"):
         prepare("SimulaMet-HOST/Kvasir-VQA", tmp_path / "data")
     assert not (tmp_path / "data").exists()
 
