@@ -214,8 +214,8 @@ def table(results: dict, workload: Workload, sizes: dict, image_tokens: int, rat
     without the loader workers; on a CPU it is what MFU and the share of the ceiling go by, on a GPU the clock."""
     token_ceiling, operation_ceiling, useful = ceilings(workload, sizes, image_tokens)
     lines = [
-        "| variant | questions/s | × A | × A in CPU time | s/step | CPU s/step | peak GB | loss | gradient differs by "
-        "| useful GFLOP/s | MFU | 3 epochs, h | of the token ceiling |",
+        f"| variant | questions/s | × {next(iter(results))} | × in CPU time | s/step | CPU s/step | peak GB | loss "
+        "| gradient differs by | useful GFLOP/s | MFU | 3 epochs, h | of the token ceiling |",
         "|---|--:|--:|--:|--:|--:|--:|--:|--:|--:|--:|--:|--:|",
     ]
     first = next(iter(results.values()))
@@ -236,7 +236,7 @@ def table(results: dict, workload: Workload, sizes: dict, image_tokens: int, rat
         hours = work.EPOCHS * work.QUESTIONS_IN_TRAINING / speed / 3600
         cpu_ratio = ratio("cpu_seconds", result)
         reached = ratio("seconds", result) if on_gpu else cpu_ratio
-        ceiling = f"{reached / token_ceiling:.0%}" if variant in "DEF" else ""
+        ceiling = f"{reached / token_ceiling:.0%}" if variant in "DEF" and "A" in results else ""
         lines.append(
             f"| {title} | {speed:.3g} | {ratio('seconds', result):.2f} | {cpu_ratio:.2f} | {seconds:.2f} "
             f"| {cpu_seconds:.2f} | {result.peak_gb:.2f} | {result.loss:.5f} | {difference} "
