@@ -42,8 +42,9 @@ def train(config, name):
     held_at = step + 2 if starts <= int(os.environ.get("STAND_IN_HOLDS", "0")) else None
     while step < TOTAL_STEPS and not told:
         time.sleep(0.05)
-        if not first_rank:
-            step = TOTAL_STEPS if (output / FINAL).exists() else step
+        if not first_rank:  # the ranks stop and end together, whichever of them is told
+            if (output / "PREEMPTED").exists() or (output / FINAL).exists():
+                return
         elif not stuck and (step != held_at or Path("release").exists()):
             step += 1
     if told:
