@@ -221,13 +221,14 @@ def test_bad_points_are_found_before_training_and_named_by_file_and_row(run, tin
 
 
 @pytest.mark.parametrize("rank", [16, 32, 64])
-def test_the_click_experiments_differ_in_the_rank_alone_with_alpha_twice_the_rank(rank):
+def test_the_click_experiments_take_16_clicks_a_step_with_alpha_twice_the_rank_and_else_differ_in_length_alone(rank):
     config = load_config(tiny_runs.REPO_ROOT / f"configs/click_rank{rank}.yaml")
     assert (config.lora.r, config.lora.alpha) == (rank, 2 * rank)
-    assert (config.num_train_epochs, config.train_bs, config.grad_accum) == (2.5, 2, 4)
+    length = ("num_train_epochs", "train_bs", "grad_accum")
+    assert [getattr(config, key) for key in length] == ([2.5, 2, 4] if rank == 64 else [1, 4, 2])
     reference = load_config(
         tiny_runs.REPO_ROOT / "configs/click_rank16.yaml",
-        [f"{key}={getattr(config, key)}" for key in ("output_dir", "results_dir")]
+        [f"{key}={getattr(config, key)}" for key in ("output_dir", "results_dir", *length)]
         + [f"experiment='{config.experiment}'", f"lora.r={rank}", f"lora.alpha={2 * rank}"],
     )
     assert config == reference

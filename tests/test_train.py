@@ -223,10 +223,11 @@ def test_a_resume_with_changed_mathematics_is_refused_and_names_the_keys(run):
 def test_a_resume_with_other_training_samples_under_the_same_path_is_refused(run, data, tmp_path):
     copy = tmp_path / "samples.json"
     copy.write_text((data / "samples.json").read_text())
-    run("first", f"data.train={copy}", "num_train_epochs=1")
+    overrides = [*(f"data.{split}={copy}" for split in ("train", "val", "test")), "num_train_epochs=1"]
+    run("first", *overrides)
     copy.write_text(json.dumps(list(reversed(json.loads(copy.read_text())))))
     with pytest.raises(UserError, match=r"the samples in data\.train"):
-        run("first", f"data.train={copy}", "num_train_epochs=1")
+        run("first", *overrides)
 
 
 def test_a_fresh_run_into_a_folder_with_checkpoints_is_refused(run):
