@@ -27,7 +27,7 @@ from atomic import write_json
 from checkpoint import TrainerState
 from config import Config, UserError, check_data_files, exit_on_user_error, load_config, to_dict, to_yaml
 from dataset import SampleEncoder, StepDataset, load, load_split
-from distributed import Ranks, StopSignal, start_ranks, stop_ranks, wrap_ddp
+from distributed import Ranks, StopSignal, ignore_stop_signals, start_ranks, stop_ranks, wrap_ddp
 from evaluation import Stopped, merit, scores_while_training
 from family import load_family
 from preflight import (
@@ -340,3 +340,4 @@ def main(arguments: list[str] | None = None) -> None:
 if __name__ == "__main__":
     with exit_on_user_error():
         main()
+    ignore_stop_signals()  # Python sets handlers back while it ends, and a late signal would make a finished run fail
