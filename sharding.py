@@ -103,15 +103,19 @@ def _entries(names: dict[str, nn.Parameter], optimizer: torch.optim.Optimizer) -
 def save_shards(folder: Path, names: dict[str, nn.Parameter], optimizer: torch.optim.Optimizer) -> None:
     """Write this rank's share of weights and optimizer state into a folder that all ranks see.
 
-    All ranks: contains collectives; where one rank fails, all raise."""
+    All ranks: contains collectives. Errors: on all ranks where one cannot write, `OSError` for the disk's."""
     entries = _entries(names, optimizer)
     files, filled = {}, 0
     for name, tensor in entries.items():
         filled += tensor.numel() * tensor.element_size()
         files[name] = 1 + int(filled / dist.get_world_size() / FILE_BYTES)
-    folder.mkdir(parents=True, exist_ok=True)
     writer = dcp.HuggingFaceStorageWriter(str(folder), fqn_to_index_mapping=files, save_distributed=True)
-    dcp.save(entries, storage_writer=writer)
+    try:
+        dcp.save(entries, storage_writer=writer)
+    except dcp.CheckpointException as error:  # a BaseException, with a traceback of every rank
+        rank, (failure, _) = next(iter(error.failures.items()))
+        kind = OSError if isinstance(failure, OSError) else RuntimeError
+        raise kind(f"rank {rank}: {failure}") from None
 
 
 def load_shards(folder: Path, names: dict[str, nn.Parameter], optimizer: torch.optim.Optimizer) -> None:

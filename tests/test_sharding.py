@@ -1,0 +1,168 @@
+"""FSDP: shares on two processes train like DDP on two and like one process, and resume bit for bit."""
+
+import json
+import signal
+
+import pytest
+import torch
+from document_runs import document_config, losses, predictions, write_documents
+from run_helpers import REPO, children, finish, history, log_rows, send, start, wait_for_step
+from run_helpers import write_config as question_config
+from run_helpers import write_samples as write_questions
+from safetensors.torch import load_file
+
+import evaluate
+import sharding
+import train
+from distributed import Ranks
+from templates import IGNORE
+
+TOLERANCE = 2e-5  # of losses near 1: other orders of summation, over eleven steps of training
+
+
+@pytest.fixture(scope="session")
+def documents(tmp_path_factory):
+    """45 documents make five whole steps and one of five, which the ranks cannot share evenly."""
+    return write_documents(tmp_path_factory.mktemp("documents"), train=45, val=9, test=5)
+
+
+@pytest.fixture
+def config(documents, tiny_models, tmp_path):
+    """config(name, **changes) → the path of a config of page images, full fine-tuning, 12 steps."""
+
+    def config(name, **changes):
+        values = {"num_train_epochs": 2, "save_steps": 5, "train_bs": 2, "grad_accum": 2, **changes}
+        return document_config(documents, tiny_models["qwen3_vl"], tmp_path / name, "page", "qwen3_vl", **values)
+
+    return config
+
+
+def final_bytes(output):
+    return [(output / name).read_bytes() for name in ("model.safetensors", "cls_head.safetensors")]
+
+
+def newest_state(output):
+    newest = max(output.glob("checkpoint-*"), key=lambda folder: int(folder.name.split("-")[1]))
+    return json.loads((newest / "trainer_state.json").read_text())
+
+
+# ----------------------------------------------------------------------------------------------------- two processes
+
+
+def test_two_shares_train_like_two_copies_and_like_one_process(config, tmp_path):
+    runs = {name: start(config(name, parallel=name, num_train_epochs=1), ranks=2) for name in ("fsdp", "ddp")}
+    train.main(["--config", str(config("one", grad_accum=4, num_train_epochs=1))])
+    for process in runs.values():
+        code, text = finish(process)
+        assert code == 0, text
+    for name in ("fsdp", "ddp"):
+        assert len(losses(tmp_path / name)) == 6
+        assert losses(tmp_path / name) == pytest.approx(losses(tmp_path / "one"), abs=TOLERANCE)
+        for key in ("eval_loss", "test_loss", "eval_accuracy"):
+            found, expected = ([row[key] for row in log_rows(tmp_path / n, key)] for n in (name, "one"))
+            assert found == pytest.approx(expected, abs=TOLERANCE)
+    weights = {name: load_file(tmp_path / name / "model.safetensors") for name in ("one", "fsdp")}
+    assert weights["one"].keys() == weights["fsdp"].keys()
+    for name, tensor in weights["one"].items():
+        assert tensor.dtype == weights["fsdp"][name].dtype
+        assert torch.allclose(tensor, weights["fsdp"][name], atol=1e-3), name
+
+
+@pytest.mark.slow
+def test_an_interrupted_run_resumes_bit_for_bit_and_its_checkpoints_need_no_pickle(config, tmp_path):
+    code, text = finish(start(config("whole", parallel="fsdp"), ranks=2))
+    assert code == 0, text
+    path = config("cut", parallel="fsdp", save_steps=100)
+    process = start(path, ranks=2)
+    wait_for_step(tmp_path / "cut", 3, process)
+    send(children(process)[1], signal.SIGUSR1)  # one rank alone hears it
+    code, text = finish(process)
+    assert code == 0 and (tmp_path / "cut" / "PREEMPTED").exists(), text
+    step = newest_state(tmp_path / "cut")["step"]
+    assert 3 <= step < 12 and f"Saved checkpoint-{step}" in text
+    code, text = finish(start(path, ranks=2))
+    assert code == 0 and f"step {step}/12" in text, text
+    assert history(tmp_path / "cut") == history(tmp_path / "whole")
+    assert final_bytes(tmp_path / "cut") == final_bytes(tmp_path / "whole")
+    files = {str(file.relative_to(tmp_path / "cut" / "checkpoint-12"))
+             for file in (tmp_path / "cut" / "checkpoint-12").rglob("*") if file.is_file()}  # fmt: skip
+    shares = {f"sharded/shard-0000{rank}-model-00001-of-00001.safetensors" for rank in (1, 2)}
+    assert files == shares | {"cls_head.safetensors", "trainer_state.json"}
+
+
+@pytest.mark.slow
+def test_where_one_rank_cannot_write_all_end_and_the_checkpoint_before_stays(config, tmp_path):
+    path = config("out", parallel="fsdp")
+    wrapped = REPO / "tests" / "wrapped_sharding.py"
+    code, text = finish(start(path, ranks=2, script=wrapped, environment={"FAULT_STEP": "10"}))
+    assert code != 0 and "No space left on device" in text and "GB are free there" in text, text
+    folders = {file.name for file in (tmp_path / "out").iterdir() if "checkpoint" in file.name}
+    assert folders == {"checkpoint-5"} and not (tmp_path / "out" / "model.safetensors").exists()
+    code, text = finish(start(path, ranks=2))
+    assert code == 0 and "step 5/12" in text, text
+
+
+# -------------------------------------------------------------------------------------------------------- one process
+
+
+def test_one_process_goes_on_from_any_share_and_reads_it_for_evaluation(config, tmp_path):
+    train.main(["--config", str(config("whole", parallel="fsdp", grad_accum=4))])
+    path = config("cut", parallel="fsdp", grad_accum=4)
+    train.main(["--config", str(path)])
+    output = tmp_path / "cut"
+    assert final_bytes(output) == final_bytes(tmp_path / "whole")
+    evaluate.main(["--config", str(path)])
+    from_final = predictions(tmp_path / "cut_results")
+    evaluate.main(
+        ["--config", str(path), "--checkpoint", str(output / f"checkpoint-{newest_state(output)['best_step']}")]
+    )
+    assert predictions(tmp_path / "cut_results") == from_final
+    for name in ("checkpoint-12", "checkpoint-10", "model.safetensors"):
+        (output / name).rename(output / f"gone-{name}")
+    train.main(["--config", str(path)])
+    assert history(output) == history(tmp_path / "whole")
+    assert final_bytes(output) == final_bytes(tmp_path / "whole")
+
+
+@pytest.mark.parametrize(
+    "family", ["qwen3_vl", *(pytest.param(name, marks=pytest.mark.slow) for name in ("qwen2_vl", "qwen2_5_vl"))]
+)
+def test_questions_are_trained_and_answered_under_fsdp_as_under_ddp(family, tiny_models, tmp_path):
+    """With every part trained, and answers generated on the way."""
+    write_questions(tmp_path / "data", pictures=2, questions=3)
+    keys = {"finetuning": "full", "vision_frozen": False, "projector_frozen": False, "eval_steps": 2, "save_steps": 2}
+    keys |= {"data": {"image_root": str(tmp_path / "data"), "train": str(tmp_path / "data" / "samples.json"),
+                      "val": str(tmp_path / "data" / "samples.json")},
+             "image_size": {"qwen3_vl": 64}.get(family, 56), "learning_rate": 1e-3, "eval_max_samples": 2}  # fmt: skip
+    keys |= {"num_train_epochs": 2, "gradient_checkpointing": True}
+    for parallel in ("ddp", "fsdp"):
+        path = question_config(tmp_path / "data", tiny_models[family], tmp_path / parallel, parallel=parallel, **keys)
+        train.main(["--config", str(path)])
+    assert history(tmp_path / "fsdp") == history(tmp_path / "ddp")
+    found, expected = ([(row["eval_loss"], row["eval_accuracy"]) for row in log_rows(tmp_path / name, "eval_loss")]
+                       for name in ("fsdp", "ddp"))  # fmt: skip
+    assert found == expected
+    one, other = ((tmp_path / name / "model.safetensors").read_bytes() for name in ("fsdp", "ddp"))
+    assert one == other
+
+
+def test_a_busier_rank_is_matched_with_batches_of_no_weight():
+    class Third(Ranks):
+        def gather(self, rows):
+            return [2, *rows, 3]
+
+    batch = {"input_ids": torch.ones(1, 4), "targets": torch.ones(1, 4, dtype=torch.int64), "answer_tokens": 4}
+    batch["class_labels"] = torch.tensor([1])
+    evened = sharding.evened([batch], Third(1, 3, torch.device("cpu")))
+    assert len(evened) == 3 and evened[0] is batch
+    for added in evened[1:]:
+        assert added["answer_tokens"] == 0
+        assert (added["targets"] == IGNORE).all() and (added["class_labels"] == IGNORE).all()
+    assert sharding.evened([batch] * 3, Third(1, 3, torch.device("cpu"))) == [batch] * 3
+
+
+def test_adapters_are_not_sharded(config):
+    from config import UserError, load_config
+
+    with pytest.raises(UserError, match="LoRA runs under parallel: ddp"):
+        load_config(config("out", parallel="fsdp", finetuning="lora"))
