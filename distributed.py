@@ -5,6 +5,7 @@ Every function that takes part in a collective says so; call it on all ranks or 
 
 import datetime
 import json
+import multiprocessing
 import os
 import signal
 from dataclasses import dataclass
@@ -144,3 +145,11 @@ def ignore_stop_signals(worker_id: int = 0) -> None:
     with their parent.)"""
     for number in (signal.SIGUSR1, signal.SIGTERM, signal.SIGINT):
         signal.signal(number, signal.SIG_IGN)
+
+
+def prepare_exit() -> None:
+    """For a process whose work is done. While Python ends, it sets handlers back, and a late signal would make a
+    finished run fail; and it waits for data workers, which ignore SIGTERM: one that hangs would hold it up for ever."""
+    ignore_stop_signals()
+    for worker in multiprocessing.active_children():
+        worker.kill()

@@ -27,7 +27,7 @@ from atomic import write_json
 from checkpoint import TrainerState
 from config import Config, UserError, check_data_files, exit_on_user_error, load_config, to_dict, to_yaml
 from dataset import SampleEncoder, StepDataset, load, load_split
-from distributed import Ranks, StopSignal, ignore_stop_signals, start_ranks, stop_ranks, wrap_ddp
+from distributed import Ranks, StopSignal, prepare_exit, start_ranks, stop_ranks, wrap_ddp
 from evaluation import Stopped, merit, scores_while_training
 from family import load_family
 from preflight import (
@@ -144,7 +144,13 @@ def train(config: Config, check_only: bool, source: str) -> None:
     names = modeling.trainable_parameters(model)
     if config.init_adapter and not resume_from:
         checkpoint.load_adapter(model, config.init_adapter)
-    optimizer = torch.optim.AdamW(modeling.optimizer_groups(model, config), betas=(0.9, 0.999), eps=1e-8)
+    optimizer = torch.optim.AdamW(
+        modeling.optimizer_groups(model, config),
+        betas=(0.9, 0.999),
+        eps=1e-8,
+        # All tensors in one go would take another copy of them: 15 GB on each of two GPUs for a 7B model.
+        foreach=False if config.parallel == "fsdp" else None,
+    )
     peak_rates = [group["lr"] for group in optimizer.param_groups]
     if resume_from:
         checkpoint.resume(Path(resume_from), model, optimizer, names, config)
@@ -340,4 +346,4 @@ def main(arguments: list[str] | None = None) -> None:
 if __name__ == "__main__":
     with exit_on_user_error():
         main()
-    ignore_stop_signals()  # Python sets handlers back while it ends, and a late signal would make a finished run fail
+    prepare_exit()

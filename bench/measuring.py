@@ -55,15 +55,21 @@ class Measured:
     failure: str = ""
 
 
-def measure_step(run, result: Measured, device: torch.device) -> None:
-    with PeakMemory(device) as memory:
-        began, cpu_began = time.perf_counter(), time.process_time()
-        run.step()
-        if device.type == "cuda":
-            torch.cuda.synchronize()
-        result.seconds.append(time.perf_counter() - began)
-        result.cpu_seconds.append(time.process_time() - cpu_began)
-    result.peak_gb = max(result.peak_gb, memory.gigabytes)
+def measure_step(run, result: Measured, device: torch.device, memory: bool) -> None:
+    """One step's time, or its peak memory (for which the heap is given back first: taking it again costs time)."""
+    if memory:
+        with PeakMemory(device) as peak:
+            run.step()
+        result.peak_gb = peak.gigabytes
+        return
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+    began, cpu_began = time.perf_counter(), time.process_time()
+    run.step()
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+    result.seconds.append(time.perf_counter() - began)
+    result.cpu_seconds.append(time.process_time() - cpu_began)
 
 
 def largest_difference(gradients: dict, reference: dict) -> float:

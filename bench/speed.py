@@ -160,7 +160,7 @@ def final_loss(model, workload: Workload, device: torch.device) -> float:
 
 
 def measure(variants: str, base, workload: Workload, device: torch.device, folder: Path, micro_batch: int) -> dict:
-    """Every variant: gradient check, one warm-up step, then the other steps in rounds, all side by side."""
+    """Every variant: gradient check, one step for its memory, then the timed ones in rounds, all side by side."""
     runs, results, reference = {}, {variant: Measured() for variant in variants}, None
 
     def guarded(variant, action):
@@ -180,10 +180,11 @@ def measure(variants: str, base, workload: Workload, device: torch.device, folde
             results[variant].gradient_difference = largest_difference(gradients, reference)
     for step in range(workload.steps):
         for variant in list(runs):
-            result = Measured() if step == 0 else results[variant]  # the first step warms up
-            guarded(variant, lambda: measure_step(runs[variant], result, device))  # noqa: B023
-            took = (*(result.seconds or [0])[-1:], *(result.cpu_seconds or [0])[-1:])
-            print(f"  step {step}/{workload.steps - 1} {variant} {took[0]:.2f} s, {took[1]:.2f} CPU s", file=sys.stderr)
+            guarded(variant, lambda: measure_step(runs[variant], results[variant], device, memory=step == 0))  # noqa: B023
+            took = results[variant].seconds[-1:]
+            print(
+                f"  step {step}/{workload.steps - 1} {variant} {', '.join(f'{s:.2f} s' for s in took)}", file=sys.stderr
+            )
     for variant, run in runs.items():
         results[variant].loss = guarded(variant, lambda: final_loss(run.model, workload, device))  # noqa: B023
     return results
@@ -257,7 +258,7 @@ def main() -> None:
     parser.add_argument("--questions-per-image", default="real", help="comma-separated: 1, 4, 9, ... or real")
     parser.add_argument("--image-tokens", default="576", help="comma-separated")
     parser.add_argument("--images", type=int, default=2, help="pictures in an optimizer step")
-    parser.add_argument("--steps", type=int, default=3, help="timed steps of each variant, after one to warm up")
+    parser.add_argument("--steps", type=int, default=3, help="timed steps of each variant, after one for its memory")
     parser.add_argument("--variants", default=None, help="the first is what the others are compared with")
     parser.add_argument("--micro-batch", type=int, default=1, help="questions per micro-step of A, B and C")
     parser.add_argument("--shared-micro-batch", type=int, default=0, help="of D to F; 0: the whole step")

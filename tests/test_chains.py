@@ -1,14 +1,19 @@
 """Whole families of experiments through a real Slurm, with the real train.py and tiny models, up to the comparison."""
 
 import json
-import random
+import re
+import subprocess
 
 import pytest
+import yaml
+from conftest import shared_data
 from headless_browser import headless_browser
 from run_helpers import write_samples
+from slurm_cluster import Job
 from test_slurm import cluster, real_repo, slurm  # noqa: F401 - fixtures
 
 import compare
+import prepare_data
 
 
 @pytest.mark.slow
@@ -41,32 +46,56 @@ def test_the_five_experiments_run_in_one_job_and_are_compared_on_a_page(slurm, r
         assert browser.run("document.querySelectorAll('img').length") > 0
 
 
+PAPERS = 48  # of the real ones
+IN_TABLE = ("accuracy", "f1", "precision", "recall", "auroc", "brier", "ece")
+
+
 @pytest.mark.slow
 @pytest.mark.slurm
-def test_the_learning_rate_arrays_run_on_slurm_and_end_in_one_table(slurm, real_repo, tiny_models, tmp_path):  # noqa: F811
-    words = {0: "rejected weak flawed", 1: "accepted strong novel"}
-    generator = random.Random(0)
-    papers = [
-        {"id": f"paper-{n}", "title": f"Paper {n}", "label": n % 2, "text": f"{words[n % 2]} {generator.random()}"}
-        for n in range(24)
-    ]
+def test_the_six_learning_rate_experiments_run_on_real_papers_at_once_and_end_in_one_table(
+    slurm,  # noqa: F811
+    real_repo,  # noqa: F811
+    tiny_models,
+    tmp_path,
+):
+    """As submit_lr_experiment.sh submits them: two arrays, six tasks side by side on one node. Only the models are
+    small, and so are the numbers of papers, tokens and pixels."""
     data = real_repo / "data"
     data.mkdir()
-    for split, part in (("train", papers[:16]), ("val", papers[16:20]), ("test", papers[20:])):
-        (data / f"{split}.json").write_text(json.dumps(part))
-    overrides = [f"data.{split}=data/{split}.json" for split in ("train", "val", "test")]
-    overrides += [
-        "data.image_root=data",
-        "num_train_epochs=2",
-        "train_bs=2",
-        "grad_accum=1",
-        "dataloader_num_workers=0",
-    ]
-    (real_repo / "logs" / "lr_experiment_v7").mkdir(parents=True)  # as submit_lr_experiment.sh does
-    array = slurm.run_job("slurm/lr_text.slurm", f"model_name={tiny_models['qwen2']}", *overrides, cwd=real_repo)
-    for index in range(3):
-        array.task(index).wait_for_state("COMPLETED", seconds=600)
+    papers = shared_data("openreview/iclr2021.jsonl").read_text(encoding="utf-8").splitlines()[:PAPERS]
+    (data / "papers.jsonl").write_text("\n".join(papers), encoding="utf-8")
+    for folder, options in (("papers", []), ("papers_pages", ["--pages"])):
+        out = ["--source", str(data / "papers.jsonl"), "--out", str(data / folder), "--split", "60/20/20"]
+        prepare_data.main(["papers", *out, *options])
+    for path in (real_repo / "configs").glob("lr_*.yaml"):
+        config = yaml.safe_load(path.read_text())
+        config |= {"num_train_epochs": 2, "dataloader_num_workers": 0, "logging_steps": 1, "max_tokens": 512}
+        config["model_name"] = str(tiny_models["qwen2_5_vl" if "vision" in path.name else "qwen2"])
+        config |= {"max_pixels": 100_000} if "vision" in path.name else {}
+        path.write_text(yaml.safe_dump(config))
+
+    submitted = subprocess.run(
+        [real_repo / "slurm" / "submit_lr_experiment.sh"], env=slurm.environment(), capture_output=True, text=True
+    )
+    arrays = re.findall(r"Submitted batch job (\d+)", submitted.stdout)
+    assert submitted.returncode == 0 and len(arrays) == 2, submitted.stderr
+    tasks = [Job(slurm, number, real_repo).task(index) for number in arrays for index in range(3)]
+    for task in tasks:
+        task.wait_for_state("COMPLETED", seconds=900)
+    assert max(task.field("StartTime") for task in tasks) < min(task.field("EndTime") for task in tasks), "side by side"
+    names = [path.stem for path in sorted((real_repo / "configs").glob("lr_*.yaml"))]
+    for number in arrays:
+        for index in range(3):
+            log = (real_repo / "logs" / "lr_experiment_v7" / f"{number}_{index}.out").read_text()
+            assert "[INFO] Using custom classification optimizer with backbone_lr=" in log
+
     results = real_repo / "results" / "lr_experiment_v7"
+    assert sorted(folder.name for folder in results.iterdir()) == names and len(names) == 6
     out = tmp_path / "table"
-    compare.main([*(str(folder) for folder in sorted(results.iterdir())), "--out", str(out)])
-    assert len(json.loads((out / "compare.json").read_text())["experiments"]) == 3
+    compare.main([*(str(results / name) for name in names), "--out", str(out)])
+    report = json.loads((out / "compare.json").read_text())
+    assert [experiment["name"] for experiment in report["experiments"]] == names and len(report["pairs"]) == 15
+    for experiment in report["experiments"]:
+        scores = json.loads((results / experiment["name"] / "predict_results.json").read_text())
+        for name in IN_TABLE:
+            assert experiment[f"predict_{name}"] == scores[f"predict_{name}"], name
