@@ -279,9 +279,7 @@ class StepDataset(_Batches):
             questions = self.plan.rank_questions(step, self.rank, self.ranks)
             images: dict = {}
             items = self.build(questions, images)
-            if (
-                not items
-            ):  # this rank has nothing to do, but must join the gradient's all_reduce: a question of weight 0
+            if not items:  # nothing to do, but this rank must join the gradient's all_reduce: a question of weight 0
                 items = [weightless(item) for item in self.build(self.plan.questions(step)[:1], images)]
             micro_batches = [
                 collate(part, images, self.share_prefix, self.pad_id)

@@ -23,6 +23,7 @@ from templates import IGNORE, sample_images
 
 SHOWN = 10  # problems printed one by one; the rest is counted
 TEMPLATE_TOKENS = 300  # more than any template adds to a sample's own text
+STEPS_LOOKED_AT = 20  # by `prefix_sharing`
 
 
 def check_samples(samples: SampleList, encoder: SampleEncoder) -> None:
@@ -96,7 +97,9 @@ def full_check(config: Config, splits: Mapping[str, SampleList], encoder: Sample
     check_leakage(config, splits)
     show_sample(splits["train"][0], encoder)
     print("\n".join(["Parameters:", *count_parameters(config)]))
-    print("\n".join(batch_arithmetic(config, make_plan(config, splits["train"], encoder, ranks_world), ranks_world)))
+    plan = make_plan(config, splits["train"], encoder, ranks_world)
+    print("\n".join(batch_arithmetic(config, plan, ranks_world)))
+    print("\n".join(prefix_sharing(config, plan, splits["train"], encoder, ranks_world)))
     print("Check passed: nothing was trained.", flush=True)
 
 
@@ -240,6 +243,31 @@ def batch_arithmetic(config: Config, plan: BatchPlan, world: int) -> list[str]:
         f"Steps: {plan.samples:,} questions / {plan.batch} = {plan.steps_per_epoch:,} an epoch, "
         f"{config.num_train_epochs:g} epochs = {plan.total_steps:,} steps over {plan.total_questions:,} questions",
     ]
+
+
+def prefix_sharing(
+    config: Config, plan: BatchPlan, samples: SampleList, encoder: SampleEncoder, world: int
+) -> list[str]:
+    """How often the pictures of a step are encoded, as counted in some of the first epoch's steps, and a remedy where
+    micro-steps part the questions of one picture: `train_bs` and `grad_accum` change no result, only where it is cut.
+    """
+    if not (config.share_prefix and encoder.image_shown):
+        return []
+    questions, pictures, encoded = 0, 0, 0
+    looked_at = {plan.steps_per_epoch * part // STEPS_LOOKED_AT for part in range(STEPS_LOOKED_AT)}
+    for step in looked_at:
+        for rank in range(world):
+            shown = [encoder.images_of(samples[row]) for row in plan.rank_questions(step, rank, world)]
+            questions += len(shown)
+            pictures += len(set(shown))
+            starts = range(0, len(shown), config.train_bs)
+            encoded += sum(len(set(shown[start : start + config.train_bs])) for start in starts)
+    per_step = [count / len(looked_at) for count in (questions, encoded, pictures)]
+    line = "Sharing: a step's {:.0f} questions lie behind {:.1f} picture prefixes".format(*per_step)
+    if encoded > 1.1 * pictures:
+        whole = config.train_bs * config.grad_accum
+        line += f"; behind {per_step[2]:.1f} with train_bs={whole} grad_accum=1: faster, the same result, more memory"
+    return [line]
 
 
 def describe_pictures(config: Config, family: Family) -> str:

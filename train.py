@@ -36,6 +36,7 @@ from preflight import (
     describe_pictures,
     full_check,
     make_plan,
+    prefix_sharing,
     refuse_leakage,
     sample_pictures,
 )
@@ -169,7 +170,7 @@ def train(config: Config, check_only: bool, source: str) -> None:
     log.say(config.experiment)
     seconds = time.perf_counter() - started
     log.say(f"Model {config.model_name} ({family.model_type}), ready in {seconds:.1f} s; commit {git_commit()}")
-    arithmetic = batch_arithmetic(config, plan, ranks.world)
+    arithmetic = batch_arithmetic(config, plan, world) + prefix_sharing(config, plan, train_samples, encoder, world)
     for line in [*modeling.parameter_table(model), *arithmetic, *classification.notes(config), *notes]:
         log.say(line)
     if not resume_from and ranks.is_first:

@@ -64,7 +64,7 @@ def test_the_six_learning_rate_experiments_run_on_real_papers_at_once_and_end_in
     data.mkdir()
     papers = shared_data("openreview/iclr2021.jsonl").read_text(encoding="utf-8").splitlines()[:PAPERS]
     (data / "papers.jsonl").write_text("\n".join(papers), encoding="utf-8")
-    for folder, options in (("papers", []), ("papers_pages", ["--pages"])):
+    for folder, options in (("papers_text", []), ("papers_pages", ["--pages"])):
         out = ["--source", str(data / "papers.jsonl"), "--out", str(data / folder), "--split", "60/20/20"]
         prepare_data.main(["papers", *out, *options])
     for path in (real_repo / "configs").glob("lr_*.yaml"):

@@ -21,7 +21,7 @@ from config import UserError, load_config
 from dataset import SampleEncoder, SampleList
 from family import load_family
 from model import load_base, parameter_table, prepare_training
-from preflight import batch_arithmetic, check_samples, count_parameters, make_plan, marked_text
+from preflight import batch_arithmetic, check_samples, count_parameters, make_plan, marked_text, prefix_sharing
 
 
 @pytest.fixture
@@ -262,3 +262,19 @@ def test_the_plan_takes_batch_order_and_seed_from_the_config(tiny_models):
     assert (plan.batch, plan.total_steps, plan.total_questions) == (12, 2, 18)
     images = [samples[int(row)]["image"] for row in plan.epoch_order(0)]
     assert images == [name for name in dict.fromkeys(images) for _ in range(4)]
+
+
+def test_the_log_says_how_often_pictures_are_encoded_and_what_would_spare_it(tiny_models):
+    run = tiny_run(tiny_models, "qwen3_vl")
+    samples = SampleList(vqa_samples(3, 8), "s")
+
+    def line(**changes):
+        config = replace(run.config, **{"order": "sequential", "train_bs": 2, "grad_accum": 4, **changes})
+        encoder = run.encoder(**changes)
+        return prefix_sharing(config, make_plan(config, samples, encoder, 1), samples, encoder, 1)
+
+    said = "Sharing: a step's 8 questions lie behind {} picture prefixes"
+    remedy = "; behind 1.0 with train_bs=8 grad_accum=1: faster, the same result, more memory"
+    assert line() == [said.format("4.0") + remedy]
+    assert line(train_bs=8, grad_accum=1) == [said.format("1.0")]
+    assert line(share_prefix=False) == line(image="none") == []
