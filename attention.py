@@ -27,14 +27,8 @@ PATHS = ("mask", "two_part", "varlen")
 VARLEN_TYPES = (torch.bfloat16, torch.float16)  # of its kernel
 
 
-def attention_mask(segments: torch.Tensor) -> torch.Tensor | None:
-    """(B, T) segments → bool (B, 1, T, T), True = attend: the prefix and the own segment, never the future.
-
-    None where no row holds more than one question: plain causal attention is then the same, and faster; padding stands
-    at the end, where no question can see it. Never None otherwise: without the mask, questions would read each other.
-    """
-    if int(segments.max()) <= 1:
-        return None
+def attention_mask(segments: torch.Tensor) -> torch.Tensor:
+    """(B, T) segments → bool (B, 1, T, T), True = attend: the prefix and the own segment, never the future."""
     query, key = segments[:, None, :, None], segments[:, None, None, :]
     length = segments.shape[1]
     causal = torch.ones(length, length, dtype=torch.bool, device=segments.device).tril()
@@ -44,22 +38,26 @@ def attention_mask(segments: torch.Tensor) -> torch.Tensor | None:
 class SharedRows:
     """What all layers need to know about the rows of one batch, worked out once.
 
-    segments: int (B, T), see `batches.collate`; mask: theirs, from `attention_mask`.
+    segments: int (B, T); prefix: tokens that are prefix in every row; both as `batches.collate` gives them, so that
+    the host need not wait for the GPU to count. mask: of the segments, from `attention_mask`.
     """
 
-    def __init__(self, segments: torch.Tensor, mask: torch.Tensor):
-        self.segments = segments
-        self.prefix = int((segments == 0).sum(1).min())  # tokens that are prefix in every row
-        self._mask_after_prefix = mask[:, :, self.prefix :]
-        self._biases: dict[torch.dtype, torch.Tensor] = {}
+    def __init__(self, segments: torch.Tensor, mask: torch.Tensor, prefix: int):
+        self.segments, self.prefix = segments, prefix
+        self._mask_after_prefix = mask[:, :, prefix:]
+        self._biases: dict[tuple, torch.Tensor] = {}
         self.path = chosen_path(segments.device)
 
-    def bias(self, dtype: torch.dtype) -> torch.Tensor:
-        """(B, 1, T - prefix, T), 0 or -inf: SDPA would turn a bool mask into this again in every layer."""
-        if dtype not in self._biases:
-            zeros = torch.zeros(self._mask_after_prefix.shape, dtype=dtype, device=self.segments.device)
-            self._biases[dtype] = zeros.masked_fill_(~self._mask_after_prefix, float("-inf"))
-        return self._biases[dtype]
+    def bias(self, dtype: torch.dtype, groups: int = 1) -> torch.Tensor:
+        """(B, 1, groups × (T - prefix), T), 0 or -inf: SDPA would turn a bool mask into this again in every layer.
+        groups: the G of `masked`."""
+        if (dtype, groups) not in self._biases:
+            rows, _, queries, length = self._mask_after_prefix.shape
+            aligned = -(-length // 8) * 8  # rows that begin elsewhere are copied by CUDA's SDPA in every layer
+            bias = torch.zeros(rows, 1, groups, queries, aligned, dtype=dtype, device=self.segments.device)
+            bias = bias[..., :length].masked_fill_(~self._mask_after_prefix[:, :, None], float("-inf"))
+            self._biases[dtype, groups] = bias.flatten(2, 3)  # a view
+        return self._biases[dtype, groups]
 
     @functools.cached_property
     def varlen(self) -> dict:
@@ -79,17 +77,34 @@ def chosen_path(device: torch.device) -> str:
 def two_part(query, key, value, prefix: int, bias: torch.Tensor, scaling: float) -> torch.Tensor:
     """query (B, H, T, D), key and value (B, K, T, D) with H a multiple of K → (B, H, T, D). prefix, bias: those of
     `SharedRows`."""
-    # GQA by hand on CUDA: with a mask, `enable_gqa` falls back to a slow kernel there. On CPU it is the faster one.
-    groups = query.shape[1] // key.shape[1]
-    if groups > 1 and query.device.type != "cpu":
-        key, value = key.repeat_interleave(groups, dim=1), value.repeat_interleave(groups, dim=1)
-    attend = functools.partial(F.scaled_dot_product_attention, scale=scaling, enable_gqa=key.shape[1] != query.shape[1])
     first, rest = query.split([prefix, query.shape[2] - prefix], dim=2)
-    rest = attend(rest, key, value, attn_mask=bias)
+    rest = masked(rest, key, value, bias, scaling)
     if not prefix:
         return rest
-    first = attend(first, key[:, :, :prefix], value[:, :, :prefix], is_causal=True)
+    first = F.scaled_dot_product_attention(
+        first, key[:, :, :prefix], value[:, :, :prefix], is_causal=True, scale=scaling, enable_gqa=True
+    )
     return torch.cat([first, rest], dim=2)
+
+
+def masked(query, key, value, mask: torch.Tensor, scaling: float) -> torch.Tensor:
+    """SDPA with a mask: query (B, H, T, D), key and value (B, K, S, D) → (B, H, T, D).
+
+    mask: (B, 1, G × T, S), bool or added. With G > 1, the G query heads that read the same keys stand one after the
+    other as queries of one head: see `heads_together`.
+    """
+    batch, heads, length, size = query.shape
+    groups = mask.shape[2] // length
+    together = query.reshape(batch, heads // groups, groups * length, size)
+    gqa = together.shape[1] != key.shape[1]
+    output = F.scaled_dot_product_attention(together, key, value, attn_mask=mask, scale=scaling, enable_gqa=gqa)
+    return output.reshape(batch, heads, length, size)
+
+
+def heads_together(query, key) -> int:
+    """The G of `masked`. On CUDA, `enable_gqa` with a mask takes a slow kernel, and repeating the keys copies them in
+    every layer; on a CPU, `enable_gqa` is the faster one."""
+    return 1 if query.device.type == "cpu" else query.shape[1] // key.shape[1]
 
 
 def varlen_layout(segments: torch.Tensor) -> dict:
@@ -156,7 +171,7 @@ def varlen(query, key, value, layout: dict, scaling: float, attend=None) -> torc
 def _varlen_kernel(queries, keys, values, cu_q, cu_k, max_q, max_k, scale):
     from torch.nn.attention.varlen import varlen_attn
 
-    known = inspect.signature(varlen_attn).parameters  # it grew from torch 2.10 to 2.13
+    known = _parameters(varlen_attn)  # it grew from torch 2.10 to 2.13
     options = {"window_size": (-1, 0)} if "window_size" in known else {"is_causal": True}
     if "scale" in known:
         options["scale"] = scale
@@ -171,58 +186,96 @@ def _varlen_kernel(queries, keys, values, cu_q, cu_k, max_q, max_k, scale):
 
 
 @functools.cache
+def _parameters(function) -> frozenset[str]:
+    return frozenset(inspect.signature(function).parameters)
+
+
+@functools.cache
 def varlen_agrees(device: torch.device) -> bool:
     """Whether the `varlen` path gives the reference's outputs and gradients on this device, in bfloat16."""
     try:
         if device.type != "cuda":
             raise RuntimeError("it runs on CUDA only")
-        with torch.random.fork_rng(devices=[device]), torch.enable_grad():
-            torch.manual_seed(0)
-            segments = torch.tensor([[0] * 70 + [1] * 30 + [2] * 41, [0] * 90 + [1] * 20 + [-1] * 31], device=device)
-            heads = [torch.randn(2, n, 141, 64, device=device, dtype=torch.bfloat16) for n in (4, 2, 2)]
-            seen = (segments >= 0)[:, None, :, None]
-            results = []
-            for exact in (True, False):
-                q, k, v = (x.float().requires_grad_() if exact else x.clone().requires_grad_() for x in heads)
-                if exact:
-                    k2, v2 = k.repeat_interleave(2, dim=1), v.repeat_interleave(2, dim=1)
-                    out = F.scaled_dot_product_attention(q, k2, v2, attn_mask=attention_mask(segments), scale=0.1)
-                else:
-                    out = varlen(q, k, v, varlen_layout(segments), 0.1)
-                out = out * seen
-                out.float().square().sum().backward()
-                results.append([x.float() for x in (out, q.grad, k.grad, v.grad)])
-            worst = max(float((a - b).norm() / a.norm()) for a, b in zip(*results, strict=True))
-            if not worst < 0.02:
-                raise RuntimeError(f"relative difference {worst:.1e}")
+        difference = varlen_difference(device)
+        if not difference < 0.02:
+            raise RuntimeError(f"relative difference {difference:.1e}")
     except (ImportError, RuntimeError, TypeError, ValueError) as error:
         warnings.warn(f"SHARED_ATTENTION=varlen is not usable here ({error}); using two_part", stacklevel=2)
         return False
     return True
 
 
+def varlen_difference(device: torch.device) -> float:
+    """Largest relative difference between the `varlen` path in bfloat16 and the reference in float32, of outputs and
+    gradients."""
+    with (
+        torch.inference_mode(False),  # the first to ask may be an evaluation
+        torch.enable_grad(),
+        torch.autocast(device.type, enabled=False),
+        torch.random.fork_rng(devices=[device] if device.type == "cuda" else []),
+    ):
+        torch.manual_seed(0)
+        segments = torch.tensor([[0] * 70 + [1] * 30 + [2] * 41, [0] * 90 + [1] * 20 + [-1] * 31], device=device)
+        heads = [torch.randn(2, n, 141, 64, device=device, dtype=torch.bfloat16) for n in (4, 2, 2)]
+        seen = (segments >= 0)[:, None, :, None]
+        results = []
+        for exact in (True, False):
+            q, k, v = (x.float().requires_grad_() if exact else x.clone().requires_grad_() for x in heads)
+            if exact:
+                k2, v2 = k.repeat_interleave(2, dim=1), v.repeat_interleave(2, dim=1)
+                out = F.scaled_dot_product_attention(q, k2, v2, attn_mask=attention_mask(segments), scale=0.1)
+            else:
+                out = varlen(q, k, v, varlen_layout(segments), 0.1)
+            out = out * seen
+            out.float().square().sum().backward()
+            results.append([x.float() for x in (out, q.grad, k.grad, v.grad)])
+        return max(float((a - b).detach().norm() / a.detach().norm()) for a, b in zip(*results, strict=True))
+
+
 # ------------------------------------------------------------------------------------------------------ transformers
 
 
 def install_shared_attention(model: nn.Module) -> None:
-    """Let the language model of a transformers Qwen-VL use these paths. Without `shared_rows` in the call, or with
-    another mask than its own, it runs transformers' SDPA as before. Source: transformers' AttentionInterface."""
+    """Let the language model of a transformers Qwen-VL use these paths; without a mask it runs transformers' SDPA as
+    before. Source: transformers' AttentionInterface."""
     from transformers import AttentionInterface, AttentionMaskInterface
     from transformers.integrations.sdpa_attention import sdpa_attention_forward
     from transformers.masking_utils import sdpa_mask
 
     def forward(module, query, key, value, attention_mask, scaling=None, dropout=0.0, shared_rows=None, **others):
-        if shared_rows is None or shared_rows.path == "mask" or dropout:
+        if dropout or attention_mask is None or (shared_rows is not None and shared_rows.path == "mask"):
             return sdpa_attention_forward(
                 module, query, key, value, attention_mask, scaling=scaling, dropout=dropout, **others
             )
+        # Under autocast, norms and the rotary embedding leave these in float32; SDPA would cast them in every layer.
+        query, key = query.to(value.dtype), key.to(value.dtype)
         scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
-        if shared_rows.path == "varlen" and query.dtype in VARLEN_TYPES:
+        groups = heads_together(query, key)
+        if shared_rows is None:  # answers, token by token
+            output = masked(query, key, value, attention_mask.repeat(1, 1, groups, 1), scaling)
+        elif shared_rows.path == "varlen" and query.dtype in VARLEN_TYPES:
             output = varlen(query, key, value, shared_rows.varlen, scaling)
         else:
-            output = two_part(query, key, value, shared_rows.prefix, shared_rows.bias(query.dtype), scaling)
+            output = two_part(query, key, value, shared_rows.prefix, shared_rows.bias(query.dtype, groups), scaling)
         return output.transpose(1, 2).contiguous(), None
 
     AttentionInterface.register(NAME, forward)
     AttentionMaskInterface.register(NAME, sdpa_mask)
     model.set_attn_implementation({"text_config": NAME})
+
+
+def read_lengths_once(model: nn.Module) -> None:
+    """Copy the vision tower's sequence lengths to the host once per pass. Every block asks for their numbers three
+    times, and each time the host would wait until the GPU has done all that is queued."""
+    copies: list[tuple[torch.Tensor, torch.Tensor]] = []  # (lengths, copy); Qwen2.5-VL's blocks take one of two
+
+    def on_host(block, args, kwargs):
+        lengths = kwargs["cu_seqlens"]
+        copy = next((copy for known, copy in copies if known is lengths), None)
+        if copy is None:
+            copy = lengths.cpu()
+            copies[:] = [*copies[-1:], (lengths, copy)]
+        return args, {**kwargs, "cu_seqlens": copy}
+
+    for block in model.model.visual.blocks:
+        block.register_forward_pre_hook(on_host, with_kwargs=True)

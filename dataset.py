@@ -293,8 +293,8 @@ class StepDataset(_Batches):
 
 
 class EvalDataset(_Batches):
-    """Index: a batch of the split. Batches hold the questions of a picture side by side, and do not depend on the
-    number of ranks, so that predictions do not either."""
+    """Index: a batch of the split. Batches hold the questions of a picture together, so that it is read once, and do
+    not depend on the number of ranks, so that predictions do not either."""
 
     def __init__(
         self, samples, encoder, share_prefix, eval_bs: int, generation: bool, rows: Sequence[int] | None = None
@@ -304,8 +304,15 @@ class EvalDataset(_Batches):
         groups: dict = {}
         for row in rows:
             groups.setdefault(encoder.images_of(samples[row]) or row, []).append(row)
-        ordered = [row for group in groups.values() for row in group]
-        self.batches = [ordered[start : start + eval_bs] for start in range(0, len(ordered), eval_bs)]
+        self.batches: list[list[int]] = [[]]
+        for group in groups.values():
+            if share_prefix and len(self.batches[-1]) + len(group) > eval_bs:
+                self.batches.append([])  # a picture is cut only where it has more questions than a batch
+            for row in group:
+                if len(self.batches[-1]) == eval_bs:
+                    self.batches.append([])
+                self.batches[-1].append(row)
+        self.batches = [batch for batch in self.batches if batch]
         self.generation = generation
 
     def __len__(self) -> int:

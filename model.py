@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from attention import SharedRows, attention_mask, install_shared_attention
+from attention import SharedRows, attention_mask, install_shared_attention, read_lengths_once
 from config import Config, Lora, UserError
 from family import Family
 from templates import IGNORE
@@ -67,6 +67,7 @@ def load_base(model_name: str, dtype: torch.dtype, quantization: str = "none") -
     model.requires_grad_(False)
     if hasattr(model.model, "visual"):
         patch_embed_as_matrix_product(model)
+        read_lengths_once(model)
         install_shared_attention(model)  # texts without a picture share no prefix
     return model
 
@@ -312,14 +313,16 @@ def model_inputs(model: nn.Module, batch: dict, family: Family) -> dict:
         # sequences, and put a mask where plain causal attention does.
         return {"input_ids": batch["input_ids"]}
     features = encode_images(model, batch, family)
-    mask = attention_mask(batch["segments"])
-    return {
+    inputs = {
         "input_ids": batch["input_ids"],
-        "attention_mask": mask,
+        "attention_mask": None,  # plain causal; padding stands at the end, where no question can see it
         "position_ids": batch["position_ids"],
         "mm_encoder_outputs": {"image": features} if features is not None else None,
-        **({} if mask is None else {"shared_rows": SharedRows(batch["segments"], mask)}),
     }
+    if batch["shared_prefix"] is not None:  # without the mask, questions would read each other
+        mask = attention_mask(batch["segments"])
+        inputs |= {"attention_mask": mask, "shared_rows": SharedRows(batch["segments"], mask, batch["shared_prefix"])}
+    return inputs
 
 
 class AnswerLoss(nn.Module):

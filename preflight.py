@@ -262,6 +262,8 @@ def prefix_sharing(
             pictures += len(set(shown))
             starts = range(0, len(shown), config.train_bs)
             encoded += sum(len(set(shown[start : start + config.train_bs])) for start in starts)
+    if pictures == questions:
+        return []
     per_step = [count / len(looked_at) for count in (questions, encoded, pictures)]
     line = "Sharing: a step's {:.0f} questions lie behind {:.1f} picture prefixes".format(*per_step)
     if encoded > 1.1 * pictures:

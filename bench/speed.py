@@ -103,7 +103,8 @@ class Ours:
 
     def gradients(self, rows: list[int]) -> dict:
         plan = types.SimpleNamespace(rank_questions=lambda step, rank, ranks: rows)
-        dataset = StepDataset(self.workload.samples, self.workload.encoder, self.share, plan, len(rows), 0, 1)
+        train_bs = min(len(rows), self.workload.config.train_bs)
+        dataset = StepDataset(self.workload.samples, self.workload.encoder, self.share, plan, train_bs, 0, 1)
         self.model.train()
         self.backward(dataset[0]["micro_batches"])
         gradients = {name: p.grad.float().cpu().numpy() for name, p in trainable_parameters(self.model).items()}
@@ -185,7 +186,7 @@ def measure(variants: str, base, workload: Workload, device: torch.device, folde
             print(
                 f"  step {step}/{workload.steps - 1} {variant} {', '.join(f'{s:.2f} s' for s in took)}", file=sys.stderr
             )
-    for variant, run in runs.items():
+    for variant, run in list(runs.items()):
         results[variant].loss = guarded(variant, lambda: final_loss(run.model, workload, device))  # noqa: B023
     return results
 
@@ -264,7 +265,8 @@ def main() -> None:
     parser.add_argument("--shared-micro-batch", type=int, default=0, help="of D to F; 0: the whole step")
     parser.add_argument("--lora-r", type=int, default=16)
     parser.add_argument("--gradient-checkpointing", action="store_true", help="in all variants")
-    parser.add_argument("--workers", type=int, default=1, help="DataLoader workers of each variant")
+    parser.add_argument("--workers", type=int, default=8 if torch.cuda.is_available() else 1,
+                        help="DataLoader workers of each variant; on a GPU one would starve A")  # fmt: skip
     parser.add_argument("--compile", action="store_true", help="adds variant F")
     parser.add_argument("--tokenizer", help="folder of a real tokenizer; the embedding then has 151,936 rows")
     parser.add_argument("--histogram", help="csv with a column img_id, for 'real'; default: numbers in workload.py")

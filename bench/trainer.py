@@ -122,12 +122,14 @@ class HuggingFace(TrainerCallback):
 
     def gradients(self, rows: list[int]) -> dict[str, np.ndarray]:
         """Of the mean loss over these samples, by parameter name, at the present weights."""
-        batch = self.trainer.data_collator([self.trainer.train_dataset[row] for row in rows])
-        batch = {key: value.to(self.model.device) for key, value in batch.items()}
+        batches = [self.trainer.data_collator([self.trainer.train_dataset[row]]) for row in rows]
+        tokens = sum((batch["labels"] != -100).sum() for batch in batches).to(self.model.device)
         self.model.train()
-        with self.trainer.compute_loss_context_manager():
-            loss = self.trainer.compute_loss(self.model, batch, num_items_in_batch=(batch["labels"] != -100).sum())
-        loss.backward()
+        for batch in batches:  # one by one: all of them together may not fit
+            batch = {key: value.to(self.model.device) for key, value in batch.items()}
+            with self.trainer.compute_loss_context_manager():
+                loss = self.trainer.compute_loss(self.model, batch, num_items_in_batch=tokens)
+            loss.backward()
         gradients = {name: p.grad.float().cpu().numpy() for name, p in self.model.named_parameters() if p.requires_grad}
         self.model.zero_grad(set_to_none=True)
         return gradients

@@ -6,7 +6,7 @@ import torch.nn.functional as F
 from tiny_runs import FAMILIES, build_items, tiny_run, vqa_samples
 
 import attention
-from attention import SharedRows, attention_mask, two_part, varlen, varlen_layout
+from attention import SharedRows, attention_mask, masked, two_part, varlen, varlen_layout
 from batches import collate
 from config import UserError
 from model import AnswerLoss, trainable_parameters
@@ -62,16 +62,26 @@ def in_pieces(queries, keys, values, cu_q, cu_k, max_q, max_k, scale):
     return torch.cat(outputs)
 
 
+def shared_rows(segments):
+    return SharedRows(segments, attention_mask(segments), int((segments == PREFIX).sum(1).min()))
+
+
 def by_two_part(query, key, value, segments):
-    rows = SharedRows(segments, attention_mask(segments))
+    rows = shared_rows(segments)
     return two_part(query, key, value, rows.prefix, rows.bias(query.dtype), 0.3)
+
+
+def by_two_part_as_on_cuda(query, key, value, segments):
+    """The query heads that read the same keys as queries of one head."""
+    rows = shared_rows(segments)
+    return two_part(query, key, value, rows.prefix, rows.bias(query.dtype, groups=2), 0.3)
 
 
 def by_varlen(query, key, value, segments):
     return varlen(query, key, value, varlen_layout(segments), 0.3, attend=in_pieces)
 
 
-@pytest.mark.parametrize("path", [by_two_part, by_varlen])
+@pytest.mark.parametrize("path", [by_two_part, by_two_part_as_on_cuda, by_varlen])
 def test_a_path_gives_the_masked_references_outputs_and_gradients(segments, path):
     inputs = states(segments)
     real = (segments >= 0)[:, None, :, None]  # nothing reads what stands at padding
@@ -84,7 +94,7 @@ def test_a_path_gives_the_masked_references_outputs_and_gradients(segments, path
         assert torch.allclose(expected, got, rtol=1e-10, atol=1e-12)
 
 
-@pytest.mark.parametrize("path", [reference, by_two_part, by_varlen])
+@pytest.mark.parametrize("path", [reference, by_two_part, by_two_part_as_on_cuda, by_varlen])
 def test_no_question_sees_another_nor_the_future(segments, path):
     """Changing one token's key and value changes nothing before it and nothing in other questions."""
     query, key, value = (x.detach() for x in states(segments))
@@ -103,7 +113,7 @@ def test_no_question_sees_another_nor_the_future(segments, path):
 
 def test_the_two_part_path_leaves_out_most_of_what_the_mask_throws_away():
     segments = torch.tensor([row((PREFIX, 600), *((k, 40) for k in range(1, 10)))])
-    rows = SharedRows(segments, attention_mask(segments))
+    rows = shared_rows(segments)
     useful = int(attention_mask(segments).sum())
     computed = rows.prefix**2 / 2 + rows.bias(torch.float32).numel()
     assert rows.prefix == 600 and computed < 0.6 * 960**2 and computed < 1.3 * useful + 360**2 * 0.9
@@ -145,7 +155,7 @@ def test_rows_of_one_question_need_no_mask_and_no_path(tiny_models, monkeypatch)
     monkeypatch.setattr(attention, "two_part", None)  # calling it would be an error
     items, images = build_items(run.encoder(), vqa_samples(3, 1))
     batch = collate(items, images, True, run.tokenizer.pad_token_id)
-    assert attention_mask(batch["segments"]) is None
+    assert batch["shared_prefix"] is None
     assert float(AnswerLoss(run.model(), run.family)(batch).detach()) > 0
 
 
@@ -160,6 +170,42 @@ def test_an_unknown_path_is_an_error_that_names_the_known_ones(monkeypatch):
     monkeypatch.setenv("SHARED_ATTENTION", "flash")
     with pytest.raises(UserError, match="SHARED_ATTENTION is 'flash'; choose one of mask, two_part, varlen"):
         attention.chosen_path(torch.device("cpu"))
+
+
+def test_varlen_is_compared_with_the_reference_wherever_it_is_first_asked_for(monkeypatch):
+    """In an evaluation too, which runs without gradients."""
+    monkeypatch.setattr(attention, "_varlen_kernel", in_pieces)
+    for surroundings in (torch.enable_grad, torch.no_grad, torch.inference_mode):
+        with surroundings():
+            assert attention.varlen_difference(torch.device("cpu")) < 0.02
+    monkeypatch.setattr(attention, "_varlen_kernel", lambda *states: in_pieces(*states) * 1.1)
+    assert attention.varlen_difference(torch.device("cpu")) > 0.02
+
+
+@pytest.mark.parametrize(("family", "kinds"), [("qwen2_vl", 1), ("qwen2_5_vl", 2), ("qwen3_vl", 1)])
+def test_the_vision_towers_lengths_are_copied_to_the_host_once_a_pass(tiny_models, monkeypatch, family, kinds):
+    run = tiny_run(tiny_models, family)
+    model = run.model()
+    items, images = build_items(run.encoder(), vqa_samples(3, 1))
+    batch = collate(items, images, True, run.tokenizer.pad_token_id)
+    expected = float(AnswerLoss(model, run.family)(batch).detach())
+    copied = []
+    monkeypatch.setattr(torch.Tensor, "cpu", lambda self: copied.append(self) or self.clone())
+    for passes in (1, 2):
+        assert float(AnswerLoss(model, run.family)(batch).detach()) == expected
+        assert len(copied) == kinds * passes
+    monkeypatch.undo()
+
+
+@pytest.mark.parametrize("groups", [1, 2])
+def test_answers_read_a_cache_alike_whether_keys_are_repeated_or_heads_stand_together(groups):
+    generator = torch.Generator().manual_seed(0)
+    query, key, value = (torch.randn(2, n, t, 8, generator=generator) for n, t in ((4, 3), (2, 11), (2, 11)))
+    mask = torch.rand(2, 1, 3, 11, generator=generator) > 0.4
+    mask[..., 0] = True
+    repeated = (x.repeat_interleave(2, dim=1) for x in (key, value))
+    expected = F.scaled_dot_product_attention(query, *repeated, attn_mask=mask, scale=0.3)
+    assert torch.allclose(masked(query, key, value, mask.repeat(1, 1, groups, 1), 0.3), expected, atol=1e-6)
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU")

@@ -6,6 +6,7 @@ import torch
 from conftest import shared_data
 from tiny_runs import END, FAMILIES, TinyRun, build_items, supervised_text, tiny_run, vqa_samples, write_pictures
 
+import batches
 from batches import BatchPlan, Item, collate, passes
 from dataset import SampleEncoder
 from family import load_family
@@ -274,14 +275,16 @@ def long_items(lengths: dict[str, list[int]]) -> list[Item]:
     return items
 
 
-def test_rows_of_unlike_length_stand_in_passes_of_their_own_and_like_ones_together():
+def test_rows_of_like_length_fill_a_pass_together_and_unlike_ones_stand_apart(monkeypatch):
     items = long_items({"a": [50] * 9, "b": [50] * 3, "c": [49] * 9, "d": [50] * 3})
-    parts = [[item.sample_id[0] for item in part] for part in passes(items, True)]
-    assert ["".join(dict.fromkeys(part)) for part in parts] == ["ac", "bd"]
+    for limit, expected in ((1024, ["a", "c", "b", "d"]), (2700, ["ac", "bd"]), (4096, ["abc", "d"])):
+        monkeypatch.setattr(batches, "FULL_PASS", limit)
+        parts = [[item.sample_id[0] for item in part] for part in passes(items, True)]
+        assert ["".join(dict.fromkeys(part)) for part in parts] == expected
+    monkeypatch.setattr(batches, "FULL_PASS", 2700)
     images = {name: ModelImage(np.zeros((1, 3), dtype=np.uint8), (2, 2), None) for name in "abcd"}
     for part in passes(items, True):
-        segments = collate(part, images, True, 0)["segments"]
-        assert (segments < 0).float().mean() < 0.02
+        assert (collate(part, images, True, 0)["segments"] < 0).float().mean() < 0.02
 
 
 def test_passes_hold_every_question_once_in_the_order_given_and_never_part_a_picture():
@@ -295,6 +298,9 @@ def test_passes_hold_every_question_once_in_the_order_given_and_never_part_a_pic
     assert sum(len({item.images for item in part}) for part in parts) == 7
 
 
-def test_short_rows_and_rows_that_share_nothing_stay_together():
-    assert len(passes(long_items({"a": [100], "b": [2]}), True)) == 1, "1,024 tokens are not reached before the last"
-    assert len(passes(long_items({"a": [500] * 9, "b": [2] * 3}), False)) == 1
+def test_rows_that_share_nothing_stay_together_as_long_as_they_fit():
+    pages = long_items({str(number): [100 * number] for number in range(1, 5)})
+    for share_prefix in (True, False):
+        assert passes(pages, share_prefix) == [pages]
+    papers = long_items({str(number): [7300] for number in range(9)})
+    assert [len(part) for part in passes(papers, True)] == [3, 3, 3], "8,200 tokens each, of at most 32,768"

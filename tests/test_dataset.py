@@ -310,6 +310,17 @@ def test_evaluation_asks_every_row_once_with_an_images_questions_side_by_side(ti
         assert batch["sample_ids"] == [samples[row]["id"] for row in batch["rows"]]
 
 
+@pytest.mark.parametrize(("eval_bs", "cut", "expected"), [(8, False, [6, 6, 6]), (12, False, [12, 6]), (4, True, 6)])
+def test_evaluation_cuts_no_picture_that_fits_into_a_batch(tiny_models, eval_bs, cut, expected):
+    run = tiny_run(tiny_models, "qwen3_vl")
+    dataset = EvalDataset(SampleList(vqa_samples(3, 6), "s"), run.encoder(), True, eval_bs, True)
+    assert len(dataset) == expected if cut else [len(batch) for batch in dataset.batches] == expected
+    read = sum(len({row // 6 for row in batch}) for batch in dataset.batches)
+    assert read == (6 if cut else 3), "pictures read"
+    unshared = EvalDataset(SampleList(vqa_samples(3, 6), "s"), run.encoder(), False, eval_bs, True)
+    assert len(unshared) == -(-18 // eval_bs)
+
+
 def test_evaluation_of_some_rows_asks_just_these(tiny_models):
     run = tiny_run(tiny_models, "qwen3_vl")
     dataset = EvalDataset(SampleList(vqa_samples(), "s"), run.encoder(), True, 4, True, rows=[2, 3, 9])

@@ -277,4 +277,4 @@ def test_the_log_says_how_often_pictures_are_encoded_and_what_would_spare_it(tin
     remedy = "; behind 1.0 with train_bs=8 grad_accum=1: faster, the same result, more memory"
     assert line() == [said.format("4.0") + remedy]
     assert line(train_bs=8, grad_accum=1) == [said.format("1.0")]
-    assert line(share_prefix=False) == line(image="none") == []
+    assert line(share_prefix=False) == line(image="none") == line(train_bs=1, grad_accum=1) == []

@@ -180,22 +180,22 @@ def test_what_stands_in_the_padding_never_changes_a_loss(run):
 # --------------------------------------------------------------------------------------------------- the known traps
 
 
-def test_trap_positions_without_the_mask_let_questions_read_each_other(run, monkeypatch):
+def test_trap_positions_without_the_mask_let_questions_read_each_other(run):
     """Neither an error nor a warning: only the numbers are wrong."""
     batch = laid_out(run, groups_of_one_picture(), True)
     right = losses(run, batch)
-    monkeypatch.setattr(modeling, "attention_mask", lambda segments: None)
+    batch["shared_prefix"] = None  # as if no question had a neighbour
     wrong = losses(run, batch)
     assert wrong["p0q0"] == pytest.approx(right["p0q0"], rel=1e-9), "the first question has nothing before it"
     for id in ("p0q1", "p0q2", "p0q3"):
         assert wrong[id] != pytest.approx(right[id], rel=1e-6)
 
 
-def test_trap_four_rows_of_positions_without_a_mask_cut_questions_off_their_picture(run, monkeypatch):
+def test_trap_four_rows_of_positions_without_a_mask_cut_questions_off_their_picture(run):
     """transformers then takes the row for packed sequences, and a restarting position for the start of a new one."""
     batch = laid_out(run, groups_of_one_picture(), True)
     right = losses(run, batch)
-    monkeypatch.setattr(modeling, "attention_mask", lambda segments: None)
+    batch["shared_prefix"] = None  # as if no question had a neighbour
     text_positions = batch["position_ids"].amax(0, keepdim=True)
     batch["position_ids"] = torch.cat([text_positions, batch["position_ids"]])
     wrong = losses(run, batch)
@@ -204,8 +204,9 @@ def test_trap_four_rows_of_positions_without_a_mask_cut_questions_off_their_pict
 
 
 def test_trap_a_mask_of_one_row_a_question_is_left_out_only_where_no_question_has_a_neighbour(run):
-    assert modeling.attention_mask(laid_out(run, mixture(), False)["segments"]) is None
-    assert modeling.attention_mask(laid_out(run, mixture(), True)["segments"]) is not None
+    for shared in (False, True):
+        batch = laid_out(run, mixture(), shared)
+        assert (batch["shared_prefix"] is not None) == shared == (int(batch["segments"].max()) > 1)
 
 
 def test_the_mask_lets_a_token_see_the_prefix_and_its_own_question_up_to_itself():
