@@ -17,7 +17,7 @@ from safetensors.torch import load_file, save_file
 
 import sharding
 from atomic import flush, full_disk_is_said, save_atomically, write_json
-from classification import load_head, save_head
+from classification import HEAD_FILE, load_head, save_head
 from config import Config, UserError
 from distributed import Ranks
 from model import HEAD, base_of, group_of, load_base, quiet_peft
@@ -190,6 +190,29 @@ def resume(folder: Path, model, optimizer, names: dict[str, torch.nn.Parameter],
     else:
         load_weights(model, folder, config)
         load_optimizer(optimizer, names, folder / OPTIMIZER_FILE)
+
+
+def load_best(folder: Path, model, names: dict[str, torch.nn.Parameter], config: Config) -> None:
+    """Put a checkpoint's weights in place, without the optimizer's state: for the end of a run. All ranks: contains
+    collectives under fsdp."""
+    if config.parallel == "fsdp":
+        sharding.load_shards(folder / sharding.SHARDS, names)
+    else:
+        load_weights(model, folder, config)
+
+
+def load_initial(model, folder, config: Config) -> str:
+    """Start from an adapter, and a classification run from its head too, where it has one. Returns what the log says.
+
+    Errors: `UserError` where they do not fit."""
+    load_adapter(model, folder)
+    said = f"Starting from the adapter {folder}, with a fresh optimizer and schedule"
+    if config.task != "cls":
+        return said
+    if (Path(folder) / HEAD_FILE).is_file():
+        load_head(model, Path(folder), config.num_labels)
+        return f"{said}, and its head"
+    return f"{said}, and a fresh head"
 
 
 def load_weights(model, folder: Path, config: Config) -> None:

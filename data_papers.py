@@ -11,6 +11,7 @@ import pages
 import splits
 from config import UserError
 from data_click import read_rows
+from giveaways import STAMP, uneven_forms, without_stamps
 from images import image_path, open_image
 from splits import SPLITS, first_names
 from templates import sample_images
@@ -20,14 +21,6 @@ TITLE = "# Papers, prepared"  # how report.md begins; it marks a folder of ours
 ID_KEYS = ("id", "forum", "paper_id")
 BODY_KEYS = ("full_text", "body", "text")
 KEPT_KEYS = ("title", "keywords", "decision", "ratings", "url")  # beside what the model is shown, never in it
-
-# Conference styles print the decision over the text: the camera-ready version says "Published", the other one "Under
-# review". A model would learn to read that and nothing else.
-DECISION_STAMP = re.compile(
-    r"(published|under review|accepted|to appear)\s+as\s+an?\s+\w+(\s+\w+)?\s+paper\s+at\s+[\w.]+(\s+\d{4})?"
-    r"|(anonymous\s+authors?\s+)?paper\s+under\s+double-blind\s+review",
-    re.IGNORECASE,
-)
 
 
 def prepare(source: str, out: str, train_agreeing: bool, as_pages: bool, seed: int, split: str) -> None:
@@ -55,9 +48,12 @@ def prepare(source: str, out: str, train_agreeing: bool, as_pages: bool, seed: i
     samples = {name: [to_sample(paper) for paper in found] for name, found in by_split.items()}
     table = paper_table(samples)
     files = {f"{name}.json": splits.json_list(samples[name]) for name in SPLITS}
-    files["report.md"] = report(source, told, table, counts, rule)
+    forms = {"page images of their own": "source_pages"} if as_pages else {}
+    warnings = uneven_forms(shown, forms | {"their full text": "has_body"})
+    files["report.md"] = report(source, told, table, counts, rule, warnings)
     splits.write_whole(out, files, before_renaming=lambda: pages.write(out, files_of_pages))
     _print_summary(out, table, counts, rule, files, files_of_pages)
+    print("".join(f"\n{warning}" for warning in warnings), end="")
 
 
 # ------------------------------------------------------------------------------------------------------ the source
@@ -131,9 +127,9 @@ def to_paper(row: dict, number: int, label: int, folder: Path, as_pages: bool) -
         raise UserError(f"key 'keywords' is {keywords!r} but must be a list of texts")
     parts = [
         f"Title: {title}",
-        f"Abstract: {DECISION_STAMP.sub('', abstract).strip()}" if abstract else "",
+        f"Abstract: {without_stamps(abstract)}" if abstract else "",
         f"Keywords: {', '.join(keywords)}" if keywords else "",
-        DECISION_STAMP.sub("", body).strip(),
+        without_stamps(body),
     ]
     text = "\n\n".join(part for part in parts if part)
     if as_pages:
@@ -150,7 +146,8 @@ def to_paper(row: dict, number: int, label: int, folder: Path, as_pages: bool) -
         "text": text.replace("<|", "< |"),  # papers about language models spell control tokens such as <|im_end|>
         "content": abstract + body,
         "source_pages": source_pages,
-        "was_stamped": bool(DECISION_STAMP.search(abstract) or DECISION_STAMP.search(body)),
+        "was_stamped": bool(STAMP.search(abstract) or STAMP.search(body)),
+        "has_body": bool(body),
     }
 
 
@@ -291,7 +288,7 @@ def paper_table(samples: dict[str, list[dict]]) -> list[list[str]]:
     return [*lines, ["all", *(f"{number:,}" for number in (*totals, sum(totals)))]]
 
 
-def report(source, told, table, counts, rule) -> str:
+def report(source, told, table, counts, rule, warnings) -> str:
     """`report.md`: papers by label and split, everything that was counted, and the rules."""
     counted = [["what", "count"], *([what, f"{number:,}"] for what, number in counts.items())]
     own_pages = (
@@ -313,8 +310,9 @@ Source: {source}; {"; ".join(told)}.
 
 Label 1 is any kind of accept, 0 a reject. Every split has as many of the one as of the other, and papers with the same
 title or text stay in one split. The model is shown title, abstract, keywords and full text, where there are any;
-ratings and decision stand in keys of their own, which no template reads.{own_pages}
-
+ratings and decision stand in keys of their own, which no template reads. Phrases by which conference styles tell the
+decision are cut out; names and acknowledgments, which only final versions have, are not: look for them.{own_pages}
+{"".join(f"{chr(10)}{warning}.{chr(10)}" for warning in warnings)}
 ## Rule for the training split
 
 {rule or "None: all its papers are kept (--train-agreeing keeps those whose ratings agree with the decision)."}

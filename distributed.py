@@ -90,6 +90,7 @@ def start_ranks() -> Ranks:
             )
         device = torch.device("cuda", local_rank)
         torch.cuda.set_device(device)
+        torch.set_float32_matmul_precision("high")  # TF32, in training and evaluation alike
     if world > 1:
         try:
             dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=COLLECTIVE_TIMEOUT)

@@ -230,6 +230,14 @@ def count_parameters(config: Config) -> list[str]:
 
 
 def make_plan(config: Config, samples: SampleList, encoder: SampleEncoder, world: int) -> BatchPlan:
+    """Errors: `UserError` where the ranks could not train these samples together."""
+    if config.parallel == "fsdp" and encoder.image_shown and world > 1:
+        shown = [bool(encoder.images_of(sample)) for sample in samples]
+        if any(shown) and not all(shown):
+            raise UserError(
+                f"{samples.name(shown.index(False))} has no picture and others have: under parallel 'fsdp' all ranks "
+                "put the vision tower together at the same time, or none; set parallel: ddp, or train the two apart"
+            )
     image_of = None
     if config.order == "images":
         image_of = [encoder.images_of(samples[row]) or row for row in range(len(samples))]

@@ -91,10 +91,10 @@ def evened(micro_batches: list[dict], ranks: Ranks) -> list[dict]:
 # --------------------------------------------------------------------------------------------------------- checkpoints
 
 
-def _entries(names: dict[str, nn.Parameter], optimizer: torch.optim.Optimizer) -> dict[str, torch.Tensor]:
+def _entries(names: dict[str, nn.Parameter], optimizer: torch.optim.Optimizer | None) -> dict[str, torch.Tensor]:
     """Weights and AdamW's state under the names of checkpoints: `NAME`, `NAME|exp_avg`, ..."""
     entries = {name: parameter.detach() for name, parameter in names.items()}
-    for name, parameter in names.items():
+    for name, parameter in names.items() if optimizer else ():
         for key, value in optimizer.state.get(parameter, {}).items():
             entries[f"{name}|{key}"] = value
     return entries
@@ -118,11 +118,12 @@ def save_shards(folder: Path, names: dict[str, nn.Parameter], optimizer: torch.o
         raise kind(f"rank {rank}: {failure}") from None
 
 
-def load_shards(folder: Path, names: dict[str, nn.Parameter], optimizer: torch.optim.Optimizer) -> None:
-    """Put weights and optimizer state of `save_shards` in place, whatever number of ranks wrote them.
-
-    All ranks: contains collectives."""
+def load_shards(folder: Path, names: dict[str, nn.Parameter], optimizer: torch.optim.Optimizer | None = None) -> None:
+    """Put weights of `save_shards` in place, and the state of the optimizer, if one is given; whatever number of ranks
+    wrote them. All ranks: contains collectives."""
     saved = set(stored_names(folder))
+    if optimizer is None:
+        saved = {name for name in saved if "|" not in name}
     for name, parameter in names.items():
         if f"{name}|step" in saved:
             moments = {key: torch.zeros_like(parameter, requires_grad=False) for key in ("exp_avg", "exp_avg_sq")}

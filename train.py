@@ -118,6 +118,8 @@ def train(config: Config, check_only: bool, source: str) -> None:
     # Rank 0 has looked; the others follow it, or a folder that changes meanwhile could split them.
     resume_from, notes = ranks.gather([[str(resume_from or ""), notes]] if ranks.is_first else [])[0]
     state = checkpoint.read_state(Path(resume_from)) if resume_from else TrainerState()
+    if state.best_step and checkpoint.whats_wrong(output / f"checkpoint-{state.best_step}"):
+        state.best_step = state.best_merit = None  # it was resumed from another folder, and the best stayed there
     if state.step == plan.total_steps and checkpoint.is_final(output):
         if ranks.is_first:
             print(f"{config.experiment}: already complete at step {state.step}; the model is in {output}", flush=True)
@@ -129,8 +131,6 @@ def train(config: Config, check_only: bool, source: str) -> None:
 
     # --- model, optimizer ---
     on_gpu = ranks.device.type == "cuda"
-    if on_gpu:
-        torch.set_float32_matmul_precision("high")
     started = time.perf_counter()
     dtype = torch.bfloat16 if on_gpu else torch.float32
     base = modeling.load_base(config.model_name, dtype, config.quantization)
@@ -144,7 +144,7 @@ def train(config: Config, check_only: bool, source: str) -> None:
         module.to(ranks.device)
     names = modeling.trainable_parameters(model)
     if config.init_adapter and not resume_from:
-        checkpoint.load_adapter(model, config.init_adapter)
+        notes.append(checkpoint.load_initial(model, config.init_adapter, config))
     optimizer = torch.optim.AdamW(
         modeling.optimizer_groups(model, config),
         betas=(0.9, 0.999),
@@ -178,8 +178,6 @@ def train(config: Config, check_only: bool, source: str) -> None:
             log.sample(row, *sample_pictures(train_samples[row], encoder))
     if resume_from:
         log.say(f"Resuming from {resume_from}: step {state.step}/{plan.total_steps}")
-    elif config.init_adapter:
-        log.say(f"Starting from the adapter {config.init_adapter}, with a fresh optimizer and schedule")
 
     # --- the loop ---
     records = clicks.records(family, config)  # kept beside the weights
@@ -208,9 +206,11 @@ def train(config: Config, check_only: bool, source: str) -> None:
         values["eval_seconds"] = time.perf_counter() - began
         log.record({"step": state.step, "epoch": plan.epoch_at(state.step), **values}, "eval")
         log.say("eval " + " | ".join(f"{key.removeprefix('eval_')} {value:.4f}" for key, value in values.items()))
-        # The best is only worth keeping where there is a checkpoint of it.
+        # The best is only worth keeping where there is a checkpoint of it. For cls one is made, as its result.
         saved = is_due(config.save_steps, state.step, plan.steps_per_epoch) or state.step == plan.total_steps
-        if saved and (state.best_merit is None or merit(config.task, values) > state.best_merit):
+        if (saved or config.task == "cls") and (
+            state.best_merit is None or merit(config.task, values) > state.best_merit
+        ):
             state.best_merit, state.best_step = merit(config.task, values), state.step
 
     dataset = StepDataset(train_samples, encoder, config.share_prefix, plan, config.train_bs, ranks.rank, ranks.world)
@@ -308,7 +308,8 @@ def train(config: Config, check_only: bool, source: str) -> None:
             paused = time.perf_counter()
             if config.eval_steps and (is_due(config.eval_steps, state.step, plan.steps_per_epoch) or done):
                 evaluate()
-            if is_due(config.save_steps, state.step, plan.steps_per_epoch) or done:
+            best = config.task == "cls" and state.best_step == state.step
+            if is_due(config.save_steps, state.step, plan.steps_per_epoch) or done or best:
                 save()
             elif stop_wanted:
                 save(" before stopping")
@@ -325,7 +326,7 @@ def train(config: Config, check_only: bool, source: str) -> None:
         log.say(f"Stopped at step {state.step}/{plan.total_steps} on request; the same command goes on from here")
     else:
         if config.task == "cls" and state.best_step not in (None, state.step):
-            checkpoint.resume(output / f"checkpoint-{state.best_step}", model, optimizer, names, config)
+            checkpoint.load_best(output / f"checkpoint-{state.best_step}", model, names, config)
             log.say(f"The best on val was step {state.best_step}, accuracy {state.best_merit[0]:.4f}: it is the result")
         checkpoint.save_final(output, model, config, records, ranks)
         minutes = state.train_seconds / 60

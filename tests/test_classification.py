@@ -2,6 +2,7 @@
 
 import json
 import math
+import shutil
 
 import pytest
 import torch
@@ -276,6 +277,46 @@ def test_the_best_epoch_is_chosen_on_val_and_is_the_result_whatever_test_says(ru
     assert torch.equal(final["weight"], best["weight"]) and not torch.equal(final["weight"], last["weight"])
     weights, name = load_file(output / "model.safetensors"), "model.layers.0.mlp.up_proj.weight"
     assert torch.equal(weights[name], load_file(output / "checkpoint-36" / "trained_weights.safetensors")[name])
+
+
+def test_the_best_epoch_is_the_result_whatever_the_steps_that_are_saved(run, monkeypatch):
+    accuracies = iter([0.9, 0.5, 0.4])
+    monkeypatch.setattr(
+        train, "scores_while_training", lambda *_: {"eval_accuracy": next(accuracies), "eval_loss": 0.5}
+    )
+    output = run("out", num_train_epochs=3, save_steps=1000)
+    assert sorted(folder.name for folder in output.glob("checkpoint-*")) == ["checkpoint-12", "checkpoint-36"]
+    best = load_file(output / "checkpoint-12" / "cls_head.safetensors")
+    assert torch.equal(load_file(output / "cls_head.safetensors")["weight"], best["weight"])
+
+
+def test_a_run_resumed_into_another_folder_ends_with_the_best_of_its_own_epochs(run, monkeypatch, tmp_path, documents):
+    accuracies = iter([0.9, 0.8, 0.7, 0.6])
+    monkeypatch.setattr(
+        train, "scores_while_training", lambda *_: {"eval_accuracy": next(accuracies), "eval_loss": 0.5}
+    )
+    first = run("first", num_train_epochs=2)
+    # as if it had been stopped after its second epoch of four
+    state = first / "checkpoint-24" / "trainer_state.json"
+    state.write_text(state.read_text().replace('"num_train_epochs": 2', '"num_train_epochs": 4'))
+    assert load_state(first)["best_step"] == 12
+    other = run("other", num_train_epochs=4, resume=str(first / "checkpoint-24"))
+    best = load_file(other / "checkpoint-36" / "cls_head.safetensors")
+    assert load_state(other)["best_step"] == 36
+    assert torch.equal(load_file(other / "cls_head.safetensors")["weight"], best["weight"])
+
+
+@pytest.mark.parametrize("head", [True, False])
+def test_a_run_that_starts_from_an_adapter_takes_its_head_along(head, trained, run, tmp_path, capsys):
+    start_from = tmp_path / "adapter"
+    shutil.copytree(trained / "lora", start_from, ignore=shutil.ignore_patterns("checkpoint-*"))
+    if not head:
+        (start_from / "cls_head.safetensors").unlink()
+    rates = {"learning_rate": 1e-12, "backbone_learning_rate": 1e-12}
+    output = run("out", finetuning="lora", init_adapter=str(start_from), **rates)
+    assert (", and its head" if head else ", and a fresh head") in capsys.readouterr().out
+    before, after = (load_file(f / "cls_head.safetensors")["weight"] for f in (trained / "lora", output))
+    assert torch.allclose(before, after, atol=1e-9) == head
 
 
 # ------------------------------------------------------------------------------------------------- two learning rates

@@ -8,6 +8,7 @@ import pytest
 from conftest import shared_data
 from PIL import Image, ImageChops
 
+import giveaways
 import pages
 import prepare_data
 from config import UserError
@@ -127,6 +128,43 @@ def test_reviews_ratings_and_the_decision_never_reach_the_prompt(source):
         assert re.search(r"1 Introduction. Body \d+", said)
         assert not re.search("accept|reject|poster|published|review|anonymous|rating", said, re.IGNORECASE)
         assert sample["decision"] and sample["ratings"]  # kept, but in keys of their own
+
+
+STAMPS = [
+    "Published as a conference paper at ICLR 2021",
+    "Under review as a workshop paper at NeurIPS 2022",
+    "Anonymous authors\nPaper under double-blind review",
+    "Accepted at ICLR 2021",
+    "To appear in ICML 2021.",
+    "Submitted to 35th Conference on Neural Information Processing Systems (NeurIPS 2021). Do not distribute.",
+    "35th Conference on Neural Information Processing Systems (NeurIPS 2021), Sydney, Australia.",
+    "Preliminary work. Under review by the International Conference on Machine Learning (ICML). Do not distribute.",
+    "Proceedings of the 38 th International Conference on Machine Learning, PMLR 139, 2021.",
+    "Copyright 2021 by the author(s).",
+    "Published in Transactions on Machine Learning Research (08/2022)",
+    "Under review as submission to TMLR",
+    "Anonymous Author(s)",
+]
+
+
+@pytest.mark.parametrize("stamp", STAMPS)
+def test_a_styles_stamp_is_cut_out_and_the_text_around_it_stays(stamp):
+    text = f"Deep learning works.\n{stamp}\n1 Introduction. We accept the null at step 2021."
+    words = giveaways.without_stamps(text).split()
+    assert words == "Deep learning works. 1 Introduction. We accept the null at step 2021.".split()
+
+
+def test_a_form_that_tells_the_label_is_warned_of(source, capsys):
+    """Full texts of the accepts alone; or of half of both, which tells nothing."""
+    for share, warned in (({1: 1}, True), ({0: 2, 1: 2}, False)):
+        rows = [paper(n) for n in range(80)]
+        for n, row in enumerate(rows):
+            if n % 2 in share and n // 2 % share[n % 2] == 0:
+                row["full_text"] = f"1 Introduction. Body {n}."
+        prepare(source(rows))
+        report = (source(rows).parent / "data" / "report.md").read_text()
+        said = "WARNING: 100% of the accepts but 0% of the rejects come with their full text"
+        assert (said in report) == (said in capsys.readouterr().out) == warned
 
 
 def test_a_papers_control_tokens_are_spelt_apart(source):

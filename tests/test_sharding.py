@@ -2,6 +2,7 @@
 
 import json
 import signal
+from dataclasses import replace
 
 import pytest
 import torch
@@ -10,11 +11,17 @@ from run_helpers import REPO, children, finish, history, log_rows, send, start, 
 from run_helpers import write_config as question_config
 from run_helpers import write_samples as write_questions
 from safetensors.torch import load_file
+from tiny_runs import tiny_run, vqa_samples
 
 import evaluate
+import model as modeling
 import sharding
 import train
+from config import UserError, load_config
+from dataset import SampleEncoder, SampleList
 from distributed import Ranks
+from model import load_base
+from preflight import make_plan
 from templates import IGNORE
 
 TOLERANCE = 2e-5  # of losses near 1: other orders of summation, over eleven steps of training
@@ -91,6 +98,21 @@ def test_an_interrupted_run_resumes_bit_for_bit_and_its_checkpoints_need_no_pick
 
 
 @pytest.mark.slow
+def test_one_process_goes_on_from_the_shares_of_two(config, tmp_path):
+    path = config("cut", parallel="fsdp", save_steps=100)
+    process = start(path, ranks=2)
+    wait_for_step(tmp_path / "cut", 3, process)
+    send(children(process)[0], signal.SIGUSR1)
+    code, text = finish(process)
+    step = newest_state(tmp_path / "cut")["step"]
+    assert code == 0 and 3 <= step < 12, text
+    train.main(["--config", str(config("cut", parallel="fsdp", save_steps=100, grad_accum=4))])
+    train.main(["--config", str(config("whole", parallel="fsdp", save_steps=100, grad_accum=4))])
+    assert len(losses(tmp_path / "cut")) == 12
+    assert losses(tmp_path / "cut") == pytest.approx(losses(tmp_path / "whole"), abs=TOLERANCE)
+
+
+@pytest.mark.slow
 def test_where_one_rank_cannot_write_all_end_and_the_checkpoint_before_stays(config, tmp_path):
     path = config("out", parallel="fsdp")
     wrapped = REPO / "tests" / "wrapped_sharding.py"
@@ -161,8 +183,51 @@ def test_a_busier_rank_is_matched_with_batches_of_no_weight():
     assert sharding.evened([batch] * 3, Third(1, 3, torch.device("cpu"))) == [batch] * 3
 
 
-def test_adapters_are_not_sharded(config):
-    from config import UserError, load_config
+def test_the_best_epoch_is_put_back_from_its_shares(config, monkeypatch, tmp_path):
+    accuracies = iter([0.9, 0.5])
+    monkeypatch.setattr(
+        train, "scores_while_training", lambda *_: {"eval_accuracy": next(accuracies), "eval_loss": 0.5}
+    )
+    train.main(["--config", str(config("out", parallel="fsdp", grad_accum=4, save_steps="epoch"))])
+    output = tmp_path / "out"
+    best, last = (load_file(output / f"checkpoint-{step}" / "cls_head.safetensors") for step in (6, 12))
+    final = load_file(output / "cls_head.safetensors")
+    assert torch.equal(final["weight"], best["weight"]) and not torch.equal(final["weight"], last["weight"])
+    base = load_base(str(output), torch.float32)
+    sharding.load_whole(output / "checkpoint-6" / "sharded", base)
+    weights = load_file(output / "model.safetensors")
+    assert all(torch.equal(weights[name], parameter) for name, parameter in base.named_parameters())
 
+
+@pytest.mark.parametrize(
+    "changes",
+    [{}, {"vision_frozen": False}, {"projector_frozen": False}, {"backbone_learning_rate": 0.0}],
+    ids=lambda changes: next(iter(changes), "as the experiments"),
+)
+def test_a_bfloat16_base_is_sharded_and_computed_as_on_gpus(changes, config, monkeypatch, tmp_path, capsys):
+    """Frozen parts stay bfloat16 beside trained ones in float32, and all of it computes in bfloat16."""
+    load, policy = modeling.load_base, sharding.MixedPrecisionPolicy
+    monkeypatch.setattr(modeling, "load_base", lambda name, dtype, kind="none": load(name, torch.bfloat16, kind))
+    compute = {torch.float32: torch.bfloat16}
+    monkeypatch.setattr(
+        sharding, "MixedPrecisionPolicy", lambda param_dtype, reduce_dtype: policy(compute[param_dtype], reduce_dtype)
+    )
+    train.main(["--config", str(config("out", parallel="fsdp", grad_accum=4, learning_rate=3e-3, **changes))])
+    found = losses(tmp_path / "out")
+    assert len(found) == 12 and sum(found[-3:]) < sum(found[:3])
+
+
+def test_pictures_in_some_samples_only_are_refused_where_ranks_could_not_meet(tiny_models, tmp_path):
+    run = tiny_run(tiny_models, "qwen3_vl")
+    samples = vqa_samples(2, 2)
+    samples[2].pop("image")
+    config = replace(run.config, parallel="fsdp")
+    encoder = SampleEncoder(config, run.family, run.tokenizer)
+    make_plan(replace(config, parallel="ddp"), SampleList(samples, "s"), run.encoder(), 2)
+    with pytest.raises(UserError, match=r"s row 3 .* has no picture and others have.*set parallel: ddp"):
+        make_plan(config, SampleList(samples, "s"), encoder, 2)
+
+
+def test_adapters_are_not_sharded(config):
     with pytest.raises(UserError, match="LoRA runs under parallel: ddp"):
         load_config(config("out", parallel="fsdp", finetuning="lora"))
