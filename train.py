@@ -145,13 +145,9 @@ def train(config: Config, check_only: bool, source: str) -> None:
     names = modeling.trainable_parameters(model)
     if config.init_adapter and not resume_from:
         notes.append(checkpoint.load_initial(model, config.init_adapter, config))
-    optimizer = torch.optim.AdamW(
-        modeling.optimizer_groups(model, config),
-        betas=(0.9, 0.999),
-        eps=1e-8,
-        # All tensors in one go would take another copy of them: 15 GB on each of two GPUs for a 7B model.
-        foreach=False if config.parallel == "fsdp" else None,
-    )
+    foreach = None if config.parallel == "ddp" else False  # all tensors at once: 15 GB more for a 7B on two GPUs
+    groups = modeling.optimizer_groups(model, config)
+    optimizer = torch.optim.AdamW(groups, betas=(0.9, 0.999), eps=1e-8, foreach=foreach)
     peak_rates = [group["lr"] for group in optimizer.param_groups]
     if resume_from:
         checkpoint.resume(Path(resume_from), model, optimizer, names, config)
@@ -208,9 +204,8 @@ def train(config: Config, check_only: bool, source: str) -> None:
         log.say("eval " + " | ".join(f"{key.removeprefix('eval_')} {value:.4f}" for key, value in values.items()))
         # The best is only worth keeping where there is a checkpoint of it. For cls one is made, as its result.
         saved = is_due(config.save_steps, state.step, plan.steps_per_epoch) or state.step == plan.total_steps
-        if (saved or config.task == "cls") and (
-            state.best_merit is None or merit(config.task, values) > state.best_merit
-        ):
+        better = state.best_merit is None or merit(config.task, values) > state.best_merit
+        if better and (saved or config.task == "cls"):
             state.best_merit, state.best_step = merit(config.task, values), state.step
 
     dataset = StepDataset(train_samples, encoder, config.share_prefix, plan, config.train_bs, ranks.rank, ranks.world)
