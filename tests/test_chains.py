@@ -58,8 +58,8 @@ def test_the_six_learning_rate_experiments_run_on_real_papers_at_once_and_end_in
     tiny_models,
     tmp_path,
 ):
-    """As submit_lr_experiment.sh submits them: two arrays, six tasks side by side on one node. Only the models are
-    small, and so are the numbers of papers, tokens and pixels."""
+    """As submit_lr_experiment.sh submits them: two arrays, six tasks of two processes, side by side. Only the models
+    are small, and so are the numbers of papers, tokens and pixels."""
     data = real_repo / "data"
     data.mkdir()
     papers = shared_data("openreview/iclr2021.jsonl").read_text(encoding="utf-8").splitlines()[:PAPERS]
@@ -74,9 +74,9 @@ def test_the_six_learning_rate_experiments_run_on_real_papers_at_once_and_end_in
         config |= {"max_pixels": 100_000} if "vision" in path.name else {}
         path.write_text(yaml.safe_dump(config))
 
-    submitted = subprocess.run(
-        [real_repo / "slurm" / "submit_lr_experiment.sh"], env=slurm.environment(), capture_output=True, text=True
-    )
+    # Both of the test cluster's nodes are this machine, so that all twelve processes share its ports.
+    command = [real_repo / "slurm" / "submit_lr_experiment.sh", "--partition=both", "--mem=90G"]
+    submitted = subprocess.run(command, env=slurm.environment(), capture_output=True, text=True)
     arrays = re.findall(r"Submitted batch job (\d+)", submitted.stdout)
     assert submitted.returncode == 0 and len(arrays) == 2, submitted.stderr
     tasks = [Job(slurm, number, real_repo).task(index) for number in arrays for index in range(3)]
