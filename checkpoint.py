@@ -20,7 +20,7 @@ from atomic import flush, full_disk_is_said, save_atomically, write_json
 from classification import HEAD_FILE, load_head, save_head
 from config import Config, UserError
 from distributed import Ranks
-from model import HEAD, base_of, group_of, load_base, quiet_peft
+from model import HEAD, add_lora_in_the_product, base_of, group_of, load_base, quiet_peft
 
 STATE_FILE, OPTIMIZER_FILE = "trainer_state.json", "optimizer.safetensors"
 ADAPTER_FILE, ADAPTER_CONFIG = "adapter_model.safetensors", "adapter_config.json"
@@ -256,7 +256,9 @@ def load_trained(
 
         base = load_base(model_name, dtype, quantization)
         with quiet_peft():
-            return PeftModel.from_pretrained(base, folder).to(device)
+            model = PeftModel.from_pretrained(base, folder).to(device)
+        add_lora_in_the_product(model)  # as in training, so that the same weights give the same numbers
+        return model
     if (folder / TRAINED_FILE).is_file():
         model = load_base(model_name, dtype)
         model.load_state_dict(load_file(folder / TRAINED_FILE), strict=False)

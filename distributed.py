@@ -104,6 +104,8 @@ def start_ranks() -> Ranks:
 
 
 def stop_ranks() -> None:
+    """Leave the process group. No DDP wrapper may outlive this call: with its end the group would end under Python's
+    lock, which one of gloo's threads may just be waiting for to drop a finished barrier, and the process would hang."""
     if dist.is_initialized():
         dist.destroy_process_group()
 

@@ -328,6 +328,7 @@ def train(config: Config, check_only: bool, source: str) -> None:
         log.say(f"Done: {plan.total_steps} steps in {minutes:.1f} min of training; the model is in {output}")
     log.close()
     ranks.barrier()
+    del loss  # see stop_ranks
     stop_ranks()
 
 

@@ -74,6 +74,7 @@ def worker(rank: int, folder: Path, args: argparse.Namespace) -> None:
                   f"ratio {ratios[-1]:.2f}", flush=True)  # fmt: skip
     if rank == 0:
         print(f"median ratio of {args.rounds} rounds: {statistics.median(ratios):.2f}")
+    del together  # see distributed.stop_ranks
     dist.destroy_process_group()
 
 

@@ -18,7 +18,7 @@ import torch
 from PIL import Image
 
 import tiny_model
-from attention import install_shared_attention
+from attention import install_shared_attention, read_lengths_once
 from config import Config, Data, Lora, UserError
 from dataset import SampleEncoder, SampleList
 from family import Family, load_family
@@ -131,6 +131,7 @@ def adapted(base: torch.nn.Module, lora: Lora, seed: int, stock: bool) -> torch.
     model = copy.deepcopy(base, memo={id(parameter): parameter for parameter in base.parameters()})
     if not stock:
         patch_embed_as_matrix_product(model)
+        read_lengths_once(model)
         install_shared_attention(model)
     model = attach_lora(model, lora, [LANGUAGE], seed)
     if stock:

@@ -107,6 +107,16 @@ def test_in_float64_the_difference_is_rounding_alone(run):
     assert largest_relative_difference(alone[1], shared[1]) < 1e-11
 
 
+@pytest.mark.parametrize("autocast", [False, True])
+def test_in_the_types_of_a_gpu_the_difference_is_bfloat16s_rounding(run, autocast):
+    """A base in bfloat16, or float32 weights under autocast, where queries and keys reach the attention in float32."""
+    loss = AnswerLoss(run.model(torch.float32 if autocast else torch.bfloat16), run.family)
+    with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+        alone, shared = (loss_and_gradients(loss, laid_out(run, several_groups(), share)) for share in (False, True))
+    assert shared[0] == pytest.approx(alone[0], rel=2e-3)
+    assert largest_relative_difference(alone[1], shared[1]) < 5e-2
+
+
 def test_sharing_really_shares(run):
     shared, alone = (laid_out(run, several_groups(), share) for share in (True, False))
     assert len(shared["input_ids"]) == 3 and len(alone["input_ids"]) == 12
