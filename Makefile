@@ -46,7 +46,7 @@ demo: demo/data/train.json | .venv/requirements.stamp
 	@$(BIN)/python demo.py --summary
 
 test: .venv/requirements-dev.stamp
-	@$(BIN)/python -m pytest -m "not slow and not slurm"
+	@$(BIN)/python -m pytest -m "not slow and not slurm" --numprocesses auto --maxprocesses 4 --dist worksteal
 
 test-slow: .venv/requirements-dev.stamp
 	@$(BIN)/python -m pytest -m "slow or slurm"
