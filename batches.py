@@ -88,10 +88,12 @@ class BatchPlan:
 
 # -------------------------------------------------------------------------------------------------------- collator
 
-# Tokens of a pass. Rows with shared prefixes join others only until the device is busy with its arithmetic: a pass of
-# the 8B launches about 10,000 kernels, some 50 ms, and an H100 works off 1,000 tokens meanwhile (by count, unmeasured).
-FULL_PASS = 4096 if torch.cuda.is_available() else 1024
+# Tokens of a pass. An H100 works off 1,000 tokens of the 8B in the 50 ms that launching a pass's 10,000 kernels takes
+# (by count, unmeasured): from there on it is busy, and with four times as many, launching hides behind the arithmetic.
+BUSY_PASS = 1024
+FULL_PASS = {"cuda": 4096, "cpu": 1024}  # of rows with shared prefixes
 LARGEST_PASS = 32_768  # of rows that share nothing: papers of many pages would fill the memory
+MOST_PADDING = 0.1  # of a row that joins a busy pass
 
 
 def collate(items: list[Item], images: dict[str, ModelImage], share_prefix: bool, pad_id: int) -> dict:
@@ -147,14 +149,17 @@ def last_tokens(segments: torch.Tensor) -> torch.Tensor:
     return is_last
 
 
-def passes(items: list[Item], share_prefix: bool) -> list[list[Item]]:
-    """Cut a micro-batch into passes of limited size, rows of like length together, so that little is padding."""
+def passes(items: list[Item], share_prefix: bool, device: str = "cpu") -> list[list[Item]]:
+    """Cut a micro-batch into passes of limited size; those with shared prefixes so that little is padding."""
     groups = _groups(items, share_prefix)
-    limit = FULL_PASS if any(len(group) > 1 for group, _ in groups) else LARGEST_PASS
+    shared = any(len(group) > 1 for group, _ in groups)
+    limit = FULL_PASS[device] if shared else LARGEST_PASS
     lengths = [prefix + sum(len(items[index].input_ids) - prefix for index in group) for group, prefix in groups]
     parts: list[list[int]] = []  # of rows, the longest first
     for row in sorted(range(len(groups)), key=lambda row: -lengths[row]):
-        if parts and (len(parts[-1]) + 1) * lengths[parts[-1][0]] <= limit:
+        count, longest = (len(parts[-1]), lengths[parts[-1][0]]) if parts else (0, 0)
+        fits = count and (count + 1) * longest <= limit
+        if fits and (not shared or count * longest < BUSY_PASS or lengths[row] >= (1 - MOST_PADDING) * longest):
             parts[-1].append(row)
         else:
             parts.append([row])

@@ -70,6 +70,14 @@ def read_state(folder: Path) -> TrainerState:
     return TrainerState(**json.loads((folder / STATE_FILE).read_text()))
 
 
+def has_lost_best(state: TrainerState, resumed_from: str, output_dir: Path) -> bool:
+    """Whether a resumed run's best checkpoint is not its own: another folder's, or gone."""
+    if state.best_step is None:
+        return False
+    elsewhere = Path(resumed_from).resolve().parent != output_dir.resolve()
+    return elsewhere or whats_wrong(output_dir / f"checkpoint-{state.best_step}") is not None
+
+
 # ------------------------------------------------------------------------------------------------------------ save
 
 

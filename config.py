@@ -81,7 +81,7 @@ class Config:
     num_train_epochs: float = 1.0
     train_bs: int = 4  # questions per GPU per micro-step
     grad_accum: int = 8
-    eval_bs: int = 16
+    eval_bs: int = 36  # four pictures of nine questions
     backbone_learning_rate: float | None = None  # cls only
     weight_decay: float = 0.0
     max_grad_norm: float = 1.0

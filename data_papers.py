@@ -49,7 +49,7 @@ def prepare(source: str, out: str, train_agreeing: bool, as_pages: bool, seed: i
     table = paper_table(samples)
     files = {f"{name}.json": splits.json_list(samples[name]) for name in SPLITS}
     forms = {"page images of their own": "source_pages"} if as_pages else {}
-    warnings = uneven_forms(shown, forms | {"their full text": "has_body"})
+    warnings = uneven_forms(shown, forms | {"their full text": "body_shown"})
     files["report.md"] = report(source, told, table, counts, rule, warnings)
     splits.write_whole(out, files, before_renaming=lambda: pages.write(out, files_of_pages))
     _print_summary(out, table, counts, rule, files, files_of_pages)
@@ -147,7 +147,7 @@ def to_paper(row: dict, number: int, label: int, folder: Path, as_pages: bool) -
         "content": abstract + body,
         "source_pages": source_pages,
         "was_stamped": bool(STAMP.search(abstract) or STAMP.search(body)),
-        "has_body": bool(body),
+        "body_shown": bool(body) and not (as_pages and source_pages),
     }
 
 

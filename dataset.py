@@ -273,6 +273,7 @@ class StepDataset(_Batches):
     def __init__(self, samples, encoder, share_prefix, plan: BatchPlan, train_bs: int, rank: int, ranks: int):
         super().__init__(samples, encoder, share_prefix)
         self.plan, self.train_bs, self.rank, self.ranks = plan, train_bs, rank, ranks
+        self.device = "cuda" if torch.cuda.is_available() else "cpu"  # not asked in a worker: it is forked
 
     def __getitem__(self, step: int) -> dict:
         try:
@@ -284,7 +285,7 @@ class StepDataset(_Batches):
             micro_batches = [
                 collate(part, images, self.share_prefix, self.pad_id)
                 for start in range(0, len(items), self.train_bs)
-                for part in passes(items[start : start + self.train_bs], self.share_prefix)
+                for part in passes(items[start : start + self.train_bs], self.share_prefix, self.device)
             ]
         except UserError as error:
             return {"error": str(error)}
@@ -293,8 +294,8 @@ class StepDataset(_Batches):
 
 
 class EvalDataset(_Batches):
-    """Index: a batch of the split. Batches hold the questions of a picture together, so that it is read once, and do
-    not depend on the number of ranks, so that predictions do not either."""
+    """Index: a batch of the split. With shared prefixes it holds the questions of a picture together, up to eval_bs,
+    so that the picture is read once. Batches do not depend on the number of ranks, so predictions do not either."""
 
     def __init__(
         self, samples, encoder, share_prefix, eval_bs: int, generation: bool, rows: Sequence[int] | None = None

@@ -5,6 +5,7 @@ import re
 # Conference styles print the decision over the text: the camera-ready version says "Published" or names the volume, the
 # other one "Under review", "Preliminary work". A model would learn to read that and nothing else.
 _YEAR = r"(\s*[(,]?\s*(\d{2}/)?(\d{4}|'\d{2})\)?\.?)"
+_HOW = r"((accepted|submitted|to\s+appear|appearing|published)\s+(at|to|in|by)\s+(the\s+)?)?"
 _NTH = r"\d+\s*(st|nd|rd|th)"
 _REST = r"[^.\n]{0,80}\.?"  # place and pages after a conference's name
 STAMP = re.compile(
@@ -12,11 +13,12 @@ STAMP = re.compile(
         (
             rf"(published|under\s+review|accepted|to\s+appear)\s+as\s+an?\s+\w+(\s+\w+)?\s+paper\s+at\s+[\w.]+{_YEAR}?",
             rf"(accepted|to\s+appear|published)\s+(at|to|in|by)\s+(the\s+)?\w+{_YEAR}",
-            rf"(submitted\s+to\s+(the\s+)?)?{_NTH}\s+conference\s+on\s+neural\s+information\s+processing\s+systems{_REST}",
-            rf"(proceedings\s+of\s+the\s+)?{_NTH}\s+international\s+conference\s+on\s+machine\s+learning{_REST}",
+            rf"{_HOW}{_NTH}\s+conference\s+on\s+neural\s+information\s+processing\s+systems{_REST}",
+            rf"{_HOW}(proceedings\s+of\s+the\s+)?{_NTH}\s+international\s+conference\s+on\s+machine\s+learning{_REST}",
             rf"preliminary\s+work\.\s+under\s+review\s+by{_REST}",
             rf"(published\s+in|under\s+review\s+as\s+(a\s+)?submission\s+to)\s+(transactions\s+on\s+machine\s+learning"
             rf"\s+research|tmlr){_YEAR}?",
+            r"reviewed\s+on\s+openreview:?\s*(https?://\S+)?",
             r"pmlr\s+\d+(,\s*\d{4})?\.?",
             r"copyright\s+\d{4}\s+by\s+the\s+author\(s\)\.?",
             r"do\s+not\s+distribute\.?",

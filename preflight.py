@@ -257,15 +257,16 @@ def prefix_sharing(
     config: Config, plan: BatchPlan, samples: SampleList, encoder: SampleEncoder, world: int
 ) -> list[str]:
     """How often the pictures of a step are encoded, as counted in some of the first epoch's steps, and a remedy where
-    micro-steps part the questions of one picture: `train_bs` and `grad_accum` change no result, only where it is cut.
+    micro-steps part the questions of one picture. Where a step is cut changes which dropout is drawn, and nothing else.
     """
     if not (config.share_prefix and encoder.image_shown):
         return []
     questions, pictures, encoded = 0, 0, 0
-    looked_at = {plan.steps_per_epoch * part // STEPS_LOOKED_AT for part in range(STEPS_LOOKED_AT)}
+    steps = min(plan.steps_per_epoch, plan.total_steps)
+    looked_at = {steps * part // STEPS_LOOKED_AT for part in range(STEPS_LOOKED_AT)}
     for step in looked_at:
         for rank in range(world):
-            shown = [encoder.images_of(samples[row]) for row in plan.rank_questions(step, rank, world)]
+            shown = [encoder.images_of(samples[row]) or int(row) for row in plan.rank_questions(step, rank, world)]
             questions += len(shown)
             pictures += len(set(shown))
             starts = range(0, len(shown), config.train_bs)
@@ -276,7 +277,8 @@ def prefix_sharing(
     line = "Sharing: a step's {:.0f} questions lie behind {:.1f} picture prefixes".format(*per_step)
     if encoded > 1.1 * pictures:
         whole = config.train_bs * config.grad_accum
-        line += f"; behind {per_step[2]:.1f} with train_bs={whole} grad_accum=1: faster, the same result, more memory"
+        line += f"; behind {per_step[2]:.1f} with train_bs={whole} grad_accum=1: "
+        line += "faster, the same questions a step, more memory"
     return [line]
 
 

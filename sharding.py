@@ -37,6 +37,7 @@ def shard(loss: nn.Module, ranks: Ranks) -> None:
     mesh = init_device_mesh(ranks.device.type, (ranks.world,))
     compute = torch.bfloat16 if ranks.device.type == "cuda" else torch.float32
     policy = MixedPrecisionPolicy(param_dtype=compute, reduce_dtype=torch.float32)
+    exact = MixedPrecisionPolicy(param_dtype=None, reduce_dtype=torch.float32)
     base = base_of(loss.model)
     language_model = getattr(base.model, "language_model", base.model)
     for layer in language_model.layers:
@@ -46,7 +47,7 @@ def shard(loss: nn.Module, ranks: Ranks) -> None:
     if base.lm_head.weight is not language_model.embed_tokens.weight:
         fully_shard(base.lm_head, mesh=mesh, mp_policy=policy)  # classification never puts it together
     if hasattr(base, "cls_head"):
-        fully_shard(base.cls_head, mesh=mesh, mp_policy=MixedPrecisionPolicy(torch.float32, torch.float32))
+        fully_shard(base.cls_head, mesh=mesh, mp_policy=exact)
     fully_shard(loss, mesh=mesh, mp_policy=policy)
     # FSDP takes the first module that runs for the root; an evaluation may begin with a layer.
     loss.meet = lambda: None

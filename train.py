@@ -118,8 +118,9 @@ def train(config: Config, check_only: bool, source: str) -> None:
     # Rank 0 has looked; the others follow it, or a folder that changes meanwhile could split them.
     resume_from, notes = ranks.gather([[str(resume_from or ""), notes]] if ranks.is_first else [])[0]
     state = checkpoint.read_state(Path(resume_from)) if resume_from else TrainerState()
-    if state.best_step and checkpoint.whats_wrong(output / f"checkpoint-{state.best_step}"):
-        state.best_step = state.best_merit = None  # it was resumed from another folder, and the best stayed there
+    if ranks.any(ranks.is_first and checkpoint.has_lost_best(state, resume_from, output)):
+        state.best_step = state.best_merit = None
+        notes.append("The best checkpoint so far is not in this folder: the best is chosen anew")
     if state.step == plan.total_steps and checkpoint.is_final(output):
         if ranks.is_first:
             print(f"{config.experiment}: already complete at step {state.step}; the model is in {output}", flush=True)
@@ -218,6 +219,8 @@ def train(config: Config, check_only: bool, source: str) -> None:
     try:
         if state.evaluation_due:
             evaluate()
+            if config.task == "cls" and state.best_step == state.step:
+                save()  # where the folder it was resumed from is another one
         while state.step < plan.total_steps:
             # ---- the training step ----
             began = time.perf_counter()

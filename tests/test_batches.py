@@ -6,7 +6,6 @@ import torch
 from conftest import shared_data
 from tiny_runs import END, FAMILIES, TinyRun, build_items, supervised_text, tiny_run, vqa_samples, write_pictures
 
-import batches
 from batches import BatchPlan, Item, collate, passes
 from dataset import SampleEncoder
 from family import load_family
@@ -275,16 +274,17 @@ def long_items(lengths: dict[str, list[int]]) -> list[Item]:
     return items
 
 
-def test_rows_of_like_length_fill_a_pass_together_and_unlike_ones_stand_apart(monkeypatch):
-    items = long_items({"a": [50] * 9, "b": [50] * 3, "c": [49] * 9, "d": [50] * 3})
-    for limit, expected in ((1024, ["a", "c", "b", "d"]), (2700, ["ac", "bd"]), (4096, ["abc", "d"])):
-        monkeypatch.setattr(batches, "FULL_PASS", limit)
-        parts = [[item.sample_id[0] for item in part] for part in passes(items, True)]
-        assert ["".join(dict.fromkeys(part)) for part in parts] == expected
-    monkeypatch.setattr(batches, "FULL_PASS", 2700)
-    images = {name: ModelImage(np.zeros((1, 3), dtype=np.uint8), (2, 2), None) for name in "abcd"}
-    for part in passes(items, True):
+def test_rows_of_like_length_fill_a_pass_together_and_unlike_ones_stand_apart():
+    items = long_items({"a": [50] * 9, "b": [50] * 3, "c": [49] * 9, "d": [50] * 3, "e": [2] * 4, "f": [2] * 4})
+    for device, expected in (("cpu", ["a", "c", "b", "d", "e", "f"]), ("cuda", ["ac", "bd", "ef"])):
+        parts = passes(items, True, device)
+        assert ["".join(dict.fromkeys(item.sample_id[0] for item in part)) for part in parts] == expected
+    images = {name: ModelImage(np.zeros((1, 3), dtype=np.uint8), (2, 2), None) for name in "abcdef"}
+    for part in passes(items, True, "cuda"):
         assert (collate(part, images, True, 0)["segments"] < 0).float().mean() < 0.02
+    short = long_items({"a": [60, 60], "b": [2, 2]})  # 1,020 and 904 tokens
+    assert len(passes(short, True, "cuda")) == 1, "a pass that is not busy takes whatever fits"
+    assert [len(part) for part in passes(long_items({str(n): [9, 9] for n in range(9)}), True, "cuda")] == [8, 8, 2]
 
 
 def test_passes_hold_every_question_once_in_the_order_given_and_never_part_a_picture():

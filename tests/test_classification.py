@@ -13,9 +13,10 @@ from safetensors.torch import load_file
 
 import classification
 import evaluate
+import evaluation
 import train
 from batches import collate
-from checkpoint import load_trained
+from checkpoint import TrainerState, has_lost_best, load_trained
 from classification import ClassLoss, attach_head, class_logits
 from config import UserError, load_config
 from dataset import SampleEncoder, SampleList
@@ -304,6 +305,32 @@ def test_a_run_resumed_into_another_folder_ends_with_the_best_of_its_own_epochs(
     best = load_file(other / "checkpoint-36" / "cls_head.safetensors")
     assert load_state(other)["best_step"] == 36
     assert torch.equal(load_file(other / "cls_head.safetensors")["weight"], best["weight"])
+
+
+def test_an_evaluation_that_was_still_due_keeps_its_best_in_the_folder_it_goes_on_in(run, monkeypatch):
+    def stopped(*_):
+        raise evaluation.Stopped
+
+    monkeypatch.setattr(train, "scores_while_training", stopped)
+    first = run("first", num_train_epochs=2)
+    assert json.loads((first / "PREEMPTED").read_text())["step"] == 12
+    accuracies = iter([0.9, 0.5])
+    monkeypatch.setattr(
+        train, "scores_while_training", lambda *_: {"eval_accuracy": next(accuracies), "eval_loss": 0.5}
+    )
+    other = run("other", num_train_epochs=2, resume=str(first / "checkpoint-12"))
+    best = load_file(first / "checkpoint-12" / "cls_head.safetensors")
+    assert torch.equal(load_file(other / "cls_head.safetensors")["weight"], best["weight"])
+
+
+def test_only_a_checkpoint_of_the_runs_own_folder_is_its_best(tmp_path):
+    out, state = tmp_path / "out", TrainerState(step=24, best_step=12)
+    assert has_lost_best(state, str(out / "checkpoint-24"), out), "it is gone"
+    (out / "checkpoint-12").mkdir(parents=True)
+    (out / "checkpoint-12" / "trainer_state.json").write_text(json.dumps(vars(TrainerState(step=12))))
+    assert not has_lost_best(state, str(out / "checkpoint-24"), out)
+    assert has_lost_best(state, str(tmp_path / "other" / "checkpoint-24"), out), "another run's of the same step"
+    assert not has_lost_best(TrainerState(step=24), str(tmp_path / "other" / "checkpoint-24"), out)
 
 
 @pytest.mark.parametrize("head", [True, False])

@@ -274,7 +274,8 @@ def test_the_log_says_how_often_pictures_are_encoded_and_what_would_spare_it(tin
         return prefix_sharing(config, make_plan(config, samples, encoder, 1), samples, encoder, 1)
 
     said = "Sharing: a step's 8 questions lie behind {} picture prefixes"
-    remedy = "; behind 1.0 with train_bs=8 grad_accum=1: faster, the same result, more memory"
+    remedy = "; behind 1.0 with train_bs=8 grad_accum=1: faster, the same questions a step, more memory"
     assert line() == [said.format("4.0") + remedy]
     assert line(train_bs=8, grad_accum=1) == [said.format("1.0")]
+    assert line(num_train_epochs=0.3) == [said.format("4.0") + remedy]
     assert line(share_prefix=False) == line(image="none") == line(train_bs=1, grad_accum=1) == []

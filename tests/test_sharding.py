@@ -208,7 +208,7 @@ def test_a_bfloat16_base_is_sharded_and_computed_as_on_gpus(changes, config, mon
     """Frozen parts stay bfloat16 beside trained ones in float32, and all of it computes in bfloat16."""
     load, policy = modeling.load_base, sharding.MixedPrecisionPolicy
     monkeypatch.setattr(modeling, "load_base", lambda name, dtype, kind="none": load(name, torch.bfloat16, kind))
-    compute = {torch.float32: torch.bfloat16}
+    compute = {torch.float32: torch.bfloat16, None: None}  # the head computes as it is
     monkeypatch.setattr(
         sharding, "MixedPrecisionPolicy", lambda param_dtype, reduce_dtype: policy(compute[param_dtype], reduce_dtype)
     )
