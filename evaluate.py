@@ -24,7 +24,7 @@ from checkpoint import load_trained
 from classification import ClassLoss
 from config import Config, check_data_files, exit_on_user_error, load_config
 from dataset import SampleEncoder, load_samples, load_split
-from distributed import prepare_exit, start_ranks, stop_ranks
+from distributed import end_process, start_ranks, stop_ranks
 from evaluation import answer_split, classify_split
 from family import load_family
 from images import image_path
@@ -182,4 +182,4 @@ def main(arguments: list[str] | None = None) -> None:
 if __name__ == "__main__":
     with exit_on_user_error():
         main()
-    prepare_exit()
+    end_process()

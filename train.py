@@ -27,7 +27,7 @@ from atomic import write_json
 from checkpoint import TrainerState
 from config import Config, UserError, check_data_files, exit_on_user_error, load_config, to_dict, to_yaml
 from dataset import SampleEncoder, StepDataset, load, load_split
-from distributed import Ranks, StopSignal, prepare_exit, start_ranks, stop_ranks, wrap_ddp
+from distributed import Ranks, StopSignal, end_process, start_ranks, stop_ranks, wrap_ddp
 from evaluation import Stopped, merit, scores_while_training
 from family import load_family
 from preflight import (
@@ -179,17 +179,21 @@ def train(config: Config, check_only: bool, source: str) -> None:
     # --- the loop ---
     records = clicks.records(family, config)  # kept beside the weights
     trained: list = []  # [step, sample ids of this rank], until written out
+    rotation = None  # on rank 0: the thread that deletes old checkpoints
 
     def save(reason: str = "") -> None:
         """All ranks: contains all_gathers and all_reduces."""
+        nonlocal rotation
         log.order(ranks.gather(trained))
         trained.clear()
         state.config, state.global_batch, state.ranks = to_dict(config), plan.batch, ranks.world
         state.train_data = train_samples.sha256
         size, seconds = checkpoint.save(output, model, optimizer, names, state, config, records, ranks)
         log.say(f"Saved checkpoint-{state.step} ({size / 1e6:.1f} MB in {seconds:.2f} s){reason}")
+        if rotation:
+            rotation.join()
         if ranks.is_first:
-            rotate(output, config.save_total_limit, state.best_step)
+            rotation = rotate(output, config.save_total_limit, state.best_step)
 
     def evaluate() -> None:
         """All ranks: contains all_reduces. Raises `Stopped`."""
@@ -333,6 +337,8 @@ def train(config: Config, check_only: bool, source: str) -> None:
     ranks.barrier()
     del loss  # see stop_ranks
     stop_ranks()
+    if rotation:
+        rotation.join()
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -347,4 +353,4 @@ def main(arguments: list[str] | None = None) -> None:
 if __name__ == "__main__":
     with exit_on_user_error():
         main()
-    prepare_exit()
+    end_process()

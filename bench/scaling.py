@@ -30,7 +30,7 @@ import workload as work
 from batches import BatchPlan
 from config import Lora, exit_on_user_error
 from dataset import StepDataset
-from distributed import Ranks
+from distributed import Ranks, end_process, stop_ranks
 from model import AnswerLoss, optimizer_groups, trainable_parameters
 from train import backward_step
 
@@ -74,8 +74,9 @@ def worker(rank: int, folder: Path, args: argparse.Namespace) -> None:
                   f"ratio {ratios[-1]:.2f}", flush=True)  # fmt: skip
     if rank == 0:
         print(f"median ratio of {args.rounds} rounds: {statistics.median(ratios):.2f}")
-    del together  # see distributed.stop_ranks
-    dist.destroy_process_group()
+    del together  # see stop_ranks
+    stop_ranks()
+    end_process()
 
 
 def main() -> None:

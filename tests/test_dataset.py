@@ -1,7 +1,6 @@
 """Sample files become tokenised questions: what the model is asked in training is what it is asked at inference."""
 
 import json
-import multiprocessing
 import resource
 import time
 from dataclasses import replace
@@ -16,7 +15,6 @@ from transformers import AutoImageProcessor
 from batches import BatchPlan, collate
 from config import UserError
 from dataset import EvalDataset, SampleList, StepDataset, load, load_samples
-from distributed import ignore_stop_signals, prepare_exit
 from templates import IGNORE, ULTRA_CONDENSED, as_conversations
 
 CPU = torch.device("cpu")
@@ -275,25 +273,6 @@ def test_workers_deliver_the_steps_in_order_and_the_same_as_without_them(tiny_mo
         for a, b in zip(first["micro_batches"], second["micro_batches"], strict=True):
             assert a["sample_ids"] == b["sample_ids"] and torch.equal(a["input_ids"], b["input_ids"])
             assert torch.equal(a["patches"], b["patches"])
-
-
-def _hang(ready):
-    ignore_stop_signals()
-    ready.set()
-    time.sleep(600)
-
-
-def test_a_data_worker_that_hangs_does_not_hold_up_the_end_of_the_process():
-    ready = multiprocessing.Event()
-    worker = multiprocessing.Process(target=_hang, args=(ready,), daemon=True)
-    worker.start()
-    assert ready.wait(60)
-    worker.terminate()
-    worker.join(0.5)
-    assert worker.is_alive(), "what Python does at the end does not end it"
-    prepare_exit()
-    worker.join(60)
-    assert not worker.is_alive()
 
 
 @pytest.mark.parametrize("eval_bs", [1, 3, 16])

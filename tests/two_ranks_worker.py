@@ -14,7 +14,7 @@ from tiny_runs import TinyRun, short_answers, step_gradients, steps_to_compare, 
 from torch.nn.parallel import DistributedDataParallel
 
 from dataset import SampleList
-from distributed import start_ranks, stop_ranks
+from distributed import end_process, start_ranks, stop_ranks
 from evaluation import Stopped, answer_split, split_loss
 from model import AnswerLoss
 
@@ -62,3 +62,4 @@ def main(model_folder: Path, results: Path) -> None:
 if __name__ == "__main__":
     with short_answers():
         main(Path(sys.argv[1]), Path(sys.argv[2]))
+    end_process()

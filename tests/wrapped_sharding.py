@@ -6,6 +6,7 @@ from torch.distributed.checkpoint import HuggingFaceStorageWriter
 
 import train
 from config import exit_on_user_error
+from distributed import end_process
 
 write_data = HuggingFaceStorageWriter.write_data
 
@@ -20,3 +21,4 @@ HuggingFaceStorageWriter.write_data = faulty
 if __name__ == "__main__":
     with exit_on_user_error():
         train.main()
+    end_process()

@@ -6,6 +6,7 @@ import time
 import model
 import train
 from config import exit_on_user_error
+from distributed import end_process
 
 fault = os.environ.get("FAULT", "")
 forward = model.AnswerLoss.forward
@@ -30,3 +31,4 @@ model.AnswerLoss.forward = faulty
 if __name__ == "__main__":
     with exit_on_user_error():
         train.main()
+    end_process()
