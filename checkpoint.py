@@ -1,4 +1,4 @@
-"""Save, rotate and resume, atomically: a checkpoint is complete or absent.
+"""Save and resume, atomically: a checkpoint is complete or absent.
 
 A checkpoint is a folder of weights (safetensors) and readable JSON. It is written to a hidden sibling, flushed to the
 disk and renamed, so that a crash at any moment leaves the previous one in place.

@@ -25,6 +25,7 @@ from safetensors.torch import load_file
 import clicks
 import model as modeling
 import publish
+import sharding
 from atomic import save_atomically, write_json
 from checkpoint import ADAPTER_CONFIG, ADAPTER_FILE, TRAINED_FILE, adapter_state, quiet_peft
 from config import Config, UserError, exit_on_user_error, load_config, to_yaml
@@ -64,6 +65,9 @@ def load_adapted(config: Config, folder: Path, device: torch.device) -> torch.nn
         model = modeling.load_base(config.model_name, "auto")
         report = model.load_state_dict(load_file(folder / TRAINED_FILE), strict=False)
         refuse_differing_keys(set(report.unexpected_keys), set(), folder / TRAINED_FILE)
+    elif (folder / sharding.SHARDS).is_dir():
+        model = modeling.load_base(config.model_name, "auto")
+        sharding.load_whole(folder / sharding.SHARDS, model)
     elif (folder / "config.json").is_file():
         model = modeling.load_base(str(folder), "auto")
     else:
@@ -210,7 +214,7 @@ def refuse_full_disk(model: torch.nn.Module, out: Path) -> None:
 def merge(config: Config, folder: Path, out: Path, name: str) -> None:
     """Merge, check, and let the folder appear. name: what the model card calls the model."""
     if config.task == "cls":
-        raise UserError("merge.py does not know task 'cls'")
+        raise UserError("merge.py does not know task 'cls'; evaluate.py and predict.py read its folder as it is")
     started = time.perf_counter()
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     family = load_family(config.model_name)

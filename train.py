@@ -101,7 +101,7 @@ def train(config: Config, check_only: bool, source: str) -> None:
     train_samples = splits["train"]
     world = int(os.environ.get("WORLD_SIZE", "1"))
     if check_only:
-        return full_check(config, splits, encoder, world)
+        return full_check(config, splits, encoder, world) if os.environ.get("RANK", "0") == "0" else None
     for samples in splits.values():
         check_samples(samples, encoder)
     plan = make_plan(config, train_samples, encoder, world)

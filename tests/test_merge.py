@@ -136,15 +136,18 @@ def test_an_adapter_trained_on_a_4_bit_base_merges_into_the_full_precision_base(
     assert "4-bit" in (folder / "README.md").read_text() and "nf4" in (folder / "README.md").read_text()
 
 
-def test_a_fully_fine_tuned_checkpoint_becomes_a_plain_folder_too(tiny_models, tmp_path):
+@pytest.mark.parametrize("parallel", ["ddp", "fsdp"])
+def test_a_fully_fine_tuned_checkpoint_becomes_a_plain_folder_too(parallel, tiny_models, tmp_path):
     click_runs.write_screens(tmp_path / "run")
     config = click_runs.write_config(tmp_path / "run", tiny_models["qwen3_vl"], "qwen3_vl", num_train_epochs=2,
-                                     finetuning="full", learning_rate=1e-3)  # fmt: skip
+                                     finetuning="full", parallel=parallel, learning_rate=1e-3)  # fmt: skip
     train.main(["--config", str(config)])
     (checkpoint,) = (tmp_path / "run" / "out").glob("checkpoint-*")
     merge.main(["--adapter-path", str(checkpoint), "--out", str(tmp_path / "merged")])
-    trained, merged = load_file(checkpoint / "trained_weights.safetensors"), weights(tmp_path / "merged")
-    assert trained and all(torch.equal(merged[name], tensor) for name, tensor in trained.items())
+    merged, before = weights(tmp_path / "merged"), weights(tiny_models["qwen3_vl"])
+    trained = weights(tmp_path / "run" / "out")
+    assert merged.keys() == before.keys() and all(torch.equal(merged[name], trained[name]) for name in merged)
+    assert any(not torch.equal(merged[name], before[name]) for name in merged)
 
 
 def test_the_folder_holds_what_others_expect_and_the_bases_own_small_files_word_for_word(tiny_models, merged):

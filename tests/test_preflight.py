@@ -155,6 +155,14 @@ def test_check_shows_a_sample_with_its_label_mask_counts_parameters_and_steps_an
     assert not list((data / "out").glob("*.safetensors")) and not (data / "results").exists()
 
 
+def test_under_torchrun_one_rank_checks_for_all(command, monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setenv("RANK", "1")
+    assert command(arguments=["--check"]) == (0, "", "")
+    monkeypatch.setenv("RANK", "0")
+    assert "2 questions × 2 micro-steps × 2 ranks = 8 a step" in command(arguments=["--check"])[1]
+
+
 def test_check_finds_every_bad_picture_and_path_and_lists_each_with_file_and_row(command, data):
     samples = []
     for name, content in BAD_FILES.items():

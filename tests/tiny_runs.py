@@ -9,6 +9,7 @@ import sys
 import types
 from dataclasses import replace
 from pathlib import Path
+from unittest import mock
 
 import numpy as np
 import torch
@@ -232,7 +233,8 @@ def run_script(script: str, *arguments: str) -> tuple[int, str, str]:
     handlers = {number: signal.getsignal(number) for number in (signal.SIGUSR1, signal.SIGTERM, signal.SIGINT)}
     code = 0
     try:
-        with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+        quiet = contextlib.redirect_stdout(out), contextlib.redirect_stderr(err)
+        with quiet[0], quiet[1], mock.patch("distributed.end_process"):
             runpy.run_path(str(REPO_ROOT / script), run_name="__main__")
     except SystemExit as end:
         code = end.code or 0
