@@ -22,7 +22,7 @@ from torch import nn
 
 from config import UserError
 
-NAME = "shared_prefix"  # in transformers' registry
+NAME, VISION_NAME = "shared_prefix", "pictures_at_once"  # in transformers' registry
 PATHS = ("mask", "two_part", "varlen")
 VARLEN_TYPES = (torch.bfloat16, torch.float16)  # of its kernel
 
@@ -264,18 +264,41 @@ def install_shared_attention(model: nn.Module) -> None:
     model.set_attn_implementation({"text_config": NAME})
 
 
-def read_lengths_once(model: nn.Module) -> None:
-    """Copy the vision tower's sequence lengths to the host once per pass. Every block asks for their numbers three
-    times, and each time the host would wait until the GPU has done all that is queued."""
-    copies: list[tuple[torch.Tensor, torch.Tensor]] = []  # (lengths, copy); Qwen2.5-VL's blocks take one of two
+def install_vision_attention(model: nn.Module) -> None:
+    """Let the vision tower attend within pictures, or Qwen2.5-VL's windows, of one size all at once. transformers calls
+    the kernel for each of them (80 windows a layer for a page of text), and reads their lengths from the device three
+    times a layer, where the host waits each time until the GPU has done all that is queued."""
+    from transformers import AttentionInterface
 
-    def on_host(block, args, kwargs):
-        lengths = kwargs["cu_seqlens"]
-        copy = next((copy for known, copy in copies if known is lengths), None)
-        if copy is None:
-            copy = lengths.cpu()
-            copies[:] = [*copies[-1:], (lengths, copy)]
-        return args, {**kwargs, "cu_seqlens": copy}
+    def forward(module, query, key, value, attention_mask, scaling=None, dropout=0.0, lengths=(), **others):
+        outputs, start = [], 0  # query, key, value: (1, H, patches, D)
+        for length, run in itertools.groupby(lengths):
+            count = len(list(run))
+            patches = slice(start, start := start + count * length)
+            parts = (x[0, :, patches].unflatten(1, (count, length)).transpose(0, 1) for x in (query, key, value))
+            output = F.scaled_dot_product_attention(*parts, dropout_p=dropout, scale=scaling)
+            outputs.append(output.transpose(1, 2).flatten(0, 1))
+        return torch.cat(outputs)[None], None
 
+    known: list[tuple] = []  # (bounds, lengths, bounds of all as one); Qwen2.5-VL's blocks take one of two
+
+    def all_at_once(block, args, kwargs):
+        bounds = kwargs["cu_seqlens"]
+        entry = next((entry for entry in known if entry[0] is bounds), None)
+        if entry is None:
+            on_host = bounds.cpu().tolist()
+            lengths = [end - start for start, end in itertools.pairwise(on_host)]
+            entry = bounds, lengths, torch.tensor([0, on_host[-1]], dtype=bounds.dtype)
+            known[:] = [*known[-1:], entry]
+        return args, {**kwargs, "cu_seqlens": entry[2], "lengths": entry[1]}
+
+    AttentionInterface.register(VISION_NAME, forward)
+    model.set_attn_implementation({"vision_config": VISION_NAME})
     for block in model.model.visual.blocks:
-        block.register_forward_pre_hook(on_host, with_kwargs=True)
+        block.register_forward_pre_hook(all_at_once, with_kwargs=True)
+
+
+def without_cudnn() -> None:
+    """Keep SDPA off cuDNN, PyTorch's first choice on Hopper: it plans anew for every shape, of which nearly every batch
+    here has its own, and its gradients with a mask are NaN for some lengths (pytorch #196678)."""
+    torch.backends.cuda.enable_cudnn_sdp(False)

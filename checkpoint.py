@@ -264,7 +264,7 @@ def load_trained(
 
         base = load_base(model_name, dtype, quantization)
         with quiet_peft():
-            model = PeftModel.from_pretrained(base, folder).to(device)
+            model = PeftModel.from_pretrained(base, folder, torch_device="cpu").to(device)
         add_lora_in_the_product(model)  # as in training, so that the same weights give the same numbers
         return model
     if (folder / TRAINED_FILE).is_file():
@@ -301,7 +301,11 @@ def save_final(output_dir: Path, model, config: Config, records: dict[str, dict]
     if config.finetuning == "lora":
         save_adapter(model, temporary)
     else:
-        model.save_pretrained(temporary, state_dict={n: t for n, t in whole.items() if group_of(n) != HEAD})
+        weights = {name: tensor for name, tensor in whole.items() if group_of(name) != HEAD}
+        model.save_pretrained(temporary, state_dict=weights)
+        described = json.loads((temporary / "config.json").read_text(encoding="utf-8"))
+        described["dtype"] = str(next(iter(weights.values())).dtype).removeprefix("torch.")  # not the masters'
+        write_json(temporary / "config.json", described)
     if head:
         save_head(head, temporary)
     for path in sorted(temporary.iterdir(), key=lambda path: path.name in FINAL_FILES):

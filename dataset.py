@@ -273,7 +273,8 @@ class StepDataset(_Batches):
     def __init__(self, samples, encoder, share_prefix, plan: BatchPlan, train_bs: int, rank: int, ranks: int):
         super().__init__(samples, encoder, share_prefix)
         self.plan, self.train_bs, self.rank, self.ranks = plan, train_bs, rank, ranks
-        self.device = "cuda" if torch.cuda.is_available() else "cpu"  # not asked in a worker: it is forked
+        device = "cuda" if torch.cuda.is_available() else "cpu"  # not asked in a worker: it is forked
+        self.limits = device, encoder.config.gradient_checkpointing
 
     def __getitem__(self, step: int) -> dict:
         try:
@@ -285,7 +286,7 @@ class StepDataset(_Batches):
             micro_batches = [
                 collate(part, images, self.share_prefix, self.pad_id)
                 for start in range(0, len(items), self.train_bs)
-                for part in passes(items[start : start + self.train_bs], self.share_prefix, self.device)
+                for part in passes(items[start : start + self.train_bs], self.share_prefix, *self.limits)
             ]
         except UserError as error:
             return {"error": str(error)}

@@ -58,7 +58,7 @@ def load_adapted(config: Config, folder: Path, device: torch.device) -> torch.nn
 
         base = modeling.load_base(config.model_name, "auto")
         with quiet_peft():
-            model = PeftModel.from_pretrained(base, folder)
+            model = PeftModel.from_pretrained(base, folder, torch_device="cpu")
         with safe_open(folder / ADAPTER_FILE, "pt") as file:
             refuse_differing_keys(set(file.keys()), set(adapter_state(model)), folder / ADAPTER_FILE)
     elif (folder / TRAINED_FILE).is_file():

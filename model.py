@@ -14,10 +14,12 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from attention import SharedRows, attention_mask, install_shared_attention, read_lengths_once
+from attention import SharedRows, attention_mask, install_shared_attention, install_vision_attention, without_cudnn
 from config import Config, Lora, UserError
 from family import Family
 from templates import IGNORE
+
+OLDEST_TRANSFORMERS = (5, 23)  # an older one would ignore the pictures' features that it is given, and say nothing
 
 
 def load_tokenizer(model_name: str):
@@ -44,13 +46,18 @@ def load_base(model_name: str, dtype: torch.dtype, quantization: str = "none") -
     quantization: `nf4` holds the language model's linear layers in 4 bits (QLoRA, arXiv 2305.14314, with double
     quantisation and bfloat16 compute); the vision tower, the projector and lm_head keep `dtype`.
 
-    Errors: `UserError` where the weights are missing, of another shape or not loaded completely.
+    Errors: `UserError` where the weights are missing, of another shape or not loaded completely, or transformers is too
+    old for this repo.
     """
+    import transformers
     from safetensors import SafetensorError
     from transformers import AutoConfig
     from transformers.utils import logging as transformers_logging
 
+    if tuple(map(int, transformers.__version__.split(".")[:2])) < OLDEST_TRANSFORMERS:
+        raise UserError(f"transformers {transformers.__version__} is too old; run: pip install -r requirements.txt")
     transformers_logging.disable_progress_bar()
+    without_cudnn()
     try:
         model, report = auto_class(AutoConfig.from_pretrained(model_name)).from_pretrained(
             model_name,
@@ -67,7 +74,7 @@ def load_base(model_name: str, dtype: torch.dtype, quantization: str = "none") -
     model.requires_grad_(False)
     if hasattr(model.model, "visual"):
         patch_embed_as_matrix_product(model)
-        read_lengths_once(model)
+        install_vision_attention(model)
         install_shared_attention(model)  # texts without a picture share no prefix
     return model
 
@@ -182,10 +189,11 @@ def attach_lora(model: nn.Module, lora: Lora, groups: list[str], seed: int) -> n
 
 
 def add_lora_in_the_product(model: nn.Module) -> None:
-    """Let every plain LoRA layer add its adapter in the last matrix product, in the base's type (the adapter's weights
-    stay float32). PEFT scales and adds in passes of their own over the layer's whole output and, on a bfloat16 base, in
-    float32, which moves more bytes than the frozen product itself. Switched off or merged, PEFT's own forward runs."""
-    from peft.tuners.lora import Linear
+    """Let every LoRA layer, on 4 bits too, add its adapter in the last matrix product, in the base's type (its own
+    weights stay float32). PEFT scales and adds in passes of their own over the layer's whole output and, on a
+    bfloat16 base, in float32, which moves more bytes than the frozen product itself. Switched off or merged, PEFT's own
+    forward runs."""
+    from peft.tuners.lora import LoraLayer
 
     def forward(self, x, *args, **kwargs):  # (..., features in)
         if self.disable_adapters or self.merged or args or kwargs or self.lora_variant:
@@ -198,7 +206,7 @@ def add_lora_in_the_product(model: nn.Module) -> None:
         return torch.addmm(result.flatten(0, -2), scaled, up.t()).view_as(result)
 
     for module in model.modules():
-        if type(module) is Linear:
+        if isinstance(module, LoraLayer) and type(module).__name__ in ("Linear", "Linear4bit"):
             module.forward = types.MethodType(forward, module)
 
 

@@ -25,6 +25,9 @@ import warnings
 from dataclasses import replace
 from pathlib import Path
 
+# With more than one in view, the Trainer would spread over all of them.
+os.environ["CUDA_VISIBLE_DEVICES"] = os.environ.get("CUDA_VISIBLE_DEVICES", "0").split(",")[0]
+
 import torch
 import torch.nn.functional as F
 

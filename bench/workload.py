@@ -18,7 +18,7 @@ import torch
 from PIL import Image
 
 import tiny_model
-from attention import install_shared_attention, read_lengths_once
+from attention import install_shared_attention, install_vision_attention, without_cudnn
 from config import Config, Data, Lora, UserError
 from dataset import SampleEncoder, SampleList
 from family import Family, load_family
@@ -115,6 +115,7 @@ def build_base(folder: Path, device: torch.device, seed: int) -> torch.nn.Module
     from transformers import AutoConfig, AutoModelForImageTextToText
 
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
+    without_cudnn()
     torch.manual_seed(seed)
     with device:
         model = AutoModelForImageTextToText.from_config(
@@ -131,7 +132,7 @@ def adapted(base: torch.nn.Module, lora: Lora, seed: int, stock: bool) -> torch.
     model = copy.deepcopy(base, memo={id(parameter): parameter for parameter in base.parameters()})
     if not stock:
         patch_embed_as_matrix_product(model)
-        read_lengths_once(model)
+        install_vision_attention(model)
         install_shared_attention(model)
     model = attach_lora(model, lora, [LANGUAGE], seed)
     if stock:

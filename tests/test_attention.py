@@ -9,7 +9,7 @@ import attention
 from attention import SharedRows, attention_mask, masked, two_part, varlen, varlen_layout
 from batches import collate
 from config import UserError
-from model import AnswerLoss, trainable_parameters
+from model import AnswerLoss, load_base, trainable_parameters
 
 PREFIX, PADDING = 0, -1
 
@@ -195,6 +195,32 @@ def test_the_vision_towers_lengths_are_copied_to_the_host_once_a_pass(tiny_model
         assert float(AnswerLoss(model, run.family)(batch).detach()) == expected
         assert len(copied) == kinds * passes
     monkeypatch.undo()
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_the_vision_tower_attends_as_transformers_own_does_with_fewer_calls(tiny_models, monkeypatch, family):
+    """Three pictures, two of one size; Qwen2.5-VL's windows at their right and lower edges are smaller."""
+    from transformers import AutoModelForImageTextToText
+
+    own = load_base(str(tiny_models[family]), torch.float64)
+    stock = AutoModelForImageTextToText.from_pretrained(tiny_models[family], dtype=torch.float64)
+    grids = torch.tensor([[1, 20, 26], [1, 20, 26], [1, 8, 6]])
+    generator = torch.Generator().manual_seed(0)
+    width = own.model.visual.patch_embed.proj.weight[0].numel()
+    patches = torch.randn(int(grids.prod(1).sum()), width, generator=generator, dtype=torch.float64)
+    calls, sdpa = [], F.scaled_dot_product_attention
+    monkeypatch.setattr(F, "scaled_dot_product_attention", lambda *a, **k: calls.append(0) or sdpa(*a, **k))
+    counts, features = [], []
+    for model in (stock, own):
+        calls.clear()
+        with torch.no_grad():
+            found = model.get_image_features(patches, grids, return_dict=True)
+        layers = [found.pooler_output, *(getattr(found, "deepstack_features", None) or [])]
+        features.append([torch.cat(list(layer)) for layer in layers])
+        counts.append(len(calls))
+    assert counts[1] < counts[0], counts
+    for one, other in zip(*features, strict=True):
+        assert torch.allclose(one, other, rtol=0, atol=1e-12)
 
 
 @pytest.mark.parametrize("groups", [1, 2])

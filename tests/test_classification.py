@@ -14,6 +14,7 @@ from safetensors.torch import load_file
 import classification
 import evaluate
 import evaluation
+import sharding
 import train
 from batches import collate
 from checkpoint import TrainerState, has_lost_best, load_trained
@@ -238,6 +239,18 @@ def test_a_fully_trained_folder_loads_plainly_and_holds_no_head(trained):
     model, report = AutoModelForCausalLM.from_pretrained(trained / "full", output_loading_info=True)
     assert not report["missing_keys"] and not report["unexpected_keys"]
     assert torch.equal(model.model.norm.weight, load_file(trained / "full" / "model.safetensors")["model.norm.weight"])
+
+
+def test_a_folder_of_bfloat16_weights_says_so_whatever_the_masters_type(run, monkeypatch):
+    """On GPUs, the weights are written in the type that computed, and the masters are float32."""
+    from transformers import AutoModelForCausalLM
+
+    whole_state = sharding.whole_state
+    monkeypatch.setattr(
+        sharding, "whole_state", lambda *args, **kw: {n: t.bfloat16() for n, t in whole_state(*args, **kw).items()}
+    )
+    output = run("bfloat16", finetuning="full", num_train_epochs=1)
+    assert AutoModelForCausalLM.from_pretrained(output, dtype="auto").dtype == torch.bfloat16
 
 
 def test_lora_trains_adapter_and_head_and_saves_no_base_weight(trained, tiny_models):

@@ -315,6 +315,12 @@ def test_a_folder_without_weights_or_with_half_of_them_is_an_error(copied):
     assert "cannot be loaded" in refused(load_base, copied, torch.float32)
 
 
+def test_an_older_transformers_is_refused_with_the_command_that_helps(copied, monkeypatch):
+    monkeypatch.setattr("transformers.__version__", "5.9.1")
+    with pytest.raises(UserError, match=r"transformers 5\.9\.1 is too old; run: pip install -r requirements\.txt"):
+        load_base(str(copied), torch.float32)
+
+
 def test_a_tokenizer_without_a_chat_template_or_none_at_all_is_an_error(copied):
     (copied / "chat_template.jinja").unlink()
     settings = json.loads((copied / "tokenizer_config.json").read_text())
