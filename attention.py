@@ -270,9 +270,9 @@ def install_vision_attention(model: nn.Module) -> None:
     times a layer, where the host waits each time until the GPU has done all that is queued."""
     from transformers import AttentionInterface
 
-    def forward(module, query, key, value, attention_mask, scaling=None, dropout=0.0, lengths=(), **others):
+    def forward(module, query, key, value, attention_mask, scaling=None, dropout=0.0, lengths=None, **others):
         outputs, start = [], 0  # query, key, value: (1, H, patches, D)
-        for length, run in itertools.groupby(lengths):
+        for length, run in itertools.groupby(lengths or [query.shape[2]]):
             count = len(list(run))
             patches = slice(start, start := start + count * length)
             parts = (x[0, :, patches].unflatten(1, (count, length)).transpose(0, 1) for x in (query, key, value))
