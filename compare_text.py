@@ -42,6 +42,8 @@ def sentence(pair: dict, accuracy: dict[str, float], unit: str, cluster: str) ->
         return f"{claim}: {numbers}{doubt}."
     if pair["smallest_possible_p"] * pair["family_size"] >= ALPHA:
         count = pair["clusters_that_differ"]
+        if count == 0:
+            return f"{first} and {second} are right equally often on every {cluster}, but on other {unit}s: {shares}."
         differing = f"{count} {cluster}{'s' * (count != 1)}"
         return f"{first} and {second} differ on only {differing}, too few for any test to tell them apart: {numbers}."
     doubt = ""

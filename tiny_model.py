@@ -309,6 +309,7 @@ def write_tiny_model(
     """
     import torch
     from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText
+    from transformers.utils import logging
 
     if family not in DEFAULT_SYSTEM:
         raise ValueError(f"family {family!r}: choose one of {', '.join(DEFAULT_SYSTEM)}")
@@ -326,6 +327,7 @@ def write_tiny_model(
         config = model_config(family, token_ids, dtype, sizes)
         write_json(partial / "config.json", config)
         auto = AutoModelForCausalLM if family == "qwen2" else AutoModelForImageTextToText
+        logging.disable_progress_bar()
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
             model = auto.from_config(AutoConfig.from_pretrained(partial), dtype=torch.float32)

@@ -221,6 +221,17 @@ def test_too_few_differing_images_are_named_as_such(tmp_path):
     assert re.search("exp2 and exp1 differ on only [2-5] images, too few for any test to tell them apart", text)
 
 
+def test_equally_many_right_on_every_image_is_said_so_where_the_questions_are_others(tmp_path):
+    rows = vqa_rows(0.6, 1)
+
+    def right_on(number):
+        return [{**row, "prediction": row["answer"] if row["id"].endswith(f"-{number}") else "no"} for row in rows]
+
+    folders = [write_results(tmp_path / f"exp{number}", right_on(number)) for number in (1, 2)]
+    text = run(*folders, out=tmp_path / "out")["pairs"][0]["sentence"]
+    assert "exp1 and exp2 are right equally often on every image, but on other questions: " in text
+
+
 def test_identical_results_are_said_to_be_identical_in_what_was_right(tmp_path):
     folders = [write_results(tmp_path / name, vqa_rows(0.6, 1)) for name in ("exp1", "exp2")]
     report = run(*folders, out=tmp_path / "out")
