@@ -1,5 +1,6 @@
 """One output folder, one run: who owns it, which checkpoint it goes on from, and which old ones go."""
 
+import atexit
 import contextlib
 import fcntl
 import os
@@ -161,4 +162,5 @@ def rotate(output_dir, keep: int, best_step: int | None) -> threading.Thread:
 
     thread = threading.Thread(target=delete)
     thread.start()
+    atexit.register(thread.join)  # `distributed.end_process` waits for nothing else
     return thread

@@ -315,8 +315,7 @@ def write_tiny_model(
         raise ValueError(f"family {family!r}: choose one of {', '.join(DEFAULT_SYSTEM)}")
     if unknown := sizes.keys() - TINY_SIZES:
         raise ValueError(f"size {sorted(unknown)[0]!r}: choose from {', '.join(TINY_SIZES)}")
-    sizes = TINY_SIZES | sizes
-    folder = Path(folder)
+    sizes, folder = TINY_SIZES | sizes, Path(folder)
     if folder.exists():
         raise ValueError(f"{folder} exists; delete it or choose another folder")
     dtype = getattr(torch, dtype) if isinstance(dtype, str) else dtype

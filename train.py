@@ -179,21 +179,17 @@ def train(config: Config, check_only: bool, source: str) -> None:
     # --- the loop ---
     records = clicks.records(family, config)  # kept beside the weights
     trained: list = []  # [step, sample ids of this rank], until written out
-    rotation = None  # on rank 0: the thread that deletes old checkpoints
 
     def save(reason: str = "") -> None:
         """All ranks: contains all_gathers and all_reduces."""
-        nonlocal rotation
         log.order(ranks.gather(trained))
         trained.clear()
         state.config, state.global_batch, state.ranks = to_dict(config), plan.batch, ranks.world
         state.train_data = train_samples.sha256
         size, seconds = checkpoint.save(output, model, optimizer, names, state, config, records, ranks)
         log.say(f"Saved checkpoint-{state.step} ({size / 1e6:.1f} MB in {seconds:.2f} s){reason}")
-        if rotation:
-            rotation.join()
         if ranks.is_first:
-            rotation = rotate(output, config.save_total_limit, state.best_step)
+            rotate(output, config.save_total_limit, state.best_step)
 
     def evaluate() -> None:
         """All ranks: contains all_reduces. Raises `Stopped`."""
@@ -337,8 +333,6 @@ def train(config: Config, check_only: bool, source: str) -> None:
     ranks.barrier()
     del loss  # see stop_ranks
     stop_ranks()
-    if rotation:
-        rotation.join()
 
 
 def main(arguments: list[str] | None = None) -> None:
