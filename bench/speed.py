@@ -25,9 +25,6 @@ import warnings
 from dataclasses import replace
 from pathlib import Path
 
-# With more than one in view, the Trainer would spread over all of them.
-os.environ["CUDA_VISIBLE_DEVICES"] = os.environ.get("CUDA_VISIBLE_DEVICES", "0").split(",")[0]
-
 import torch
 import torch.nn.functional as F
 
@@ -318,5 +315,7 @@ def main() -> None:
 
 
 if __name__ == "__main__":
+    # One GPU: with more in view, the Trainer would spread over all of them.
+    os.environ["CUDA_VISIBLE_DEVICES"] = os.environ.get("CUDA_VISIBLE_DEVICES", "0").split(",")[0]
     with exit_on_user_error():
         main()
