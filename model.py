@@ -46,8 +46,7 @@ def load_base(model_name: str, dtype: torch.dtype, quantization: str = "none") -
     quantization: `nf4` holds the language model's linear layers in 4 bits (QLoRA, arXiv 2305.14314, with double
     quantisation and bfloat16 compute); the vision tower, the projector and lm_head keep `dtype`.
 
-    Errors: `UserError` where the weights are missing, of another shape or not loaded completely, or transformers is too
-    old for this repo.
+    Errors: `UserError` where weights are missing, misshapen or not loaded completely, or transformers is too old.
     """
     import transformers
     from safetensors import SafetensorError
