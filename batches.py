@@ -91,8 +91,9 @@ class BatchPlan:
 # Tokens of a pass. An H100 works off 1,000 tokens of the 8B in the 50 ms that launching a pass's 10,000 kernels takes
 # (by count, unmeasured): from there on it is busy, and with four times as many, launching hides behind the arithmetic.
 BUSY_PASS = 1024
-FULL_PASS = {"cuda": 4096, "cpu": 1024}  # of rows with shared prefixes
-# Of rows that share nothing: of an 8B without gradient checkpointing, a token holds 9.4 MB until the backward pass.
+FULL_PASS = {"cuda": 4096, "cpu": 1024}
+# Of rows that share nothing, on CPUs and with gradient checkpointing. Without it, each token of an 8B holds 9.4 MB of
+# activations until the backward pass (by count): there FULL_PASS is their limit too.
 LARGEST_PASS = 16_384
 MOST_PADDING = 0.1  # of a row that joins a busy pass
 

@@ -161,7 +161,7 @@ def end_process() -> NoReturn:
     signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # the DataLoader's handler raises when a worker is killed
     for worker in multiprocessing.active_children():
         worker.kill()
-    atexit._run_exitfuncs()  # temporary files are removed there
+    atexit._run_exitfuncs()  # old checkpoints and temporary files are removed there
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(0)

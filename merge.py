@@ -67,6 +67,8 @@ def load_adapted(config: Config, folder: Path, device: torch.device) -> torch.nn
         refuse_differing_keys(set(report.unexpected_keys), set(), folder / TRAINED_FILE)
     elif (folder / sharding.SHARDS).is_dir():
         model = modeling.load_base(config.model_name, "auto")
+        found = {name for name in sharding.stored_names(folder / sharding.SHARDS) if "|" not in name}
+        refuse_differing_keys(found - set(model.state_dict()), set(), folder / sharding.SHARDS)
         sharding.load_whole(folder / sharding.SHARDS, model)
     elif (folder / "config.json").is_file():
         model = modeling.load_base(str(folder), "auto")

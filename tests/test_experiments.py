@@ -159,6 +159,15 @@ def test_qlora_learns_on_4_bit_weights_that_do_not_change_and_resumes_exactly(da
     after = {name.replace(".base_layer", ""): p for name, p in model.get_base_model().named_parameters()}
     assert all(torch.equal(before, after[name]) for name, before in packed.items())
     assert not any("visual" in name or "lm_head" in name for name in packed)
+    layers = [
+        module for module in model.modules() if type(module).__name__ == "Linear4bit" and hasattr(module, "lora_A")
+    ]
+    assert len(layers) == len(packed) and all("forward" in vars(layer) for layer in layers)
+    hidden = torch.randn(2, 5, layers[0].in_features)
+    with torch.no_grad():
+        own, pefts = layers[0].eval()(hidden), type(layers[0]).forward(layers[0], hidden)
+        assert not torch.allclose(own, layers[0].base_layer(hidden), atol=1e-5), "the adapter adds something"
+    assert torch.allclose(own, pefts, atol=1e-5)
 
     record = train.RunLog.record
 

@@ -315,6 +315,12 @@ def test_a_folder_without_weights_or_with_half_of_them_is_an_error(copied):
     assert "cannot be loaded" in refused(load_base, copied, torch.float32)
 
 
+def test_a_loaded_model_attends_without_cudnn(copied):
+    torch.backends.cuda.enable_cudnn_sdp(True)
+    load_base(str(copied), torch.float32)
+    assert not torch.backends.cuda.cudnn_sdp_enabled()
+
+
 def test_an_older_transformers_is_refused_with_the_command_that_helps(copied, monkeypatch):
     monkeypatch.setattr("transformers.__version__", "5.9.1")
     with pytest.raises(UserError, match=r"transformers 5\.9\.1 is too old; run: pip install -r requirements\.txt"):

@@ -233,8 +233,11 @@ def run_script(script: str, *arguments: str) -> tuple[int, str, str]:
     handlers = {number: signal.getsignal(number) for number in (signal.SIGUSR1, signal.SIGTERM, signal.SIGINT)}
     code = 0
     try:
-        quiet = contextlib.redirect_stdout(out), contextlib.redirect_stderr(err)
-        with quiet[0], quiet[1], mock.patch("distributed.end_process"):
+        with (
+            contextlib.redirect_stdout(out),
+            contextlib.redirect_stderr(err),
+            mock.patch("distributed.end_process"),  # it would end this process, which runs all the tests
+        ):
             runpy.run_path(str(REPO_ROOT / script), run_name="__main__")
     except SystemExit as end:
         code = end.code or 0
