@@ -16,10 +16,10 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import sharding
-from atomic import flush, full_disk_is_said, save_atomically, write_json
 from classification import HEAD_FILE, load_head, save_head
 from config import Config, UserError
 from distributed import Ranks
+from files import flush, full_disk_is_said, save_atomically, write_json
 from model import HEAD, add_lora_in_the_product, base_of, group_of, load_base, quiet_peft
 
 STATE_FILE, OPTIMIZER_FILE = "trainer_state.json", "optimizer.safetensors"

@@ -12,12 +12,12 @@ from pathlib import Path
 
 import numpy as np
 
-import compare_page
-from compare_text import UNITS, console_table, markdown, notes, sentence, size_of_test, tables
 from config import UserError, exit_on_user_error
-from metrics import answer_correct, click_correct, image_key, score_click, score_cls, score_vqa, target_size
-from resampling import bootstrap, cluster_numbers, holm, sign_flip_p_value, smallest_p_value
-from results_folder import Results, check_same_test, read_results
+from report import page as compare_page
+from report.metrics import answer_correct, click_correct, image_key, score_click, score_cls, score_vqa, target_size
+from report.resampling import bootstrap, cluster_numbers, holm, sign_flip_p_value, smallest_p_value
+from report.results import Results, check_same_test, read_results
+from report.words import UNITS, console_table, markdown, notes, sentence, size_of_test, tables
 
 MOST_QUESTIONS = 60  # distinct questions that still make a table; free-form sets have a new question in every sample
 

@@ -18,7 +18,7 @@ from pathlib import Path
 
 from PIL import Image, ImageDraw, ImageFilter
 
-from tiny_model import write_tiny_model
+from toy.tiny_model import write_tiny_model
 
 WIDTH, HEIGHT = 224, 204  # pixels; not square, so that the letterbox has something to do
 PROCEDURES = {  # name → tissue in the light, tissue in the depth of the lumen

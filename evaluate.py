@@ -17,9 +17,7 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # it warns in every fo
 import torch
 
 import clicks
-import metrics
 import model as modeling
-from atomic import write_json, write_text
 from checkpoint import load_trained
 from classification import ClassLoss
 from config import Config, check_data_files, exit_on_user_error, load_config
@@ -27,8 +25,10 @@ from dataset import SampleEncoder, load_samples, load_split
 from distributed import end_process, start_ranks, stop_ranks
 from evaluation import answer_split, classify_split
 from family import load_family
+from files import write_json, write_text
 from images import image_path
 from preflight import check_samples
+from report import metrics
 
 
 def results_folder(config: Config, split: str) -> Path:
@@ -89,7 +89,7 @@ def score(rows: list[dict], config: Config) -> dict:
 
 def draw_worst_misses(rows: list[dict], config: Config, path: Path) -> None:
     """A contact sheet of the clicks farthest off their target, with gold and predicted point."""
-    import plots
+    from report import plots
 
     root = config.data.image_root
     shown = [
@@ -102,7 +102,7 @@ def draw_worst_misses(rows: list[dict], config: Config, path: Path) -> None:
 
 def draw_classification(rows: list[dict], config: Config, results: Path) -> None:
     """The reliability diagram of the predictions, and the run's curves where its log is at hand."""
-    import plots
+    from report import plots
 
     probabilities, labels = [row["probabilities"] for row in rows], [row["true_label"] for row in rows]
     plots.reliability_diagram(probabilities, labels, results / "reliability.png")

@@ -6,13 +6,13 @@ import torch
 from tqdm import tqdm
 
 import clicks
-import metrics
 from classification import ClassLoss
 from config import Config
 from dataset import EvalDataset, SampleEncoder, SampleList, load
 from distributed import Ranks
 from generate import greedy
 from model import AnswerLoss, to_device
+from report import metrics
 from runlog import on_terminal
 from templates import CONVERSATION_TEMPLATE, sample_images, split_answer, to_messages
 

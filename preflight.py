@@ -17,8 +17,8 @@ from dataset import BatchPlan, SampleEncoder, SampleList
 from family import Family
 from images import ModelImage, image_path, open_image, unpatchify
 from model import auto_class, parameter_table, prepare_training
+from prepare.splits import first_names
 from runlog import on_terminal
-from splits import first_names
 from templates import IGNORE, sample_images
 
 SHOWN = 10  # problems printed one by one; the rest is counted

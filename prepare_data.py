@@ -102,15 +102,15 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
 
 
 def prepare_kvasir(options: argparse.Namespace) -> None:
-    import data_kvasir  # here, so that --help and the other families do not wait for it
+    from prepare import kvasir  # here, so that --help and the other families do not wait for it
 
-    data_kvasir.prepare(options.source, options.out, options.order, options.stager, options.seed, options.split)
+    kvasir.prepare(options.source, options.out, options.order, options.stager, options.seed, options.split)
 
 
 def prepare_click(options: argparse.Namespace) -> None:
-    import data_click
+    from prepare import click
 
-    data_click.prepare(
+    click.prepare(
         options.source,
         options.out,
         options.image_root,
@@ -122,9 +122,9 @@ def prepare_click(options: argparse.Namespace) -> None:
 
 
 def prepare_papers(options: argparse.Namespace) -> None:
-    import data_papers
+    from prepare import papers
 
-    data_papers.prepare(
+    papers.prepare(
         options.source,
         options.out,
         options.train_agreeing,

@@ -23,13 +23,13 @@ import classification
 import clicks
 import model as modeling
 import sharding
-from atomic import write_json
 from checkpoint import TrainerState
 from config import Config, UserError, check_data_files, exit_on_user_error, load_config, to_dict, to_yaml
 from dataset import SampleEncoder, StepDataset, load, load_split
 from distributed import Ranks, StopSignal, end_process, start_ranks, stop_ranks, wrap_ddp
 from evaluation import Stopped, merit, scores_while_training
 from family import load_family
+from files import write_json
 from preflight import (
     batch_arithmetic,
     check_samples,

@@ -17,13 +17,13 @@ import numpy as np
 import torch
 from PIL import Image
 
-import tiny_model
 from attention import install_shared_attention, install_vision_attention, without_cudnn
 from config import Config, Data, Lora, UserError
 from dataset import SampleEncoder, SampleList
 from family import Family, load_family
 from images import native_size
 from model import LANGUAGE, attach_lora, load_tokenizer, patch_embed_as_matrix_product, trainable_parameters
+from toy import tiny_model
 
 # The true sizes of Qwen3-VL-8B, as its config.json on the hub gives them.
 EIGHT_B = {

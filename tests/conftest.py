@@ -38,7 +38,7 @@ class TinyModels(dict):
 
     def build(self, family, **options):
         """A folder for these options of `write_tiny_model`, built once per session."""
-        from tiny_model import write_tiny_model
+        from toy.tiny_model import write_tiny_model
 
         name = "-".join([family, *(f"{key}={value}" for key, value in sorted(options.items()))])
         folder = self.root / name.replace("/", "_")

@@ -13,9 +13,9 @@ from PIL import Image
 from scipy import stats
 
 import compare
-import compare_page
 from config import UserError
-from metrics import score_click, score_cls, score_vqa
+from report import page as compare_page
+from report.metrics import score_click, score_cls, score_vqa
 
 HOSTILE = '<img src=x onerror="document.title=1"></script><script>document.title=1</script> & "quoted" {{title}} | pipe'
 

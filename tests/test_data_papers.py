@@ -8,11 +8,10 @@ import pytest
 from conftest import shared_data
 from PIL import Image, ImageChops
 
-import giveaways
-import pages
 import prepare_data
 from config import UserError
 from images import open_image
+from prepare import giveaways, pages
 from templates import document_messages
 
 SPLITS = ("train", "val", "test")

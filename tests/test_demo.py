@@ -14,8 +14,8 @@ import demo
 import prepare_data
 from config import load_config
 from family import load_family
-from metrics import majority_answers
-from stager import stage_by_rules
+from prepare.stager import stage_by_rules
+from report.metrics import majority_answers
 
 
 @pytest.fixture(scope="module")

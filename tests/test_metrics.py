@@ -9,9 +9,9 @@ import numpy as np
 import pytest
 from sklearn import metrics as sklearn_metrics
 
-import metrics
-from metrics import answer_items, answer_outside_candidates, majority_answers, score_click, score_cls, score_vqa
-from resampling import SEED, bootstrap
+from report import metrics
+from report.metrics import answer_items, answer_outside_candidates, majority_answers, score_click, score_cls, score_vqa
+from report.resampling import SEED, bootstrap
 
 RESAMPLES = 150
 

@@ -4,8 +4,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-import plots
-from plots import contact_sheet, loss_curves, reliability_diagram, worst_misses
+from report import plots
+from report.plots import contact_sheet, loss_curves, reliability_diagram, worst_misses
 
 
 def share_of(path, colour, tolerance=12):

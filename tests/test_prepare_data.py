@@ -13,10 +13,9 @@ import pytest
 from conftest import REPO_ROOT, shared_data
 from PIL import Image
 
-import kvasir_source
 import prepare_data
-import splits
 from config import UserError
+from prepare import kvasir_source, splits
 
 SPLITS = ("train", "val", "test")
 QUESTIONS = ("Is there text?", "How many polyps are in the image?", "Have all polyps been removed?")
@@ -142,7 +141,7 @@ def test_answers_outside_the_candidates_are_counted(tmp_path):
 
 
 def test_candidates_are_sorted_as_people_count():
-    from data_kvasir import _natural
+    from prepare.kvasir import _natural
 
     assert sorted(["10", "2", "none", "0"], key=_natural) == ["0", "2", "10", "none"]
     assert sorted([">20mm", "11-20mm", "5-10mm", "<5mm"], key=_natural) == ["5-10mm", "11-20mm", "<5mm", ">20mm"]

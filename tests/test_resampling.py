@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 from scipy import stats
 
-import resampling
-from resampling import bootstrap, cluster_numbers, holm, sign_flip_p_value, smallest_p_value
+from report import resampling
+from report.resampling import bootstrap, cluster_numbers, holm, sign_flip_p_value, smallest_p_value
 
 IMAGES, QUESTIONS, COMPARISONS = 60, 25, 1000
 

@@ -9,7 +9,7 @@ from PIL import Image
 from safetensors import safe_open
 from transformers import AutoImageProcessor, AutoModelForCausalLM, AutoModelForImageTextToText, AutoTokenizer
 
-import tiny_model
+from toy import tiny_model
 
 VISION_FAMILIES = ["qwen2_vl", "qwen2_5_vl", "qwen3_vl"]
 PICTURE = {"type": "image"}

@@ -14,7 +14,7 @@ import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
 from images import open_image
-from metrics import CALIBRATION_BINS, calibration_bins, click_correct, click_distance
+from report.metrics import CALIBRATION_BINS, calibration_bins, click_correct, click_distance
 
 OVERSIZE = 3
 INK, QUIET, GRID, PAPER = "#1c2024", "#5b626b", "#e3e3de", "#ffffff"

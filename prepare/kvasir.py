@@ -5,12 +5,11 @@ from collections import Counter, defaultdict
 from collections.abc import Mapping
 from pathlib import Path
 
-import kvasir_source
 import leakage
-import splits
-import stager as stagers
 from config import UserError
-from splits import SPLITS, first_names
+from prepare import kvasir_source, splits
+from prepare import stager as stagers
+from prepare.splits import SPLITS, first_names
 
 NO_QUESTION = {"", "none", "nan", "null"}  # the published set has rows whose question was lost on the way
 NEAR_IDENTICAL = "near_identical.html"

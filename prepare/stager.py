@@ -14,7 +14,7 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 from config import UserError
-from splits import first_names
+from prepare.splits import first_names
 
 STAGES = {1: "initial assessment", 2: "findings", 3: "clinical context"}
 

@@ -9,11 +9,11 @@ from pathlib import Path
 
 import clicks
 import leakage
-import splits
 from config import UserError
 from images import image_path, upright_size
-from metrics import target_size
-from splits import SPLITS, first_names
+from prepare import splits
+from prepare.splits import SPLITS, first_names
+from report.metrics import target_size
 from templates import sample_images
 
 # The names under which published sets keep each fact, the first one found wins.

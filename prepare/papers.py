@@ -7,13 +7,12 @@ import unicodedata
 from collections import Counter
 from pathlib import Path
 
-import pages
-import splits
 from config import UserError
-from data_click import read_rows
-from giveaways import STAMP, uneven_forms, without_stamps
 from images import image_path, open_image
-from splits import SPLITS, first_names
+from prepare import pages, splits
+from prepare.click import read_rows
+from prepare.giveaways import STAMP, uneven_forms, without_stamps
+from prepare.splits import SPLITS, first_names
 from templates import sample_images
 
 LABELS = ("reject", "accept")  # the label is the place in here

@@ -11,9 +11,9 @@ from pathlib import Path
 
 from config import UserError
 from images import image_path, open_image
-from metrics import answer_correct, answer_items, click_correct, click_distance
+from report.metrics import answer_correct, answer_items, click_correct, click_distance
 
-TEMPLATE = Path(__file__).with_name("compare_page.html")
+TEMPLATE = Path(__file__).with_name("page.html")
 THUMBNAIL_SIDE = 320  # pixels
 MOST_OPTIONS = 60  # distinct questions that still make a list to choose from
 TEXT_SHOWN = 400  # characters of a text sample
@@ -25,7 +25,7 @@ def page(
     """The finished page, and one line that says which pictures it holds and which are missing.
 
     report, size, tables: from compare.compare, size_of_test and tables. unit: what is scored, "question".
-    results: results_folder.Results of one test set.
+    results: `results.Results` of one test set.
     image_root: folder of the pictures, over what the results say. most_pictures: more are left out, and counted.
     """
     cards = _disagreements(report["task"], results)

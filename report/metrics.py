@@ -10,7 +10,7 @@ from math import hypot
 
 import numpy as np
 
-from resampling import bootstrap, cluster_numbers
+from report.resampling import bootstrap, cluster_numbers
 
 CALIBRATION_BINS = 15
 

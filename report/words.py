@@ -1,6 +1,6 @@
 """A comparison in words and tables: what compare.py prints and writes as Markdown."""
 
-from resampling import LEVEL, RESAMPLES, SEED
+from report.resampling import LEVEL, RESAMPLES, SEED
 
 ALPHA = 0.05
 UNITS = {"vqa": ("question", "image"), "cls": ("sample", "sample"), "click": ("click", "image")}  # scored, resampled

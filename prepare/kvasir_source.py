@@ -12,7 +12,7 @@ from pathlib import Path
 from tqdm import tqdm
 
 from config import UserError
-from splits import first_names
+from prepare.splits import first_names
 
 COLUMNS = ("source", "question", "answer", "img_id")
 INSTALL = "pip install -r requirements-extra.txt"

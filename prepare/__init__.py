@@ -1,0 +1,1 @@
+"""Raw sources -> samples by split, with a report."""

@@ -1,0 +1,1 @@
+"""Predictions -> scores, intervals, comparison, plots and a page."""
