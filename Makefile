@@ -33,7 +33,7 @@ export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
 # Made once. A change of how they are made, or of the config, starts the demo afresh; otherwise `make demo` goes on
 # where it was: a stopped training resumes, a finished one is only evaluated again.
-demo/raw/metadata.csv: demo.py toy/tiny_model.py configs/demo.yaml | .venv/requirements.stamp
+demo/raw/metadata.csv: demo.py toy/endoscopy.py toy/tiny_model.py configs/demo.yaml | .venv/requirements.stamp
 	@rm -rf demo outputs/demo results/demo results/demo_question_only
 	$(BIN)/python demo.py
 

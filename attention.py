@@ -20,7 +20,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from config import UserError
+from errors import UserError
 
 NAME, VISION_NAME = "shared_prefix", "pictures_at_once"  # in transformers' registry
 PATHS = ("mask", "two_part", "varlen")

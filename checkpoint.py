@@ -17,8 +17,9 @@ from safetensors.torch import load_file, save_file
 
 import sharding
 from classification import HEAD_FILE, load_head, save_head
-from config import Config, UserError
+from config import Config
 from distributed import Ranks
+from errors import UserError
 from files import flush, full_disk_is_said, save_atomically, write_json
 from model import HEAD, add_lora_in_the_product, base_of, group_of, load_base, quiet_peft
 

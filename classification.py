@@ -12,7 +12,8 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from batches import last_tokens
-from config import Config, UserError
+from config import Config
+from errors import UserError
 from family import Family
 from model import base_of, model_inputs
 from templates import IGNORE

@@ -9,7 +9,8 @@ import math
 import re
 from pathlib import Path
 
-from config import Config, UserError
+from config import Config
+from errors import UserError
 from family import Family
 from images import Placement
 from templates import sample_images

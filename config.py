@@ -12,8 +12,6 @@ import difflib
 import math
 import os
 import re
-import sys
-import time
 import types
 import typing
 from dataclasses import dataclass, field
@@ -22,22 +20,7 @@ from typing import Literal
 
 import yaml
 
-
-class UserError(ValueError):
-    """A mistake in the user's input. The message is one line that names the file, key or row, and the cure."""
-
-
-@contextlib.contextmanager
-def exit_on_user_error():
-    """Turn a `UserError` into one line on stderr and exit code 2; anything else keeps its traceback."""
-    try:
-        yield
-    except UserError as error:
-        rank = int(os.environ.get("RANK", "0"))
-        if rank > 0:
-            time.sleep(2)  # every rank meets the same bad config: rank 0 speaks, and torchrun ends the others meanwhile
-        print(f"error: {error}" if rank == 0 else f"error (rank {rank}): {error}", file=sys.stderr, flush=True)
-        raise SystemExit(2) from None
+from errors import UserError, exit_on_user_error
 
 
 @dataclass(frozen=True)

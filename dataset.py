@@ -15,8 +15,9 @@ from torch.utils.data import DataLoader, Dataset
 
 import clicks
 from batches import BatchPlan, Item, collate, passes, weightless
-from config import Config, UserError
+from config import Config
 from distributed import ignore_stop_signals
+from errors import UserError
 from family import Family
 from images import (
     ModelImage,

@@ -17,7 +17,7 @@ import torch
 import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel
 
-from config import UserError
+from errors import UserError
 
 # Long enough for the slowest rank-local work (loading weights, a checkpoint of rank 0 on a slow disk), short enough
 # that a lost rank ends the job while its node is still paid for.

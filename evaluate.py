@@ -20,9 +20,10 @@ import clicks
 import model as modeling
 from checkpoint import load_trained
 from classification import ClassLoss
-from config import Config, check_data_files, exit_on_user_error, load_config
+from config import Config, check_data_files, load_config
 from dataset import SampleEncoder, load_samples, load_split
 from distributed import end_process, start_ranks, stop_ranks
+from errors import exit_on_user_error
 from evaluation import answer_split, classify_split
 from family import load_family
 from files import write_json, write_text

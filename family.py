@@ -5,7 +5,7 @@ Read from the model's own config and image processor, without loading weights.
 
 from dataclasses import dataclass
 
-from config import UserError
+from errors import UserError
 
 # How each family writes a point (its makers' cookbooks): thousandths of the picture, or pixels of the resized picture.
 COORDINATES = {"qwen2_vl": "relative", "qwen2_5_vl": "absolute", "qwen3_vl": "relative", "qwen2": None}

@@ -7,7 +7,7 @@ import shutil
 import time
 from pathlib import Path
 
-from config import UserError
+from errors import UserError
 
 
 def save_atomically(folder: Path, write) -> tuple[int, float]:
@@ -79,4 +79,4 @@ def write_text(path: Path, text: str) -> None:
 
 
 def write_json(path: Path, value) -> None:
-    write_text(path, json.dumps(value, indent=1, ensure_ascii=False) + "\n")
+    write_text(path, json.dumps(value, indent=1, ensure_ascii=False, allow_nan=False) + "\n")

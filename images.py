@@ -15,7 +15,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, ImageOps
 
-from config import UserError
+from errors import UserError
 
 LETTERBOX_FILL = (0, 0, 0)  # black, as the border of an endoscope's round picture
 

@@ -20,9 +20,8 @@ import numpy as np
 from PIL import Image
 from tqdm import tqdm
 
-from config import UserError
+from errors import UserError, first_names
 from images import image_path, open_image
-from prepare.splits import first_names
 from templates import sample_images
 
 # Bits of 64. Measured on 27 real endoscopy pictures: recompressed, halved or brightened by 20 %: at most 4; shifted by

@@ -27,8 +27,9 @@ import model as modeling
 import publish
 import sharding
 from checkpoint import ADAPTER_CONFIG, ADAPTER_FILE, TRAINED_FILE, adapter_state, quiet_peft
-from config import Config, UserError, exit_on_user_error, load_config, to_yaml
+from config import Config, load_config, to_yaml
 from dataset import EvalDataset, SampleEncoder, SampleList, load_samples
+from errors import UserError, exit_on_user_error
 from family import Family, load_family
 from files import save_atomically, write_json
 from run_folder import MERGED_CONFIG_FILE, config_of, with_own_model

@@ -15,7 +15,8 @@ import torch.nn.functional as F
 from torch import nn
 
 from attention import SharedRows, attention_mask, install_shared_attention, install_vision_attention, without_cudnn
-from config import Config, Lora, UserError
+from config import Config, Lora
+from errors import UserError
 from family import Family
 from templates import IGNORE
 

@@ -22,9 +22,10 @@ import clicks
 import model as modeling
 from checkpoint import load_trained
 from classification import ClassLoss
-from config import Config, UserError, exit_on_user_error, load_config
+from config import Config, load_config
 from dataset import SampleEncoder, SampleList
 from distributed import start_ranks
+from errors import UserError, exit_on_user_error
 from evaluation import answer_split, classify_split
 from family import load_family
 from images import open_image

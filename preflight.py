@@ -12,12 +12,12 @@ import torch
 from tqdm import tqdm
 
 from classification import attach_head
-from config import Config, UserError
+from config import Config
 from dataset import BatchPlan, SampleEncoder, SampleList
+from errors import UserError, first_names
 from family import Family
 from images import ModelImage, image_path, open_image, unpatchify
 from model import auto_class, parameter_table, prepare_training
-from prepare.splits import first_names
 from runlog import on_terminal
 from templates import IGNORE, sample_images
 

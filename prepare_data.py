@@ -6,7 +6,7 @@ all of it can be.
 
 import argparse
 
-from config import exit_on_user_error
+from errors import exit_on_user_error
 
 KVASIR = """python prepare_data.py kvasir --source RAW_DIR --out DATA_DIR
 

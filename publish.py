@@ -10,8 +10,9 @@ import re
 from dataclasses import replace
 from pathlib import Path
 
-from config import Config, Data, UserError, to_yaml
+from config import Config, Data, to_yaml
 from dataset import load_samples
+from errors import UserError
 from run_folder import MERGED_CONFIG_FILE
 from templates import SYSTEM_PROMPTS
 

@@ -13,7 +13,8 @@ from dataclasses import replace
 from pathlib import Path
 
 from checkpoint import ADAPTER_CONFIG, STATE_FILE, TrainerState, read_state, whats_wrong
-from config import FREE_ON_RESUME, Config, UserError, build_config, load_config, to_dict
+from config import FREE_ON_RESUME, Config, build_config, load_config, to_dict
+from errors import UserError
 
 
 class OutputLock:

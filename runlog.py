@@ -10,8 +10,9 @@ from pathlib import Path
 
 import torch
 
-from config import Config, UserError, to_yaml
+from config import Config, to_yaml
 from distributed import Ranks
+from errors import UserError
 
 
 def memory_gb(device: torch.device) -> float:

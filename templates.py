@@ -7,7 +7,7 @@ prompt of training and the prompt of inference are the same tokens.
 import re
 from dataclasses import dataclass
 
-from config import UserError
+from errors import UserError
 
 IGNORE = -100  # label of a token that is not supervised (PyTorch's cross-entropy default)
 

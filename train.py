@@ -24,9 +24,10 @@ import clicks
 import model as modeling
 import sharding
 from checkpoint import TrainerState
-from config import Config, UserError, check_data_files, exit_on_user_error, load_config, to_dict, to_yaml
+from config import Config, check_data_files, load_config, to_dict, to_yaml
 from dataset import SampleEncoder, StepDataset, load, load_split
 from distributed import Ranks, StopSignal, end_process, start_ranks, stop_ranks, wrap_ddp
+from errors import UserError, exit_on_user_error
 from evaluation import Stopped, merit, scores_while_training
 from family import load_family
 from files import write_json

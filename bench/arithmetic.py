@@ -14,7 +14,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # the modules a
 
 import workload as work
 
-from config import exit_on_user_error
+from errors import exit_on_user_error
 
 ANSWER_TOKENS = 4  # a Kvasir-VQA answer has 3.9 on average, its end token included
 

@@ -25,8 +25,9 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # the modules a
 import workload as work
 from trainer import Questions
 
-from config import Lora, exit_on_user_error
+from config import Lora
 from dataset import EvalDataset
+from errors import exit_on_user_error
 from generate import greedy
 from model import to_device
 

@@ -28,9 +28,10 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # the modules a
 import workload as work
 
 from batches import BatchPlan
-from config import Lora, exit_on_user_error
+from config import Lora
 from dataset import StepDataset
 from distributed import Ranks, end_process, stop_ranks
+from errors import exit_on_user_error
 from model import AnswerLoss, optimizer_groups, trainable_parameters
 from train import backward_step
 

@@ -35,9 +35,10 @@ from measuring import Measured, largest_difference, measure_step
 from workload import Workload
 
 from batches import BatchPlan
-from config import Lora, UserError, exit_on_user_error
+from config import Lora
 from dataset import StepDataset, load
 from distributed import Ranks
+from errors import UserError, exit_on_user_error
 from model import AnswerLoss, forward_logits, optimizer_groups, to_device, trainable_parameters
 from templates import IGNORE
 from train import backward_step

@@ -18,8 +18,9 @@ import torch
 from PIL import Image
 
 from attention import install_shared_attention, install_vision_attention, without_cudnn
-from config import Config, Data, Lora, UserError
+from config import Config, Data, Lora
 from dataset import SampleEncoder, SampleList
+from errors import UserError
 from family import Family, load_family
 from images import native_size
 from model import LANGUAGE, attach_lora, load_tokenizer, patch_embed_as_matrix_product, trainable_parameters

@@ -9,10 +9,10 @@ from pathlib import Path
 
 import clicks
 import leakage
-from config import UserError
+from errors import UserError, first_names
 from images import image_path, upright_size
 from prepare import splits
-from prepare.splits import SPLITS, first_names
+from prepare.splits import SPLITS
 from report.metrics import target_size
 from templates import sample_images
 

@@ -6,10 +6,10 @@ from collections.abc import Mapping
 from pathlib import Path
 
 import leakage
-from config import UserError
+from errors import UserError, first_names
 from prepare import kvasir_source, splits
 from prepare import stager as stagers
-from prepare.splits import SPLITS, first_names
+from prepare.splits import SPLITS
 
 NO_QUESTION = {"", "none", "nan", "null"}  # the published set has rows whose question was lost on the way
 NEAR_IDENTICAL = "near_identical.html"

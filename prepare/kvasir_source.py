@@ -11,8 +11,7 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from config import UserError
-from prepare.splits import first_names
+from errors import UserError, first_names
 
 COLUMNS = ("source", "question", "answer", "img_id")
 INSTALL = "pip install -r requirements-extra.txt"

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from PIL import Image, ImageDraw, ImageFont
 
-from config import UserError
+from errors import UserError
 
 # In pixels. About A4, in sides that are multiples of 28; letters of 24 stay readable at a quarter of the page's pixels.
 PAGE_SIZE = (1232, 1736)

@@ -7,12 +7,12 @@ import unicodedata
 from collections import Counter
 from pathlib import Path
 
-from config import UserError
+from errors import UserError, first_names
 from images import image_path, open_image
 from prepare import pages, splits
 from prepare.click import read_rows
 from prepare.giveaways import STAMP, uneven_forms, without_stamps
-from prepare.splits import SPLITS, first_names
+from prepare.splits import SPLITS
 from templates import sample_images
 
 LABELS = ("reject", "accept")  # the label is the place in here

@@ -11,17 +11,9 @@ import os
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 
-from config import UserError
+from errors import UserError
 
 SPLITS = ("train", "val", "test")
-NAMES_SHOWN = 10
-
-
-def first_names(names: Iterable) -> str:
-    """The first ten names for an error message, and how many more there are."""
-    names = [str(name) for name in names]
-    more = f", ... ({len(names) - NAMES_SHOWN:,} more)" if len(names) > NAMES_SHOWN else ""
-    return ", ".join(names[:NAMES_SHOWN]) + more
 
 
 def parse_split(text: str) -> tuple[float, float, float]:

@@ -13,8 +13,7 @@ import re
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 
-from config import UserError
-from prepare.splits import first_names
+from errors import UserError, first_names
 
 STAGES = {1: "initial assessment", 2: "findings", 3: "clinical context"}
 

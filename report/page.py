@@ -9,7 +9,7 @@ from collections import defaultdict
 from html import escape
 from pathlib import Path
 
-from config import UserError
+from errors import UserError
 from images import image_path, open_image
 from report.metrics import answer_correct, answer_items, click_correct, click_distance
 

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import numpy as np
 
-from config import UserError
+from errors import UserError
 
 PREDICTIONS, SCORES = "generated_predictions.jsonl", "predict_results.json"
 

@@ -8,7 +8,7 @@ from tiny_runs import FAMILIES, build_items, tiny_run, vqa_samples
 import attention
 from attention import SharedRows, attention_mask, masked, two_part, varlen, varlen_layout
 from batches import collate
-from config import UserError
+from errors import UserError
 from model import AnswerLoss, load_base, trainable_parameters
 
 PREFIX, PADDING = 0, -1

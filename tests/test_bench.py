@@ -11,7 +11,7 @@ from conftest import REPO_ROOT, shared_data
 sys.path.insert(0, str(REPO_ROOT / "bench"))
 import workload
 
-from config import UserError
+from errors import UserError
 from images import native_size
 
 

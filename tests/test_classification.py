@@ -19,9 +19,10 @@ import train
 from batches import collate
 from checkpoint import TrainerState, has_lost_best, load_trained
 from classification import ClassLoss, attach_head, class_logits
-from config import UserError, load_config
+from config import load_config
 from dataset import SampleEncoder, SampleList
 from distributed import Ranks
+from errors import UserError
 from evaluation import classify_split
 from family import load_family
 from model import base_of, group_of, load_base, load_tokenizer, optimizer_groups, prepare_training

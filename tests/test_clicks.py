@@ -8,7 +8,8 @@ import pytest
 from conftest import shared_data
 
 import clicks
-from config import Config, Data, UserError
+from config import Config, Data
+from errors import UserError
 from family import COORDINATES, Family
 from images import letterbox_placement, native_placement
 

@@ -13,7 +13,7 @@ from PIL import Image
 from scipy import stats
 
 import compare
-from config import UserError
+from errors import UserError
 from report import page as compare_page
 from report.metrics import score_click, score_cls, score_vqa
 

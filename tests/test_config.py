@@ -6,7 +6,8 @@ import pytest
 import yaml
 
 import config
-from config import UserError, load_config
+from config import load_config
+from errors import UserError
 
 MINIMAL = """
 experiment: EXP

@@ -8,7 +8,7 @@ from PIL import Image
 
 import prepare_data
 from clicks import as_question
-from config import UserError
+from errors import UserError
 from images import letterbox_placement
 
 SPLITS = ("train", "val", "test")

@@ -9,7 +9,7 @@ from conftest import shared_data
 from PIL import Image, ImageChops
 
 import prepare_data
-from config import UserError
+from errors import UserError
 from images import open_image
 from prepare import giveaways, pages
 from templates import document_messages

@@ -13,8 +13,8 @@ from tiny_runs import FAMILIES, TinyRun, build_items, tiny_run, vqa_samples, wri
 from transformers import AutoImageProcessor
 
 from batches import BatchPlan, collate
-from config import UserError
 from dataset import EvalDataset, SampleList, StepDataset, load, load_samples
+from errors import UserError
 from templates import IGNORE, ULTRA_CONDENSED, as_conversations
 
 CPU = torch.device("cpu")

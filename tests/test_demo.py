@@ -16,12 +16,13 @@ from config import load_config
 from family import load_family
 from prepare.stager import stage_by_rules
 from report.metrics import majority_answers
+from toy import endoscopy
 
 
 @pytest.fixture(scope="module")
 def drawn(tmp_path_factory):
     """A drawn set of 120 pictures."""
-    return demo.write_endoscopy_set(tmp_path_factory.mktemp("drawn") / "raw", images=120)
+    return endoscopy.write_endoscopy_set(tmp_path_factory.mktemp("drawn") / "raw", images=120)
 
 
 def table(folder):
@@ -46,17 +47,17 @@ def test_each_place_named_shows_a_polyp_of_a_colour_named_and_no_other_place_doe
         answers[row["img_id"]][row["question"]] = row["answer"]
     for img_id, answer in answers.items():
         picture = Image.open(drawn / "images" / f"{img_id}.jpg")
-        assert (picture.size, picture.mode) == ((demo.WIDTH, demo.HEIGHT), "RGB")
-        named = [demo.COLORS[name] for name in answer[demo.COLOR].split("; ")]
+        assert (picture.size, picture.mode) == ((endoscopy.WIDTH, endoscopy.HEIGHT), "RGB")
+        named = [endoscopy.COLORS[name] for name in answer[endoscopy.COLOR].split("; ")]
         seen = {}
-        for place, (column, row) in demo.PLACES.items():
-            x, y = demo.WIDTH * (0.5 + 0.275 * column), demo.HEIGHT * (0.5 + 0.265 * row)
+        for place, (column, row) in endoscopy.PLACES.items():
+            x, y = endoscopy.WIDTH * (0.5 + 0.275 * column), endoscopy.HEIGHT * (0.5 + 0.265 * row)
             box = (round(x) - 6, round(y) - 6, round(x) + 7, round(y) + 7)
             channels = picture.crop(box).resize((1, 1), Image.Resampling.BOX).getpixel((0, 0))
             # Hue and saturation tell polyp from tissue; the light on the ball changes only how bright it is.
             seen[place] = min(closeness(channels, color) for color in named)
-        places = answer[demo.PLACE].split("; ")
-        assert sorted(places) == places and len(places) == int(answer[demo.NUMBER])
+        places = answer[endoscopy.PLACE].split("; ")
+        assert sorted(places) == places and len(places) == int(answer[endoscopy.NUMBER])
         nearest = sorted(seen, key=seen.get)[: len(places)]
         assert set(nearest) == set(places), (img_id, seen)
 
@@ -77,18 +78,23 @@ def test_always_giving_the_commonest_answer_is_right_less_than_a_quarter_of_the_
 
 
 def test_same_seed_gives_the_same_bytes_and_another_seed_other_pictures(tmp_path):
-    a, b, c = (demo.write_endoscopy_set(tmp_path / name, 6, seed) for name, seed in (("a", 1), ("b", 1), ("c", 2)))
+    a, b, c = (endoscopy.write_endoscopy_set(tmp_path / name, 6, seed) for name, seed in (("a", 1), ("b", 1), ("c", 2)))
     for file in (path for path in a.rglob("*") if path.is_file()):
         assert file.read_bytes() == (b / file.relative_to(a)).read_bytes()
     assert (a / "metadata.csv").read_bytes() != (c / "metadata.csv").read_bytes()
     with pytest.raises(ValueError, match="exists"):
-        demo.write_endoscopy_set(a)
+        endoscopy.write_endoscopy_set(a)
     assert {path.name for path in tmp_path.iterdir()} == {"a", "b", "c"}
 
 
 def test_prepare_data_takes_it_by_rules_and_finds_no_answer_outside_the_candidates(drawn, tmp_path):
     prepare_data.main(["kvasir", "--source", str(drawn), "--out", str(tmp_path)])
-    assert [stage_by_rules(q) for q in (demo.PROCEDURE, demo.NUMBER, demo.COLOR, demo.PLACE)] == [1, 2, 2, 2]
+    assert [stage_by_rules(q) for q in (endoscopy.PROCEDURE, endoscopy.NUMBER, endoscopy.COLOR, endoscopy.PLACE)] == [
+        1,
+        2,
+        2,
+        2,
+    ]
     assert "test answers outside the training candidates | 0" in (tmp_path / "report.md").read_text(encoding="utf-8")
 
 
@@ -119,11 +125,11 @@ def test_summary_shows_both_accuracies_and_fails_below_the_promise(tmp_path, mon
     monkeypatch.chdir(tmp_path)
     for folder in ("demo/data", "results/demo"):
         (tmp_path / folder).mkdir(parents=True)
-    train = [{"question": demo.NUMBER, "answer": answer} for answer in ("2", "2", "3")]
+    train = [{"question": endoscopy.NUMBER, "answer": answer} for answer in ("2", "2", "3")]
     (tmp_path / "demo/data/train.json").write_text(json.dumps(train))
     rows = [
-        {"images": [f"images/{n}.jpg"], "question": demo.NUMBER, "answer": "2" if n < 2 else "3", "prediction": "3",
-         "correct": n < right} for n in range(10)
+        {"images": [f"images/{n}.jpg"], "question": endoscopy.NUMBER, "answer": "2" if n < 2 else "3",
+         "prediction": "3", "correct": n < right} for n in range(10)
     ]  # fmt: skip
     (tmp_path / "results/demo/generated_predictions.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     scores = {"majority_accuracy": 0.2, "predict_accuracy": right / 10}

@@ -7,7 +7,7 @@ import pytest
 from conftest import shared_data
 from tiny_runs import FAMILIES
 
-from config import UserError
+from errors import UserError
 from family import COORDINATES, load_family
 
 

@@ -14,7 +14,7 @@ from tiny_runs import FAMILIES, IMAGE_SIZE
 from transformers import AutoImageProcessor
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import smart_resize
 
-from config import UserError
+from errors import UserError
 from family import load_family
 from images import (
     LETTERBOX_FILL,

@@ -11,7 +11,7 @@ from conftest import shared_data
 from PIL import Image, ImageEnhance
 
 import leakage
-from config import UserError
+from errors import UserError
 from images import open_image
 
 

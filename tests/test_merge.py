@@ -19,7 +19,8 @@ import predict
 import publish
 import train
 from checkpoint import load_trained
-from config import UserError, load_config
+from config import load_config
+from errors import UserError
 from images import letterbox, open_image
 
 FAMILIES = tiny_runs.FAMILIES

@@ -22,7 +22,8 @@ from transformers import AutoImageProcessor
 
 import model as modeling
 from batches import collate
-from config import Lora, UserError
+from config import Lora
+from errors import UserError
 from images import letterbox, open_image
 from model import AnswerLoss, attach_lora, group_of, load_base, load_tokenizer, prepare_training, trainable_parameters
 from templates import IGNORE

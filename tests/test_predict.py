@@ -17,7 +17,8 @@ import evaluate
 import predict
 import prepare_data
 import train
-from config import UserError, load_config
+from config import load_config
+from errors import UserError
 
 FAMILIES = tiny_runs.FAMILIES
 POINT = re.compile(r"^Point: (\d+), (\d+) in pixels of the picture \((\d+)×(\d+)\)$", re.M)

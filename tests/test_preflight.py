@@ -17,8 +17,9 @@ from tiny_runs import FAMILIES, build_items, config_values, run_script, tiny_run
 
 import model as modeling
 from batches import BatchPlan
-from config import UserError, load_config
+from config import load_config
 from dataset import SampleEncoder, SampleList
+from errors import UserError
 from family import load_family
 from model import load_base, parameter_table, prepare_training
 from preflight import batch_arithmetic, check_samples, count_parameters, make_plan, marked_text, prefix_sharing

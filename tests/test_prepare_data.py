@@ -14,7 +14,7 @@ from conftest import REPO_ROOT, shared_data
 from PIL import Image
 
 import prepare_data
-from config import UserError
+from errors import UserError
 from prepare import kvasir_source, splits
 
 SPLITS = ("train", "val", "test")

@@ -17,9 +17,10 @@ import evaluate
 import model as modeling
 import sharding
 import train
-from config import UserError, load_config
+from config import load_config
 from dataset import SampleEncoder, SampleList
 from distributed import Ranks
+from errors import UserError
 from model import load_base
 from preflight import make_plan
 from templates import IGNORE

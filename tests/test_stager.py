@@ -8,7 +8,7 @@ from conftest import shared_data
 from test_prepare_data import prepare, small_raw
 
 import prepare_data
-from config import UserError
+from errors import UserError
 from prepare import stager
 
 # The 19 question strings of Kvasir-VQA, spelling included, with the stage a reader would expect.

@@ -7,7 +7,7 @@ from conftest import shared_data
 from tiny_runs import END, FAMILIES
 from transformers import AutoTokenizer
 
-from config import UserError
+from errors import UserError
 from templates import (
     IGNORE,
     SYSTEM_PROMPTS,

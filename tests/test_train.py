@@ -28,8 +28,8 @@ from run_helpers import (
 import evaluation
 import run_folder
 import train
-from config import UserError
 from distributed import Ranks
+from errors import UserError
 from run_folder import OutputLock
 
 WRAPPED = REPO / "tests" / "wrapped_train.py"

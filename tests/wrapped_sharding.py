@@ -5,8 +5,8 @@ import os
 from torch.distributed.checkpoint import HuggingFaceStorageWriter
 
 import train
-from config import exit_on_user_error
 from distributed import end_process
+from errors import exit_on_user_error
 
 write_data = HuggingFaceStorageWriter.write_data
 

@@ -5,8 +5,8 @@ import time
 
 import model
 import train
-from config import exit_on_user_error
 from distributed import end_process
+from errors import exit_on_user_error
 
 fault = os.environ.get("FAULT", "")
 forward = model.AnswerLoss.forward

@@ -1,0 +1,33 @@
+"""A user's mistake: one line on stderr that names the file, the key or the row, and the cure."""
+
+import contextlib
+import os
+import sys
+import time
+from collections.abc import Iterable
+
+NAMES_SHOWN = 10
+
+
+class UserError(ValueError):
+    """A mistake in the user's input. The message is one line that names the file, key or row, and the cure."""
+
+
+@contextlib.contextmanager
+def exit_on_user_error():
+    """Turn a `UserError` into one line on stderr and exit code 2; anything else keeps its traceback."""
+    try:
+        yield
+    except UserError as error:
+        rank = int(os.environ.get("RANK", "0"))
+        if rank > 0:
+            time.sleep(2)  # every rank meets the same bad config: rank 0 speaks, and torchrun ends the others meanwhile
+        print(f"error: {error}" if rank == 0 else f"error (rank {rank}): {error}", file=sys.stderr, flush=True)
+        raise SystemExit(2) from None
+
+
+def first_names(names: Iterable) -> str:
+    """The first ten names for an error message, and how many more there are."""
+    names = [str(name) for name in names]
+    more = f", ... ({len(names) - NAMES_SHOWN:,} more)" if len(names) > NAMES_SHOWN else ""
+    return ", ".join(names[:NAMES_SHOWN]) + more
