@@ -1,4 +1,4 @@
-# make demo    tiny model, drawn pictures, training on two processes, scores: under five minutes on two cores
+# make demo    tiny model, drawn images, training on two processes, scores: under five minutes on two cores
 # make test    the quick tests, under six minutes on two cores (make test-slow: the others, with a real Slurm)
 # make lint    ruff and shellcheck
 # make clean   remove what the demo made (make distclean: .venv too)

@@ -22,7 +22,7 @@ from torch import nn
 
 from errors import UserError
 
-NAME, VISION_NAME = "shared_prefix", "pictures_at_once"  # in transformers' registry
+NAME, VISION_NAME = "shared_prefix", "images_at_once"  # in transformers' registry
 PATHS = ("mask", "two_part", "varlen")
 VARLEN_TYPES = (torch.bfloat16, torch.float16)  # of its kernel
 
@@ -265,7 +265,7 @@ def install_shared_attention(model: nn.Module) -> None:
 
 
 def install_vision_attention(model: nn.Module) -> None:
-    """Let the vision tower attend within pictures, or Qwen2.5-VL's windows, of one size all at once. transformers calls
+    """Let the vision tower attend within images, or Qwen2.5-VL's windows, of one size all at once. transformers calls
     the kernel for each of them (80 windows a layer for a page of text), and reads their lengths from the device three
     times a layer, where the host waits each time until the GPU has done all that is queued."""
     from transformers import AttentionInterface

@@ -21,7 +21,7 @@ class Item:
     input_ids: np.ndarray  # (T,)
     labels: np.ndarray  # (T,)
     position_ids: np.ndarray  # (3, T): temporal, height, width
-    images: tuple[str, ...]  # paths, the keys of the decoded pictures
+    images: tuple[str, ...]  # paths, the keys of the decoded images
     last_image_token: int  # index; -1 without images
     class_label: int | None = None  # of a document to be classified
     cut_tokens: int = 0  # of its text, at the end
@@ -41,7 +41,7 @@ class BatchPlan:
     """
 
     def __init__(self, samples: int, batch: int, epochs: float, order: str, seed: int, image_of: list | None = None):
-        """batch: questions of one optimizer step, over all ranks. image_of: each sample's picture, for 'images'."""
+        """batch: questions of one optimizer step, over all ranks. image_of: each sample's image, for 'images'."""
         self.samples, self.batch, self.order, self.seed, self._image_of = samples, batch, order, seed, image_of
         whole_epochs = int(epochs)
         self.steps_per_epoch = -(-samples // batch)
@@ -60,7 +60,7 @@ class BatchPlan:
                 order = np.arange(self.samples)
             elif self.order == "random":
                 order = generator.permutation(self.samples)
-            else:  # images: shuffled pictures, the questions of each together and in file order
+            else:  # images: shuffled images, the questions of each together and in file order
                 groups: dict = {}
                 for index, image in enumerate(self._image_of):
                     groups.setdefault(image, []).append(index)
@@ -76,9 +76,9 @@ class BatchPlan:
         start = step_in_epoch * self.batch
         return self.epoch_order(epoch)[start : min(start + self.batch, limit)]
 
-    def rank_questions(self, step: int, rank: int, ranks: int) -> np.ndarray:
+    def rank_questions(self, step: int, rank: int, world_size: int) -> np.ndarray:
         """This rank's contiguous slice of the step; empty where a last small step has fewer questions than ranks."""
-        return np.array_split(self.questions(step), ranks)[rank]
+        return np.array_split(self.questions(step), world_size)[rank]
 
     def epoch_at(self, step: int) -> float:
         """Epochs seen once `step` steps are done."""
@@ -99,12 +99,12 @@ MOST_PADDING = 0.1  # of a row that joins a busy pass
 
 
 def collate(items: list[Item], images: dict[str, ModelImage], share_prefix: bool, pad_id: int) -> dict:
-    """Lay questions out as rows, those of one picture behind one shared prefix.
+    """Lay questions out as rows, those of one image behind one shared prefix.
 
     A row is [prefix, question, question, ...] with segment 0 for the prefix, 1, 2, ... for the questions and -1 for
     padding; a token sees the prefix and its own segment (`attention.py`). Positions are each question's own.
     Returns input_ids, targets, segments (B, T); position_ids (3, B, T); patches, image_grid_thw of the distinct
-    pictures; image_index: for each picture in the rows, in order, which of them it is; slots (B, K): item of each row's
+    images; image_index: for each image in the rows, in order, which of them it is; slots (B, K): item of each row's
     questions, -1 where there is none. shared_prefix: tokens that are prefix in every row, None where no row holds more
     than one question, which then need no mask. targets: the next token at the position that predicts it, elsewhere
     `IGNORE`. answer_tokens: how many tokens, or labels, are supervised. class_labels, cut_tokens (items,): documents'.
@@ -170,7 +170,7 @@ def passes(items: list[Item], share_prefix: bool, device: str = "cpu", checkpoin
 
 
 def _groups(items: list[Item], share_prefix: bool) -> list[tuple[list[int], int]]:
-    """(items of a row, length of their shared prefix): one row per picture, in order of first appearance."""
+    """(items of a row, length of their shared prefix): one row per image, in order of first appearance."""
     by_images: dict = {}
     for index, item in enumerate(items):
         by_images.setdefault(item.images if share_prefix and item.images else index, []).append(index)
@@ -179,7 +179,7 @@ def _groups(items: list[Item], share_prefix: bool) -> list[tuple[list[int], int]
         prefix = _shared_prefix([items[index] for index in members])
         if len(members) > 1 and prefix > items[members[0]].last_image_token:
             groups.append((members, prefix))
-        else:  # alone, or the texts part before the pictures end: nothing worth sharing
+        else:  # alone, or the texts part before the images end: nothing worth sharing
             groups += [([index], _shared_prefix([items[index]])) for index in members]
     return groups
 

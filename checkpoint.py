@@ -42,7 +42,9 @@ class TrainerState:
     interval: dict = field(default_factory=dict)  # sums since the last log line
     evaluation_due: bool = False  # stopped inside the evaluation of this step
     nonfinite_in_a_row: int = 0
-    best_merit: list[float] | None = None  # of the best evaluation that has a checkpoint, see `evaluation.merit`
+    best_score: list[float] | None = (
+        None  # of the best evaluation that has a checkpoint, see `inference.selection_score`
+    )
     best_step: int | None = None
     train_seconds: float = 0.0
     # Dropout is seeded anew at each step from (seed, step, rank), so this number is the whole RNG state.
@@ -120,7 +122,7 @@ def load_adapter(model, folder) -> None:
 
 
 def save(
-    output_dir, model, optimizer, names, state: TrainerState, config: Config, records: dict[str, dict], ranks: Ranks
+    output_dir, model, optimizer, trainable, state: TrainerState, config: Config, records: dict[str, dict], ranks: Ranks
 ) -> tuple[int, float]:
     """Write checkpoint-<step>: what is trained, the optimizer's state and the trainer's. Returns (bytes, seconds).
 
@@ -131,7 +133,7 @@ def save(
     folder = Path(output_dir) / f"checkpoint-{state.step}"
     if ranks.any(ranks.is_first and folder.exists() and whats_wrong(folder) is None):
         return 0, 0.0  # stopped again before the first step after a resume
-    head = whole_head(model) if config.task == "cls" else None
+    head = full_head(model) if config.task == "cls" else None
     shards = folder.with_name(f".{folder.name}.{sharding.SHARDS}.tmp")
 
     def write(folder: Path) -> None:
@@ -140,14 +142,14 @@ def save(
         elif config.finetuning == "lora":
             save_adapter(model, folder)
         else:
-            trained = {name: p.detach().cpu().contiguous() for name, p in names.items() if group_of(name) != HEAD}
+            trained = {name: p.detach().cpu().contiguous() for name, p in trainable.items() if group_of(name) != HEAD}
             save_file(trained, folder / TRAINED_FILE)
         if head:
             save_head(head, folder)
         for name, content in records.items():
             write_json(folder / name, content)
         if not sharded:
-            save_optimizer(optimizer, names, folder / OPTIMIZER_FILE)
+            save_optimizer(optimizer, trainable, folder / OPTIMIZER_FILE)
         state.rng = {"rule": "torch.manual_seed from (seed, step, rank)", "seed": config.seed, "next_step": state.step}
         files = [path for path in folder.rglob("*") if path.is_file()]
         state.files = {str(path.relative_to(folder)): path.stat().st_size for path in files}
@@ -157,29 +159,29 @@ def save(
         return save_atomically(folder, write) if ranks.is_first else (0, 0.0)
 
     if not sharded:
-        return together(ranks, save_on_first)
+        return all_or_raise(ranks, save_on_first)
     started = time.perf_counter()
     try:
-        together(ranks, lambda: ranks.is_first and shutil.rmtree(shards, ignore_errors=True))
-        together(ranks, lambda: _save_shards(shards, names, optimizer))
-        size, _ = together(ranks, save_on_first)
+        all_or_raise(ranks, lambda: ranks.is_first and shutil.rmtree(shards, ignore_errors=True))
+        all_or_raise(ranks, lambda: _save_shards(shards, trainable, optimizer))
+        size, _ = all_or_raise(ranks, save_on_first)
     finally:
         if ranks.is_first:
             shutil.rmtree(shards, ignore_errors=True)
     return size, time.perf_counter() - started
 
 
-def whole_head(model) -> dict[str, torch.Tensor]:
+def full_head(model) -> dict[str, torch.Tensor]:
     """All ranks: contains all_gathers where it is sharded."""
-    return {name: sharding.whole(tensor) for name, tensor in base_of(model).cls_head.state_dict().items()}
+    return {name: sharding.full_tensor(tensor) for name, tensor in base_of(model).cls_head.state_dict().items()}
 
 
-def _save_shards(shards: Path, names, optimizer) -> None:
+def _save_shards(shards: Path, trainable, optimizer) -> None:
     with full_disk_is_said(shards):
-        sharding.save_shards(shards, names, optimizer)
+        sharding.save_shards(shards, trainable, optimizer)
 
 
-def together(ranks: Ranks, action):
+def all_or_raise(ranks: Ranks, action):
     """What `action()` returns on this rank. All ranks: contains an all_reduce; where it fails on one rank with
     `UserError`, all raise."""
     result = failure = None
@@ -192,20 +194,20 @@ def together(ranks: Ranks, action):
     return result
 
 
-def resume(folder: Path, model, optimizer, names: dict[str, torch.nn.Parameter], config: Config) -> None:
+def resume(folder: Path, model, optimizer, trainable: dict[str, torch.nn.Parameter], config: Config) -> None:
     """Put a checkpoint's weights and optimizer state in place. All ranks: contains collectives under fsdp."""
     if config.parallel == "fsdp":
-        sharding.load_shards(folder / sharding.SHARDS, names, optimizer)
+        sharding.load_shards(folder / sharding.SHARDS, trainable, optimizer)
     else:
         load_weights(model, folder, config)
-        load_optimizer(optimizer, names, folder / OPTIMIZER_FILE)
+        load_optimizer(optimizer, trainable, folder / OPTIMIZER_FILE)
 
 
-def load_best(folder: Path, model, names: dict[str, torch.nn.Parameter], config: Config) -> None:
+def load_best(folder: Path, model, trainable: dict[str, torch.nn.Parameter], config: Config) -> None:
     """Put a checkpoint's weights in place, without the optimizer's state: for the end of a run. All ranks: contains
     collectives under fsdp."""
     if config.parallel == "fsdp":
-        sharding.load_shards(folder / sharding.SHARDS, names)
+        sharding.load_shards(folder / sharding.SHARDS, trainable)
     else:
         load_weights(model, folder, config)
 
@@ -274,7 +276,7 @@ def load_trained(
         return model.to(device)
     if (folder / sharding.SHARDS).is_dir():
         model = load_base(model_name, dtype)
-        sharding.load_whole(folder / sharding.SHARDS, model)
+        sharding.load_unsharded(folder / sharding.SHARDS, model)
         return model.to(device)
     if (folder / "config.json").is_file():
         return load_base(str(folder), dtype).to(device)
@@ -287,8 +289,8 @@ def save_final(output_dir: Path, model, config: Config, records: dict[str, dict]
     so that their presence means that all is there. All ranks: contains all_gathers under fsdp."""
     from transformers import AutoImageProcessor, AutoTokenizer
 
-    head = whole_head(model) if config.task == "cls" else None
-    whole = sharding.whole_state(model, keep=ranks.is_first) if config.finetuning == "full" else {}
+    head = full_head(model) if config.task == "cls" else None
+    full = sharding.full_state_dict(model, keep=ranks.is_first) if config.finetuning == "full" else {}
     if not ranks.is_first:
         return
     temporary = output_dir / ".final.tmp"
@@ -302,7 +304,7 @@ def save_final(output_dir: Path, model, config: Config, records: dict[str, dict]
     if config.finetuning == "lora":
         save_adapter(model, temporary)
     else:
-        weights = {name: tensor for name, tensor in whole.items() if group_of(name) != HEAD}
+        weights = {name: tensor for name, tensor in full.items() if group_of(name) != HEAD}
         model.save_pretrained(temporary, state_dict=weights)
         described = json.loads((temporary / "config.json").read_text(encoding="utf-8"))
         described["dtype"] = str(next(iter(weights.values())).dtype).removeprefix("torch.")  # not the masters'
@@ -316,21 +318,21 @@ def save_final(output_dir: Path, model, config: Config, records: dict[str, dict]
     flush(output_dir)
 
 
-def save_optimizer(optimizer: torch.optim.Optimizer, names: dict[str, torch.nn.Parameter], path: Path) -> None:
+def save_optimizer(optimizer: torch.optim.Optimizer, trainable: dict[str, torch.nn.Parameter], path: Path) -> None:
     """AdamW's moments and step counts by parameter name. (A pickled state dict would need `torch.load`.)"""
     tensors = {}
-    for name, parameter in names.items():
+    for name, parameter in trainable.items():
         for key, value in optimizer.state.get(parameter, {}).items():
             tensors[f"{name}|{key}"] = value.detach().cpu().contiguous()
     save_file(tensors, path)
 
 
-def load_optimizer(optimizer: torch.optim.Optimizer, names: dict[str, torch.nn.Parameter], path: Path) -> None:
-    states: dict = {name: {} for name in names}
+def load_optimizer(optimizer: torch.optim.Optimizer, trainable: dict[str, torch.nn.Parameter], path: Path) -> None:
+    states: dict = {name: {} for name in trainable}
     for entry, value in load_file(path).items():
         name, _, key = entry.rpartition("|")
         # AdamW keeps its step count on the CPU, its moments beside the parameter.
-        states[name][key] = value if key == "step" else value.to(names[name].device)
-    for name, parameter in names.items():
+        states[name][key] = value if key == "step" else value.to(trainable[name].device)
+    for name, parameter in trainable.items():
         if states[name]:
             optimizer.state[parameter] = states[name]

@@ -1,7 +1,7 @@
-"""Points between pixels of the original picture and what each model family speaks: the one place for both directions.
+"""Points between pixels of the original image and what each model family speaks: the one place for both directions.
 
 Training, evaluation, `predict.py` and `prepare_data.py` all come here. Coordinates count from the upper left corner of
-the upright picture; the right and lower edges belong to it.
+the upright image; the right and lower edges belong to it.
 """
 
 import json
@@ -13,15 +13,15 @@ from config import Config
 from errors import UserError
 from family import Family
 from images import Placement
-from templates import sample_images
+from templates import image_paths
 
 # Thousandths, as in the makers' grounding examples. (Their phone agent's system prompt calls the screen 999×999 and
 # divides by 999; the two differ by at most a thousandth of the side.)
 RELATIVE_UNITS = 1000
 CONVENTION_FILE = "coordinates.json"  # beside the weights of every click run
 COORDINATES = {
-    "relative": f"0 to {RELATIVE_UNITS} of the picture the model sees",
-    "absolute": "pixels of the picture the model sees",
+    "relative": f"0 to {RELATIVE_UNITS} of the image the model sees",
+    "absolute": "pixels of the image the model sees",
 }
 
 
@@ -29,17 +29,17 @@ COORDINATES = {
 
 
 def units(placement: Placement, family: Family) -> tuple[float, float]:
-    """Size (width, height) of the picture the model sees, in the family's coordinate units.
+    """Size (width, height) of the image the model sees, in the family's coordinate units.
 
     Source: makers' cookbooks; Qwen2-VL and Qwen3-VL speak thousandths, Qwen2.5-VL pixels. Errors: `UserError` for a
     text model."""
     if family.coordinates is None:
-        raise UserError(f"task 'click' needs a model that sees pictures; {family.model_type} is a text model")
+        raise UserError(f"task 'click' needs a model that sees images; {family.model_type} is a text model")
     return (RELATIVE_UNITS, RELATIVE_UNITS) if family.coordinates == "relative" else placement.model_size
 
 
-def to_spoken(point: tuple[float, float], placement: Placement, family: Family) -> tuple[int, int]:
-    """A point of the original, in pixels, as the family speaks it; clamped to the picture."""
+def to_prompt(point: tuple[float, float], placement: Placement, family: Family) -> tuple[int, int]:
+    """A point of the original, in pixels, as the family speaks it; clamped to the image."""
     clamped = [min(max(value, 0), side) for value, side in zip(point, placement.original_size, strict=True)]
     seen = placement.to_model(*clamped)
     x, y = (
@@ -49,18 +49,18 @@ def to_spoken(point: tuple[float, float], placement: Placement, family: Family) 
     return x, y
 
 
-def to_original(spoken: tuple[float, float], placement: Placement, family: Family) -> tuple[float, float]:
-    """A spoken point in pixels of the original; clamped to the picture."""
+def to_original(prompted: tuple[float, float], placement: Placement, family: Family) -> tuple[float, float]:
+    """A prompted point in pixels of the original; clamped to the image."""
     x, y = (
         value / unit * side
-        for value, side, unit in zip(spoken, placement.model_size, units(placement, family), strict=True)
+        for value, side, unit in zip(prompted, placement.model_size, units(placement, family), strict=True)
     )
     return placement.to_original(x, y)
 
 
-def box_to_spoken(box, placement: Placement, family: Family) -> tuple[int, int, int, int]:
+def box_to_prompt(box, placement: Placement, family: Family) -> tuple[int, int, int, int]:
     """A box (x0, y0, x1, y1) of the original, in pixels, as the family speaks it."""
-    return (*to_spoken(box[:2], placement, family), *to_spoken(box[2:], placement, family))
+    return (*to_prompt(box[:2], placement, family), *to_prompt(box[2:], placement, family))
 
 
 # --------------------------------------------------------------------------------------------------------- the text
@@ -68,7 +68,7 @@ def box_to_spoken(box, placement: Placement, family: Family) -> tuple[int, int, 
 
 def format_point(point: tuple[float, float], placement: Placement, family: Family) -> str:
     """The answer that is trained: a point of the original, in pixels, as the family speaks it, such as `[512, 384]`."""
-    x, y = to_spoken(point, placement, family)
+    x, y = to_prompt(point, placement, family)
     return f"[{x}, {y}]"
 
 
@@ -111,7 +111,7 @@ def centre(target: tuple[float, ...]) -> tuple[float, float]:
 
 
 def parse_point(text: str) -> tuple[float, float] | None:
-    """The point of an answer, as spoken (of a box, its centre), or None. See `parse_target`."""
+    """The point of an answer, as prompted (of a box, its centre), or None. See `parse_target`."""
     target = parse_target(text)
     return None if target is None else centre(target)
 
@@ -119,35 +119,35 @@ def parse_point(text: str) -> tuple[float, float] | None:
 # ------------------------------------------------------------------------------------------------------ the samples
 
 
-def picture_of(sample: dict) -> str:
-    """The one picture of a click sample. Errors: `UserError` where it has none or several."""
-    paths = sample_images(sample)
+def image_of(sample: dict) -> str:
+    """The one image of a click sample. Errors: `UserError` where it has none or several."""
+    paths = image_paths(sample)
     if len(paths) != 1:
-        raise UserError(f"a click sample needs one picture in key 'image', and this one has {len(paths)}")
+        raise UserError(f"a click sample needs one image in key 'image', and this one has {len(paths)}")
     return paths[0]
 
 
 def stated_size(sample: dict) -> tuple[int, int] | None:
-    """(width, height) of the picture as the sample states it in `image_size`, or None. Errors: `UserError`."""
+    """(width, height) of the image as the sample states it in `image_size`, or None. Errors: `UserError`."""
     return _numbers(sample, "image_size", 2)
 
 
 def as_question(sample: dict, placement: Placement, family: Family) -> dict:
     """A click sample as question and answer texts, for `templates.to_messages`.
 
-    Errors: `UserError` that says what is wrong with it; a point outside its picture is wrong."""
-    picture_of(sample)
+    Errors: `UserError` that says what is wrong with it; a point outside its image is wrong."""
+    image_of(sample)
     instruction = sample.get("instruction")
     if not isinstance(instruction, str) or not instruction.strip():
         raise UserError("key 'instruction' is missing or empty; prepare_data.py click makes such samples")
     point, box = _numbers(sample, "point", 2), None
     if point is None:
-        raise UserError("key 'point' is missing; give [x, y] in pixels of the original picture")
+        raise UserError("key 'point' is missing; give [x, y] in pixels of the original image")
     if sample.get("bbox") is not None:
         box = _numbers(sample, "bbox", 4)
     size = placement.original_size
     if stated_size(sample) not in (None, tuple(size)):
-        raise UserError(f"the picture has {size[0]}×{size[1]} pixels, but image_size says {sample['image_size']}")
+        raise UserError(f"the image has {size[0]}×{size[1]} pixels, but image_size says {sample['image_size']}")
     if wrong := outside(point, box, size):
         raise UserError(wrong)
     answer = format_point(point, placement, family)
@@ -166,12 +166,12 @@ def _numbers(sample: dict, key: str, count: int) -> tuple[float, ...] | None:
 
 
 def outside(point, box, size) -> str | None:
-    """What is wrong where a point or box (x0, y0, x1, y1) leaves the picture or the point leaves its box; else None.
+    """What is wrong where a point or box (x0, y0, x1, y1) leaves the image or the point leaves its box; else None.
 
-    All in pixels of the original picture, of (width, height) `size`."""
+    All in pixels of the original image, of (width, height) `size`."""
     (x, y), (width, height) = point, size
     if not (0 <= x <= width and 0 <= y <= height):
-        return f"point [{x:g}, {y:g}] lies outside the picture of {width}×{height} pixels; correct or drop it"
+        return f"point [{x:g}, {y:g}] lies outside the image of {width}×{height} pixels; correct or drop it"
     if box is None:
         return None
     x0, y0, x1, y1 = box
@@ -179,7 +179,7 @@ def outside(point, box, size) -> str | None:
     if not (x0 <= x1 and y0 <= y1):
         return f"{shown} is no [x0, y0, x1, y1]: its corners are swapped, or it is [x, y, width, height]"
     if min(x0, y0) < 0 or x1 > width or y1 > height:
-        return f"{shown} leaves the picture of {width}×{height} pixels; correct or drop it"
+        return f"{shown} leaves the image of {width}×{height} pixels; correct or drop it"
     if not (x0 <= x <= x1 and y0 <= y <= y1):
         return f"point [{x:g}, {y:g}] lies outside its {shown}; correct or drop it"
     return None
@@ -188,8 +188,8 @@ def outside(point, box, size) -> str | None:
 def predicted(answer: str, placement: Placement, family: Family) -> dict:
     """What a row of predictions says of an answer: predicted_point, in pixels of the original or None where the answer
     holds no point, and image_size."""
-    spoken = parse_point(answer)
-    point = None if spoken is None else [round(value, 2) for value in to_original(spoken, placement, family)]
+    prompted = parse_point(answer)
+    point = None if prompted is None else [round(value, 2) for value in to_original(prompted, placement, family)]
     return {"predicted_point": point, "image_size": list(placement.original_size)}
 
 

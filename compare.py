@@ -22,8 +22,8 @@ def main(argv: list[str] | None = None) -> None:
     )
     parser.add_argument("results", nargs="+", help="results folders, [NAME=]FOLDER[+FOLDER ...]")
     parser.add_argument("--out", required=True, type=Path, help="folder for compare.json, compare.md and compare.html")
-    parser.add_argument("--image-root", type=Path, help="where the pictures lie (default: as the results say)")
-    parser.add_argument("--pictures", type=int, default=200, help="at most so many pictures on the page (default: 200)")
+    parser.add_argument("--image-root", type=Path, help="where the images lie (default: as the results say)")
+    parser.add_argument("--pictures", type=int, default=200, help="at most so many images on the page (default: 200)")
     arguments = parser.parse_args(argv)
     if len(arguments.results) < 2:
         raise UserError("nothing to compare: name at least two results folders")
@@ -32,7 +32,7 @@ def main(argv: list[str] | None = None) -> None:
     report = compare(results)
 
     unit, most = UNITS[report["task"]][0], arguments.pictures
-    page, pictures = compare_page.page(
+    page, images = compare_page.page(
         report, unit, size_of_test(report), tables(report), results, arguments.image_root, most
     )
     arguments.out.mkdir(parents=True, exist_ok=True)
@@ -43,8 +43,8 @@ def main(argv: list[str] | None = None) -> None:
     for title, header, rows in tables(report):
         if title in ("Scores", "Pairs", "Accuracy % by stage"):  # the long tables are in the files
             print(f"\n{title}\n{console_table(header, rows)}")
-    print("", *(pair["sentence"] for pair in report["pairs"]), "", *report["notes"], "", pictures, sep="\n")
-    print(f"All tables: {arguments.out / 'compare.md'}; with pictures: {arguments.out / 'compare.html'}")
+    print("", *(pair["sentence"] for pair in report["pairs"]), "", *report["notes"], "", images, sep="\n")
+    print(f"All tables: {arguments.out / 'compare.md'}; with images: {arguments.out / 'compare.html'}")
 
 
 if __name__ == "__main__":

@@ -64,7 +64,7 @@ class Config:
     num_train_epochs: float = 1.0
     train_bs: int = 4  # questions per GPU per micro-step
     grad_accum: int = 8
-    eval_bs: int = 36  # four pictures of nine questions
+    eval_bs: int = 36  # four images of nine questions
     backbone_learning_rate: float | None = None  # cls only
     weight_decay: float = 0.0
     max_grad_norm: float = 1.0

@@ -1,6 +1,6 @@
-"""Sample files → tokenised questions with their pictures → the micro-batches of a step, in loader workers.
+"""Sample files → tokenised questions with their images → the micro-batches of a step, in loader workers.
 
-A worker builds one rank's whole optimizer step at a time, so that a picture is decoded once for all its questions in
+A worker builds one rank's whole optimizer step at a time, so that an image is decoded once for all its questions in
 the step. Which questions those are, and how they are laid out, is decided in `batches.py`.
 """
 
@@ -39,7 +39,7 @@ from templates import (
     cut_text,
     document_messages,
     encode,
-    sample_images,
+    image_paths,
     split_answer,
     to_messages,
 )
@@ -125,9 +125,9 @@ def load_split(config: Config, split: str) -> SampleList:
 
 
 def rope_positions(input_ids: np.ndarray, grids: Sequence[tuple[int, int]], merge_size: int, image_token_id: int):
-    """M-RoPE positions (3, T) of a sequence with pictures, equal to the models' own `get_rope_index`.
+    """M-RoPE positions (3, T) of a sequence with images, equal to the models' own `get_rope_index`.
 
-    Text counts on in all three rows; a picture's tokens take its (time, row, column), and the text after it goes on
+    Text counts on in all three rows; an image's tokens take its (time, row, column), and the text after it goes on
     from the larger side. Source: Qwen2-VL (arXiv 2409.12191), section 2.1. grids: (height, width) in patches.
     """
     positions = np.empty((3, len(input_ids)), dtype=np.int64)
@@ -149,7 +149,7 @@ def rope_positions(input_ids: np.ndarray, grids: Sequence[tuple[int, int]], merg
 
 
 class SampleEncoder:
-    """Turns samples into `Item`s and picture files into `ModelImage`s, the same for training and inference."""
+    """Turns samples into `Item`s and image files into `ModelImage`s, the same for training and inference."""
 
     def __init__(self, config: Config, family: Family, tokenizer):
         self.config, self.family, self.tokenizer = config, family, tokenizer
@@ -171,20 +171,20 @@ class SampleEncoder:
         return self.family.factor, min(self.family.min_pixels, limit), limit
 
     def placement(self, path: str, size: tuple[int, int] | None = None) -> Placement:
-        """Where a picture lies in what the model sees of it. size: (width, height) in pixels, where it is known; else
+        """Where an image lies in what the model sees of it. size: (width, height) in pixels, where it is known; else
         it is read from the file's header."""
         width, height = size or upright_size(image_path(self.config.data.image_root, path))
         if self.config.resize == "letterbox":
             return letterbox_placement(width, height, self.config.image_size)
         return native_placement(width, height, *self._native_limits())
 
-    def spoken(self, sample: dict, placement: Placement | None = None) -> dict:
+    def as_prompted(self, sample: dict, placement: Placement | None = None) -> dict:
         """The sample as `templates.to_messages` takes it: a click's point becomes what the family says of it, which
-        depends on where its picture lies. placement: where it is known; else the sample's own image_size is trusted."""
+        depends on where its image lies. placement: where it is known; else the sample's own image_size is trusted."""
         if self.config.task != "click":
             return sample
         if placement is None:
-            placement = self.placement(clicks.picture_of(sample), clicks.stated_size(sample))
+            placement = self.placement(clicks.image_of(sample), clicks.stated_size(sample))
         return clicks.as_question(sample, placement, self.family)
 
     def messages(self, sample: dict, placement: Placement | None = None) -> list[dict]:
@@ -192,7 +192,7 @@ class SampleEncoder:
 
         Errors: `UserError` that says what is wrong with the sample."""
         if self.config.task != "cls":
-            return to_messages(self.spoken(sample, placement), self.config.template, self.image_shown)
+            return to_messages(self.as_prompted(sample, placement), self.config.template, self.image_shown)
         pages = len(self.images_of(sample))
         if self.image_shown and not pages:
             raise UserError(
@@ -204,7 +204,7 @@ class SampleEncoder:
 
     def images_of(self, sample: dict) -> tuple[str, ...]:
         """Errors: `UserError` where the model cannot see them."""
-        images = sample_images(sample)
+        images = image_paths(sample)
         if images and self.config.image == "shown" and not self.family.has_vision:
             raise UserError(f"the sample has images but model_name is a text model ({self.family.model_type})")
         return tuple(images) if self.image_shown else ()
@@ -212,7 +212,7 @@ class SampleEncoder:
     def encode(self, sample: dict, images: Sequence[ModelImage], generation: bool = False) -> Item:
         """generation: only the prompt goes in, so the gold answer cannot reach the model.
 
-        Errors: `UserError` where the sample is longer than max_tokens: neither picture nor answer is ever cut, only a
+        Errors: `UserError` where the sample is longer than max_tokens: neither image nor answer is ever cut, only a
         document's text, at its end.
         """
         family, merge_size = self.family, self.family.merge_size
@@ -228,7 +228,7 @@ class SampleEncoder:
         elif too_many:
             raise UserError(
                 f"{len(encoded.input_ids)} tokens ({sum(image_tokens)} of them image) exceed max_tokens "
-                f"{self.config.max_tokens}; raise max_tokens, make the picture smaller or drop the sample"
+                f"{self.config.max_tokens}; raise max_tokens, make the image smaller or drop the sample"
             )
         input_ids = np.asarray(encoded.input_ids)
         is_image = np.flatnonzero(input_ids == family.image_token_id)
@@ -253,7 +253,7 @@ class _Batches(Dataset):
         self.pad_id = encoder.tokenizer.pad_token_id
 
     def build(self, rows: Sequence[int], images: dict[str, ModelImage], generation: bool = False) -> list[Item]:
-        """Items of the samples; `images` keeps the decoded pictures for the next call of the same step."""
+        """Items of the samples; `images` keeps the decoded images for the next call of the same step."""
         items = []
         for row in rows:
             sample = self.samples[row]
@@ -271,15 +271,15 @@ class _Batches(Dataset):
 class StepDataset(_Batches):
     """Index: an optimizer step. Item: this rank's micro-batches of it, and its sample ids in the plan's order."""
 
-    def __init__(self, samples, encoder, share_prefix, plan: BatchPlan, train_bs: int, rank: int, ranks: int):
+    def __init__(self, samples, encoder, share_prefix, plan: BatchPlan, train_bs: int, rank: int, world_size: int):
         super().__init__(samples, encoder, share_prefix)
-        self.plan, self.train_bs, self.rank, self.ranks = plan, train_bs, rank, ranks
+        self.plan, self.train_bs, self.rank, self.world_size = plan, train_bs, rank, world_size
         device = "cuda" if torch.cuda.is_available() else "cpu"  # not asked in a worker: it is forked
         self.limits = device, encoder.config.gradient_checkpointing
 
     def __getitem__(self, step: int) -> dict:
         try:
-            questions = self.plan.rank_questions(step, self.rank, self.ranks)
+            questions = self.plan.rank_questions(step, self.rank, self.world_size)
             images: dict = {}
             items = self.build(questions, images)
             if not items:  # nothing to do, but this rank must join the gradient's all_reduce: a question of weight 0
@@ -296,8 +296,8 @@ class StepDataset(_Batches):
 
 
 class EvalDataset(_Batches):
-    """Index: a batch of the split. With shared prefixes it holds the questions of a picture together, up to eval_bs,
-    so that the picture is read once. Batches do not depend on the number of ranks, so predictions do not either."""
+    """Index: a batch of the split. With shared prefixes it holds the questions of an image together, up to eval_bs,
+    so that the image is read once. Batches do not depend on the number of ranks, so predictions do not either."""
 
     def __init__(
         self, samples, encoder, share_prefix, eval_bs: int, generation: bool, rows: Sequence[int] | None = None
@@ -310,7 +310,7 @@ class EvalDataset(_Batches):
         self.batches: list[list[int]] = [[]]
         for group in groups.values():
             if share_prefix and len(self.batches[-1]) + len(group) > eval_bs:
-                self.batches.append([])  # a picture is cut only where it has more questions than a batch
+                self.batches.append([])  # an image is cut only where it has more questions than a batch
             for row in group:
                 if len(self.batches[-1]) == eval_bs:
                     self.batches.append([])

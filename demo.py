@@ -1,7 +1,7 @@
 """python demo.py [--summary]
 
 Makes what a first run needs and no download provides: a tiny Qwen3-VL with random weights (demo/model) and a set of
-drawn endoscopy pictures with questions, in the published layout of Kvasir-VQA (demo/raw). `make demo` goes on from
+drawn endoscopy images with questions, in the published layout of Kvasir-VQA (demo/raw). `make demo` goes on from
 there. --summary reads the results of configs/demo.yaml, shows them, and says where to look next.
 """
 
@@ -49,14 +49,14 @@ def summarise(config="configs/demo.yaml"):
         print(f"  demo/raw/{row['images'][0]}  {row['question']}\n    says {row['prediction']!r}, is {row['answer']!r}")
     python = sys.executable if Path(sys.executable).is_relative_to(Path.cwd()) else "python"
     python = Path(python).relative_to(Path.cwd()) if python != "python" else python
-    picture = f"demo/raw/{rows[0]['images'][0]}"
+    image = f"demo/raw/{rows[0]['images'][0]}"
     print(f"""
 Where to look next:
-  demo/raw/images                               the pictures
+  demo/raw/images                               the images
   demo/data/report.md                           how they were split
   {f"{output}/log.jsonl":<45} one line per logged step; as curves: {python} -m tensorboard.main --logdir {output}/runs
   {f"{results}/generated_predictions.jsonl":<45} every answer
-  {python} predict.py --adapter-path {output} --image {picture} --prompt "{NUMBER}"
+  {python} predict.py --adapter-path {output} --image {image} --prompt "{NUMBER}"
   {python} evaluate.py --config {config} image=none    what the questions alone give away
   configs/exp2.yaml                             the first real experiment""")
     kept = right >= PROMISED_RATIO * guessed

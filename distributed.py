@@ -29,7 +29,7 @@ class Ranks:
     """This process among all. `rank` counts over all nodes, `local_rank` on this node."""
 
     rank: int
-    world: int
+    world_size: int
     device: torch.device
 
     @property
@@ -39,7 +39,7 @@ class Ranks:
     def sum(self, *values: float) -> list[float]:
         """Add up numbers over the ranks, in float64. All ranks: contains an all_reduce."""
         total = torch.tensor(values, dtype=torch.float64, device=self.device)
-        if self.world > 1:
+        if self.world_size > 1:
             dist.all_reduce(total)
         return total.tolist()
 
@@ -51,14 +51,14 @@ class Ranks:
         """The rows (JSON values) of all ranks, in rank order, on every rank. All ranks: contains all_gathers.
 
         They travel as JSON, where `all_gather_object` would pickle."""
-        if self.world == 1:
+        if self.world_size == 1:
             return rows
         mine = torch.frombuffer(bytearray(json.dumps(rows).encode()), dtype=torch.uint8).to(self.device)
-        sizes = [torch.zeros(1, dtype=torch.int64, device=self.device) for _ in range(self.world)]
+        sizes = [torch.zeros(1, dtype=torch.int64, device=self.device) for _ in range(self.world_size)]
         dist.all_gather(sizes, torch.tensor([len(mine)], device=self.device))
         longest = max(int(size) for size in sizes)
         padded = torch.nn.functional.pad(mine, (0, longest - len(mine)))
-        received = [torch.empty(longest, dtype=torch.uint8, device=self.device) for _ in range(self.world)]
+        received = [torch.empty(longest, dtype=torch.uint8, device=self.device) for _ in range(self.world_size)]
         dist.all_gather(received, padded)
         collected = []
         for size, data in zip(sizes, received, strict=True):
@@ -67,22 +67,22 @@ class Ranks:
 
     def barrier(self) -> None:
         """All ranks: contains a barrier."""
-        if self.world > 1:
+        if self.world_size > 1:
             dist.barrier()
 
     def describe(self) -> str:
         kind = "GPU" if self.device.type == "cuda" else "CPU process"
-        if self.world == 1:
+        if self.world_size == 1:
             return f"Running in a single process on {self.device.type.upper()}"
         plural = "es" if kind == "CPU process" else "s"
-        return f"Running in distributed mode with {self.world} {kind}{plural} ({dist.get_backend()})"
+        return f"Running in distributed mode with {self.world_size} {kind}{plural} ({dist.get_backend()})"
 
 
 def start_ranks() -> Ranks:
     """Join the process group that torchrun announces, or run alone without it. NCCL on GPUs, gloo on CPU.
 
     Errors: `UserError` where there are more local ranks than GPUs, or the rendezvous port is taken."""
-    world, rank = int(os.environ.get("WORLD_SIZE", "1")), int(os.environ.get("RANK", "0"))
+    world_size, rank = int(os.environ.get("WORLD_SIZE", "1")), int(os.environ.get("RANK", "0"))
     local_rank = int(os.environ.get("LOCAL_RANK", "0"))
     device = torch.device("cpu")
     if torch.cuda.is_available():
@@ -94,7 +94,7 @@ def start_ranks() -> Ranks:
         device = torch.device("cuda", local_rank)
         torch.cuda.set_device(device)
         torch.set_float32_matmul_precision("high")  # TF32, in training and evaluation alike
-    if world > 1:
+    if world_size > 1:
         try:
             dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=COLLECTIVE_TIMEOUT)
         except (dist.DistNetworkError, RuntimeError) as error:
@@ -103,7 +103,7 @@ def start_ranks() -> Ranks:
             raise UserError(
                 f"the ranks cannot meet at {address} ({reason}); use torchrun --standalone, which picks a free port"
             ) from None
-    return Ranks(rank, world, device)
+    return Ranks(rank, world_size, device)
 
 
 def stop_ranks() -> None:

@@ -24,10 +24,10 @@ from config import Config, check_data_files, load_config
 from dataset import SampleEncoder, load_samples, load_split
 from distributed import end_process, start_ranks, stop_ranks
 from errors import exit_on_user_error
-from evaluation import answer_split, classify_split
 from family import load_family
 from files import write_json, write_text
 from images import image_path
+from inference import answer_split, classify_split
 from preflight import check_samples
 from report import metrics
 

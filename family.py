@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from errors import UserError
 
-# How each family writes a point (its makers' cookbooks): thousandths of the picture, or pixels of the resized picture.
+# How each family writes a point (its makers' cookbooks): thousandths of the image, or pixels of the resized image.
 COORDINATES = {"qwen2_vl": "relative", "qwen2_5_vl": "absolute", "qwen3_vl": "relative", "qwen2": None}
 
 
@@ -33,7 +33,7 @@ class Family:
 
     @property
     def factor(self) -> int:
-        """Pixels a side of one image token: pictures must be multiples of it."""
+        """Pixels a side of one image token: images must be multiples of it."""
         return self.patch_size * self.merge_size
 
     def check_image_size(self, image_size: int | None, source: str) -> None:

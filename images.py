@@ -1,4 +1,4 @@
-"""A picture file → the pixels the model sees: decode, letterbox or native resize, cut into patches.
+"""An image file → the pixels the model sees: decode, letterbox or native resize, cut into patches.
 
 Pixels travel as uint8 patches without the temporal copy (1.8 MB for 768², where the stock processor's float32 is
 14 MB); `model.normalise_patches` finishes the work on the device, equal to the family's own image processor.
@@ -17,15 +17,15 @@ from PIL import Image, ImageOps
 
 from errors import UserError
 
-LETTERBOX_FILL = (0, 0, 0)  # black, as the border of an endoscope's round picture
+LETTERBOX_FILL = (0, 0, 0)  # black, as the border of an endoscope's round image
 
 
-_OPENING = threading.Lock()  # warning filters belong to the whole process, and pictures are decoded in several threads
+_OPENING = threading.Lock()  # warning filters belong to the whole process, and images are decoded in several threads
 
 
 @contextlib.contextmanager
 def _opened(path):
-    """A picture file with its header read. Errors: `UserError` naming the file, whatever its reader stumbles over."""
+    """An image file with its header read. Errors: `UserError` naming the file, whatever its reader stumbles over."""
     try:
         with _OPENING, warnings.catch_warnings():
             warnings.simplefilter("error", Image.DecompressionBombWarning)
@@ -43,7 +43,7 @@ def _opened(path):
 
 
 def open_image(path) -> Image.Image:
-    """Decode a picture fully, turned upright by its EXIF orientation, as RGB.
+    """Decode an image fully, turned upright by its EXIF orientation, as RGB.
 
     Transparent pixels lie on white; 16-bit values keep their upper 8 bits. Errors: `UserError` naming the file, also
     for a truncated file (Pillow's `open` and `verify` accept half a JPEG) and for a decompression bomb.
@@ -70,7 +70,7 @@ def _to_rgb(image: Image.Image) -> Image.Image:
 
 @dataclass(frozen=True)
 class Placement:
-    """Where the original lies in the picture the model sees. All lengths in pixels; sizes are (width, height)."""
+    """Where the original lies in the image the model sees. All lengths in pixels; sizes are (width, height)."""
 
     original_size: tuple[int, int]
     model_size: tuple[int, int]
@@ -78,14 +78,14 @@ class Placement:
     offset: tuple[int, int] = (0, 0)  # its upper left corner
 
     def to_model(self, x: float, y: float) -> tuple[float, float]:
-        """A point of the original, in pixels of the picture the model sees."""
+        """A point of the original, in pixels of the image the model sees."""
         return (
             x * self.content_size[0] / self.original_size[0] + self.offset[0],
             y * self.content_size[1] / self.original_size[1] + self.offset[1],
         )
 
     def to_original(self, x: float, y: float) -> tuple[float, float]:
-        """A point of the picture the model sees, in pixels of the original, clamped to it."""
+        """A point of the image the model sees, in pixels of the original, clamped to it."""
         width, height = self.original_size
         return (
             min(max((x - self.offset[0]) * width / self.content_size[0], 0.0), float(width)),
@@ -94,13 +94,13 @@ class Placement:
 
 
 def upright_size(path) -> tuple[int, int]:
-    """(width, height) of a picture file as `open_image` gives it, from its header alone. Errors: `UserError`."""
+    """(width, height) of an image file as `open_image` gives it, from its header alone. Errors: `UserError`."""
     with _opened(path) as image:
         return image.size[::-1] if image.getexif().get(0x0112, 1) >= 5 else image.size  # turned by EXIF
 
 
 def letterbox_placement(width: int, height: int, size: int) -> Placement:
-    """Where a picture lies in a size × size square: aspect kept, centred."""
+    """Where an image lies in a size × size square: aspect kept, centred."""
     scale = size / max(width, height)
     content = (max(1, round(width * scale)), max(1, round(height * scale)))
     offset = ((size - content[0]) // 2, (size - content[1]) // 2)
@@ -108,7 +108,7 @@ def letterbox_placement(width: int, height: int, size: int) -> Placement:
 
 
 def letterbox(image: Image.Image, size: int) -> tuple[Image.Image, Placement]:
-    """Fit a picture into a size × size square, padded with `LETTERBOX_FILL`."""
+    """Fit an image into a size × size square, padded with `LETTERBOX_FILL`."""
     placement = letterbox_placement(*image.size, size)
     canvas = Image.new("RGB", (size, size), LETTERBOX_FILL)
     canvas.paste(image.resize(placement.content_size, Image.Resampling.BICUBIC), placement.offset)
@@ -121,7 +121,7 @@ def native_size(width: int, height: int, factor: int, min_pixels: int, max_pixel
     Source: Qwen2-VL's image processor; a test holds the two equal. Errors: `UserError` for a strip longer than 200 : 1.
     """
     if max(width, height) > 200 * min(width, height):
-        raise UserError(f"picture of {width}×{height} is longer than 200:1; use resize: letterbox or crop it")
+        raise UserError(f"image of {width}×{height} is longer than 200:1; use resize: letterbox or crop it")
 
     def total_within(rounding, ratio: float) -> tuple[int, int]:
         return tuple(max(factor, rounding(side / ratio / factor) * factor) for side in (width, height))
@@ -147,7 +147,7 @@ def native_resize(image: Image.Image, factor: int, min_pixels: int, max_pixels: 
 
 
 def patchify(image: Image.Image, patch_size: int, merge_size: int) -> np.ndarray:
-    """Cut a picture into patches, the merge_size² patches of one image token side by side.
+    """Cut an image into patches, the merge_size² patches of one image token side by side.
 
     Returns uint8 (patches, 3 × patch_size × patch_size): the stock order without the temporal copy.
     """
@@ -167,7 +167,7 @@ def unpatchify(patches: np.ndarray, grid: tuple[int, int], patch_size: int, merg
 
 @dataclass(frozen=True)
 class ModelImage:
-    """One picture as it travels to the device."""
+    """One image as it travels to the device."""
 
     patches: np.ndarray  # uint8 (patches, 3 × patch_size²)
     grid: tuple[int, int]  # (height, width) in patches

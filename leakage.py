@@ -1,4 +1,4 @@
-"""Find pictures that stand in more than one split: identical files, and near-identical ones for a human to judge.
+"""Find images that stand in more than one split: identical files, and near-identical ones for a human to judge.
 
 The hash is the DCT perceptual hash (pHash; Zauner 2010, "Implementation and Benchmarking of Perceptual Image Hash
 Functions"): 32×32 grey pixels, the 8×8 lowest frequencies, one bit each for above or below their median.
@@ -22,10 +22,10 @@ from tqdm import tqdm
 
 from errors import UserError, first_names
 from images import image_path, open_image
-from templates import sample_images
+from templates import image_paths
 
-# Bits of 64. Measured on 27 real endoscopy pictures: recompressed, halved or brightened by 20 %: at most 4; shifted by
-# 8 pixels: at most 8; different pictures: at least 12.
+# Bits of 64. Measured on 27 real endoscopy images: recompressed, halved or brightened by 20 %: at most 4; shifted by
+# 8 pixels: at most 8; different images: at least 12.
 MAX_DISTANCE = 6
 PAIRS_SHOWN = 300  # side by side
 PAIRS_NAMED = 10_000  # after those, by name only; the count is of all
@@ -58,7 +58,7 @@ def _dct_matrix() -> np.ndarray:
 
 
 def perceptual_hash(image: Image.Image) -> int:
-    """64 bits that stay nearly the same when a picture is scaled, recompressed or brightened."""
+    """64 bits that stay nearly the same when an image is scaled, recompressed or brightened."""
     grey = image.convert("L").resize((HASH_PIXELS, HASH_PIXELS), Image.Resampling.LANCZOS)
     matrix = _dct_matrix()
     low = matrix @ np.asarray(grey, dtype=np.float64) @ matrix.T  # (HASH_SIDE, HASH_SIDE)
@@ -73,7 +73,7 @@ def file_sha256(path: Path) -> str:
 def fingerprint(paths: Sequence[Path]) -> tuple[dict[Path, Fingerprint], dict[Path, str]]:
     """Hash every file, and fully decode each distinct one once, several at a time.
 
-    Returns path → fingerprint, and path → what is wrong for the files that cannot be read as a picture.
+    Returns path → fingerprint, and path → what is wrong for the files that cannot be read as an image.
     """
     paths = list(dict.fromkeys(Path(path) for path in paths))
     with warnings.catch_warnings(), ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
@@ -111,7 +111,7 @@ def _try(function):
 def _images(samples_by_split: Mapping[str, Iterable[dict]]) -> dict[str, list[str]]:
     """Split → its distinct image paths, in order of appearance."""
     return {
-        split: list(dict.fromkeys(path for sample in samples for path in sample_images(sample)))
+        split: list(dict.fromkeys(path for sample in samples for path in image_paths(sample)))
         for split, samples in samples_by_split.items()
     }
 
@@ -142,7 +142,7 @@ def refuse_identical(samples_by_split: Mapping[str, Iterable[dict]], image_root)
     if groups:
         names = first_names(" = ".join(f"{split}:{image}" for split, image in group) for group in groups)
         raise UserError(
-            f"{len(groups)} picture(s) stand in more than one split: {names}. "
+            f"{len(groups)} image(s) stand in more than one split: {names}. "
             "Split again with prepare_data.py, which keeps identical files on one side"
         )
 
@@ -153,7 +153,7 @@ def find_near_identical(
     max_distance: int = MAX_DISTANCE,
     hashes: Mapping[str, int] | None = None,
 ) -> list[NearPair]:
-    """Pairs of pictures in different splits whose perceptual hashes differ in at most `max_distance` of 64 bits.
+    """Pairs of images in different splits whose perceptual hashes differ in at most `max_distance` of 64 bits.
 
     `hashes` (image path as in the samples → hash) spares the decoding. Nearest pairs first.
     """
@@ -179,7 +179,7 @@ def find_near_identical(
 
 
 def side_by_side(pairs: Sequence[NearPair], image_root) -> str:
-    """One self-contained HTML page with the two pictures of each pair beside each other, the nearest pairs first."""
+    """One self-contained HTML page with the two images of each pair beside each other, the nearest pairs first."""
     rows = []
     for pair in pairs[:PAIRS_SHOWN]:
         cells = "".join(
@@ -188,13 +188,13 @@ def side_by_side(pairs: Sequence[NearPair], image_root) -> str:
             for split, image in ((pair.split_a, pair.image_a), (pair.split_b, pair.image_b))
         )
         rows.append(f"<section><p>{pair.distance} of 64 bits differ</p>{cells}</section>")
-    shown = f"the nearest {PAIRS_SHOWN:,} with their pictures" if len(pairs) > PAIRS_SHOWN else "nearest first"
+    shown = f"the nearest {PAIRS_SHOWN:,} with their images" if len(pairs) > PAIRS_SHOWN else "nearest first"
     named = "\n".join(
         f"{pair.distance} bits: {pair.split_a} {html.escape(pair.image_a)} – {pair.split_b} {html.escape(pair.image_b)}"
         for pair in pairs[PAIRS_SHOWN:PAIRS_NAMED]
     )
     return f"""<!doctype html>
-<html lang="en"><meta charset="utf-8"><title>Near-identical pictures across splits</title>
+<html lang="en"><meta charset="utf-8"><title>Near-identical images across splits</title>
 <style>
 body {{ font: 15px/1.4 system-ui, sans-serif; max-width: 720px; margin: 2em auto; padding: 0 1em; }}
 section {{ border-top: 1px solid #ccc; padding: .5em 0 1em; }}
@@ -203,7 +203,7 @@ figure {{ display: inline-block; width: 48%; margin: 0 1% 0 0; vertical-align: t
 img {{ width: 100%; height: auto; }}
 figcaption {{ overflow-wrap: anywhere; font-size: 13px; }}
 </style>
-<h1>Near-identical pictures across splits</h1>
+<h1>Near-identical images across splits</h1>
 <p>{len(pairs):,} pair(s), {shown}. Perceptual hashes may be close by chance: judge by eye. If a pair shows the same
 scene, a score on the later split is partly memory.</p>
 {"".join(rows)}

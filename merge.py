@@ -70,7 +70,7 @@ def load_adapted(config: Config, folder: Path, device: torch.device) -> torch.nn
         model = modeling.load_base(config.model_name, "auto")
         found = {name for name in sharding.stored_names(folder / sharding.SHARDS) if "|" not in name}
         refuse_differing_keys(found - set(model.state_dict()), set(), folder / sharding.SHARDS)
-        sharding.load_whole(folder / sharding.SHARDS, model)
+        sharding.load_unsharded(folder / sharding.SHARDS, model)
     elif (folder / "config.json").is_file():
         model = modeling.load_base(str(folder), "auto")
     else:
@@ -117,7 +117,7 @@ def inputs_to_check(config: Config, encoder: SampleEncoder, scratch: Path) -> tu
     sample |= {"instruction": "click the red disc", "point": [110, 100]}
     encoder = SampleEncoder(replace(config, data=replace(config.data, image_root=str(scratch))), encoder.family,
                             encoder.tokenizer)  # fmt: skip
-    return SampleList([sample], "drawn"), encoder, "a drawn picture"
+    return SampleList([sample], "drawn"), encoder, "a drawn image"
 
 
 @torch.no_grad()

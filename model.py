@@ -1,6 +1,6 @@
 """Load Qwen-VL, freeze, attach LoRA, name the parameter groups, and compute the loss of a micro-batch.
 
-The loss asks only for what training uses: vision under `no_grad` where it is frozen, once per distinct picture, and
+The loss asks only for what training uses: vision under `no_grad` where it is frozen, once per distinct image, and
 logits at supervised positions alone.
 """
 
@@ -20,7 +20,7 @@ from errors import UserError
 from family import Family
 from templates import IGNORE
 
-OLDEST_TRANSFORMERS = (5, 23)  # an older one would ignore the pictures' features that it is given, and say nothing
+OLDEST_TRANSFORMERS = (5, 23)  # an older one would ignore the images' features that it is given, and say nothing
 
 
 def load_tokenizer(model_name: str):
@@ -75,7 +75,7 @@ def load_base(model_name: str, dtype: torch.dtype, quantization: str = "none") -
     if hasattr(model.model, "visual"):
         patch_embed_as_matrix_product(model)
         install_vision_attention(model)
-        install_shared_attention(model)  # texts without a picture share no prefix
+        install_shared_attention(model)  # texts without an image share no prefix
     return model
 
 
@@ -286,13 +286,13 @@ def normalise_patches(patches: torch.Tensor, family: Family) -> torch.Tensor:
     mean = torch.tensor(family.image_mean, device=patches.device).view(1, 3, 1, 1)
     std = torch.tensor(family.image_std, device=patches.device).view(1, 3, 1, 1)
     pixels = (pixels - mean) / std
-    return pixels.expand(-1, -1, family.temporal_patch_size, -1).flatten(1)  # a still picture fills every time slot
+    return pixels.expand(-1, -1, family.temporal_patch_size, -1).flatten(1)  # a still image fills every time slot
 
 
 def encode_images(model: nn.Module, batch: dict, family: Family):
-    """Vision features of each picture occurrence in the rows, every distinct picture encoded once.
+    """Vision features of each image occurrence in the rows, every distinct image encoded once.
 
-    Returns what transformers' `mm_encoder_outputs={"image": ...}` takes, or None without pictures. Runs under
+    Returns what transformers' `mm_encoder_outputs={"image": ...}` takes, or None without images. Runs under
     `no_grad` unless the vision tower or projector is trained."""
     if "patches" not in batch:
         return None
@@ -303,7 +303,7 @@ def encode_images(model: nn.Module, batch: dict, family: Family):
         features = base_of(model).get_image_features(pixels, batch["image_grid_thw"], return_dict=True)
     index = batch["image_index"]
     features.pooler_output = [features.pooler_output[i] for i in index]
-    if getattr(features, "deepstack_features", None) is not None:  # Qwen3-VL: per layer, per picture
+    if getattr(features, "deepstack_features", None) is not None:  # Qwen3-VL: per layer, per image
         features.deepstack_features = [[layer[i] for i in index] for layer in features.deepstack_features]
     return features
 
@@ -317,7 +317,7 @@ def forward_logits(model: nn.Module, batch: dict, family: Family, keep: torch.Te
 def model_inputs(model: nn.Module, batch: dict, family: Family) -> dict:
     """What transformers' forward takes of a collated batch."""
     if not family.has_vision:
-        # Without a picture no prefix is shared. Positions of their own would make transformers look for packed
+        # Without an image no prefix is shared. Positions of their own would make transformers look for packed
         # sequences, and put a mask where plain causal attention does.
         return {"input_ids": batch["input_ids"]}
     features = encode_images(model, batch, family)

@@ -1,9 +1,9 @@
 """python predict.py --adapter-path outputs/exp2 --image X.png --prompt "..." [--draw OUT.png]
 
-One picture, one prompt, one answer, on the GPU where there is one. The folder is that of a run, one of its checkpoints
-or a merged model; its config says how the picture and the prompt are shown, as in training. For clicks, the point is
-printed in pixels of the original picture, and --draw marks it there. For classification, the document's pages are the
-pictures, or its text is the prompt.
+One image, one prompt, one answer, on the GPU where there is one. The folder is that of a run, one of its checkpoints
+or a merged model; its config says how the image and the prompt are shown, as in training. For clicks, the point is
+printed in pixels of the original image, and --draw marks it there. For classification, the document's pages are the
+images, or its text is the prompt.
 """
 
 import argparse
@@ -26,9 +26,9 @@ from config import Config, load_config
 from dataset import SampleEncoder, SampleList
 from distributed import start_ranks
 from errors import UserError, exit_on_user_error
-from evaluation import answer_split, classify_split
 from family import load_family
 from images import open_image
+from inference import answer_split, classify_split
 from preflight import check_samples
 from run_folder import config_of, with_own_model
 
@@ -48,9 +48,9 @@ def sample_of(config: Config, images: list[Path], prompt: str, candidates: list[
 
 
 def encoder_of(config: Config, folder: Path) -> SampleEncoder:
-    """What turns a picture and a prompt into tokens, as in training. Errors: `UserError` where the settings are not
+    """What turns an image and a prompt into tokens, as in training. Errors: `UserError` where the settings are not
     those that the folder's weights were trained with."""
-    # The pictures come from anywhere on this machine, one at a time.
+    # The images come from anywhere on this machine, one at a time.
     config = replace(config, data=replace(config.data, image_root="/"), dataloader_num_workers=0)
     family = load_family(config.model_name)
     if family.has_vision and config.resize == "letterbox":
@@ -60,7 +60,7 @@ def encoder_of(config: Config, folder: Path) -> SampleEncoder:
 
 
 def draw_point(image: Image.Image, point: tuple[float, float]) -> Image.Image:
-    """A copy of the picture with a ring and a cross hair around the point (x, y), in its pixels. The rest stays as it
+    """A copy of the image with a ring and a cross hair around the point (x, y), in its pixels. The rest stays as it
     is, bit for bit."""
     radius = max(8.0, math.hypot(*image.size) / 60)
     margin = math.ceil(2 * radius) + 1
@@ -99,7 +99,7 @@ def describe(line: dict) -> list[str]:
         told.append("Point: none, the answer holds no point")
     elif "predicted_point" in line:
         x, y = as_pixel(line["predicted_point"], line["image_size"])
-        told.append(f"Point: {x}, {y} in pixels of the picture ({line['image_size'][0]}×{line['image_size'][1]})")
+        told.append(f"Point: {x}, {y} in pixels of the image ({line['image_size'][0]}×{line['image_size'][1]})")
     return told
 
 
@@ -107,11 +107,11 @@ def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--adapter-path", required=True, type=Path, metavar="DIR",
                         help="a run's output folder, a checkpoint in it, or a merged model")  # fmt: skip
-    parser.add_argument("--image", type=Path, nargs="+", metavar="X.png", default=[], help="one or more pictures")
+    parser.add_argument("--image", type=Path, nargs="+", metavar="X.png", default=[], help="one or more images")
     parser.add_argument("--prompt", default="", help="the question or instruction; for classification, the text")
     parser.add_argument("--candidates", metavar="'A; B; C'", default="",
                         help="candidate answers, for models trained with candidate lists")  # fmt: skip
-    parser.add_argument("--draw", type=Path, metavar="OUT.png", help="clicks: the picture with the point marked")
+    parser.add_argument("--draw", type=Path, metavar="OUT.png", help="clicks: the image with the point marked")
     parser.add_argument("--config", help="the run's config, for an adapter folder that holds none")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="override any config key")
     args = parser.parse_intermixed_args(arguments)

@@ -1,6 +1,6 @@
 """Everything that can be wrong with a run and its data, found before a GPU is touched.
 
-`check_samples` is quick and runs before every training; `full_check` is `train.py --check` and decodes every picture.
+`check_samples` is quick and runs before every training; `full_check` is `train.py --check` and decodes every image.
 """
 
 import os
@@ -19,7 +19,7 @@ from family import Family
 from images import ModelImage, image_path, open_image, unpatchify
 from model import auto_class, parameter_table, prepare_training
 from runlog import on_terminal
-from templates import IGNORE, sample_images
+from templates import IGNORE, image_paths
 
 SHOWN = 10  # problems printed one by one; the rest is counted
 TEMPLATE_TOKENS = 300  # more than any template adds to a sample's own text
@@ -32,7 +32,7 @@ def check_samples(samples: SampleList, encoder: SampleEncoder) -> None:
 
 
 def sample_problems(samples: SampleList, encoder: SampleEncoder) -> list[str]:
-    """A line for each sample that makes no conversation, exceeds max_tokens, or has a picture outside image_root.
+    """A line for each sample that makes no conversation, exceeds max_tokens, or has an image outside image_root.
 
     Quick: no text has more tokens than bytes, so that only samples whose bytes might not fit are tokenised.
     Prints how many documents lose their end to max_tokens.
@@ -78,33 +78,33 @@ def _most_image_tokens(encoder: SampleEncoder) -> int:
 
 
 def _size_only(encoder: SampleEncoder, path: str) -> ModelImage:
-    """A picture's grid without decoding it."""
+    """An image's grid without decoding it."""
     placement = encoder.placement(path)
     width, height = placement.model_size
     patch_size = encoder.family.patch_size
     return ModelImage(None, (height // patch_size, width // patch_size), placement)
 
 
-def full_check(config: Config, splits: Mapping[str, SampleList], encoder: SampleEncoder, ranks_world: int) -> None:
-    """`--check`: decode every picture, look for leaks between splits, show a sample, count parameters and steps."""
+def full_check(config: Config, splits: Mapping[str, SampleList], encoder: SampleEncoder, world_size: int) -> None:
+    """`--check`: decode every image, look for leaks between splits, show a sample, count parameters and steps."""
     problems = []
     for name, samples in splits.items():
         print(f"{name}: {len(samples):,} samples in {samples.source}", flush=True)
         problems += sample_problems(samples, encoder) + undecodable(samples, encoder, name)
     report_problems(list(dict.fromkeys(problems)), shown=1000)
     if encoder.family.has_vision:
-        print("Every picture decodes.", flush=True)
+        print("Every image decodes.", flush=True)
     check_leakage(config, splits)
     show_sample(splits["train"][0], encoder)
     print("\n".join(["Parameters:", *count_parameters(config)]))
-    plan = make_plan(config, splits["train"], encoder, ranks_world)
-    print("\n".join(batch_arithmetic(config, plan, ranks_world)))
-    print("\n".join(prefix_sharing(config, plan, splits["train"], encoder, ranks_world)))
+    plan = make_plan(config, splits["train"], encoder, world_size)
+    print("\n".join(batch_arithmetic(config, plan, world_size)))
+    print("\n".join(prefix_sharing(config, plan, splits["train"], encoder, world_size)))
     print("Check passed: nothing was trained.", flush=True)
 
 
 def refuse_leakage(config: Config, splits: Mapping[str, SampleList]) -> dict[str, SampleList]:
-    """Errors: `UserError` where a picture file, or a document, stands in two splits. Returns the splits that were
+    """Errors: `UserError` where an image file, or a document, stands in two splits. Returns the splits that were
     compared: a file given for two splits on purpose, to see a model memorise, is not compared with itself."""
     import leakage
 
@@ -115,7 +115,7 @@ def refuse_leakage(config: Config, splits: Mapping[str, SampleList]) -> dict[str
     refuse_same_texts(compared)
     # Blank pages and title pages of proceedings may be alike; the first page is the paper's.
     first_pages = {
-        name: [{"images": sample_images(sample)[:1]} for sample in samples] for name, samples in compared.items()
+        name: [{"images": image_paths(sample)[:1]} for sample in samples] for name, samples in compared.items()
     }
     leakage.refuse_identical(first_pages, config.data.image_root)
     return compared
@@ -139,7 +139,7 @@ def refuse_same_texts(splits: Mapping[str, SampleList]) -> None:
 
 
 def check_leakage(config: Config, splits: Mapping[str, SampleList]) -> None:
-    """Identical pictures in two splits are fatal; near-identical ones go to near_identical.html, for a human."""
+    """Identical images in two splits are fatal; near-identical ones go to near_identical.html, for a human."""
     import leakage
 
     compared = refuse_leakage(config, splits)
@@ -147,7 +147,7 @@ def check_leakage(config: Config, splits: Mapping[str, SampleList]) -> None:
         print(f"No document stands in two of {', '.join(compared)}.", flush=True)
         return
     pairs = leakage.find_near_identical(compared, config.data.image_root)
-    print(f"No picture stands in two of {', '.join(compared)}; {len(pairs)} pairs look nearly alike.", flush=True)
+    print(f"No image stands in two of {', '.join(compared)}; {len(pairs)} pairs look nearly alike.", flush=True)
     if pairs:
         page = Path(config.output_dir) / "near_identical.html"
         page.parent.mkdir(parents=True, exist_ok=True)
@@ -156,7 +156,7 @@ def check_leakage(config: Config, splits: Mapping[str, SampleList]) -> None:
 
 
 def undecodable(samples: SampleList, encoder: SampleEncoder, split: str) -> list[str]:
-    """A line for each picture of the split that cannot be decoded or resized, naming the first row that uses it."""
+    """A line for each image of the split that cannot be decoded or resized, naming the first row that uses it."""
     first_row: dict[str, int] = {}
     for row in range(len(samples)):
         for path in encoder.images_of(samples[row]):
@@ -187,11 +187,11 @@ def show_sample(sample: dict, encoder: SampleEncoder) -> None:
         place = image.placement
         (width, height), (model_width, model_height) = place.original_size, place.model_size
         inside = f"content {place.content_size[0]}×{place.content_size[1]} at {place.offset}"
-        print(f"Picture {path}: {width}×{height} → {model_width}×{model_height} ({inside})")
+        print(f"Image {path}: {width}×{height} → {model_width}×{model_height} ({inside})")
 
 
-def sample_pictures(sample: dict, encoder: SampleEncoder) -> tuple[list, str]:
-    """The sample's pictures as the model sees them, uint8 (height, width, 3), and its text with the label mask."""
+def images_and_text(sample: dict, encoder: SampleEncoder) -> tuple[list, str]:
+    """The sample's images as the model sees them, uint8 (height, width, 3), and its text with the label mask."""
     images = [encoder.load_image(path) for path in encoder.images_of(sample)]
     family = encoder.family
     pixels = [unpatchify(image.patches, image.grid, family.patch_size, family.merge_size) for image in images]
@@ -229,60 +229,61 @@ def count_parameters(config: Config) -> list[str]:
         return parameter_table(prepare_training(model, config))
 
 
-def make_plan(config: Config, samples: SampleList, encoder: SampleEncoder, world: int) -> BatchPlan:
+def make_plan(config: Config, samples: SampleList, encoder: SampleEncoder, world_size: int) -> BatchPlan:
     """Errors: `UserError` where the ranks could not train these samples together."""
-    if config.parallel == "fsdp" and encoder.image_shown and world > 1:
+    if config.parallel == "fsdp" and encoder.image_shown and world_size > 1:
         shown = [bool(encoder.images_of(sample)) for sample in samples]
         if any(shown) and not all(shown):
             raise UserError(
-                f"{samples.name(shown.index(False))} has no picture and others have: under parallel 'fsdp' all ranks "
+                f"{samples.name(shown.index(False))} has no image and others have: under parallel 'fsdp' all ranks "
                 "put the vision tower together at the same time, or none; set parallel: ddp, or train the two apart"
             )
     image_of = None
     if config.order == "images":
         image_of = [encoder.images_of(samples[row]) or row for row in range(len(samples))]
-    batch = config.train_bs * config.grad_accum * world
+    batch = config.train_bs * config.grad_accum * world_size
     return BatchPlan(len(samples), batch, config.num_train_epochs, config.order, config.seed, image_of)
 
 
-def batch_arithmetic(config: Config, plan: BatchPlan, world: int) -> list[str]:
+def batch_arithmetic(config: Config, plan: BatchPlan, world_size: int) -> list[str]:
     return [
-        f"Batch: {config.train_bs} questions × {config.grad_accum} micro-steps × {world} ranks = {plan.batch} a step",
+        f"Batch: {config.train_bs} questions × {config.grad_accum} micro-steps × {world_size} ranks = "
+        f"{plan.batch} a step",
         f"Steps: {plan.samples:,} questions / {plan.batch} = {plan.steps_per_epoch:,} an epoch, "
         f"{config.num_train_epochs:g} epochs = {plan.total_steps:,} steps over {plan.total_questions:,} questions",
     ]
 
 
 def prefix_sharing(
-    config: Config, plan: BatchPlan, samples: SampleList, encoder: SampleEncoder, world: int
+    config: Config, plan: BatchPlan, samples: SampleList, encoder: SampleEncoder, world_size: int
 ) -> list[str]:
-    """How often the pictures of a step are encoded, as counted in some of the first epoch's steps, and a remedy where
-    micro-steps part the questions of one picture. Where a step is cut changes which dropout is drawn, and nothing else.
+    """How often the images of a step are encoded, as counted in some of the first epoch's steps, and a remedy where
+    micro-steps part the questions of one image. Where a step is cut changes which dropout is drawn, and nothing else.
     """
     if not (config.share_prefix and encoder.image_shown):
         return []
-    questions, pictures, encoded = 0, 0, 0
+    questions, images, encoded = 0, 0, 0
     steps = min(plan.steps_per_epoch, plan.total_steps)
     looked_at = {steps * part // STEPS_LOOKED_AT for part in range(STEPS_LOOKED_AT)}
     for step in looked_at:
-        for rank in range(world):
-            shown = [encoder.images_of(samples[row]) or int(row) for row in plan.rank_questions(step, rank, world)]
+        for rank in range(world_size):
+            shown = [encoder.images_of(samples[row]) or int(row) for row in plan.rank_questions(step, rank, world_size)]
             questions += len(shown)
-            pictures += len(set(shown))
+            images += len(set(shown))
             starts = range(0, len(shown), config.train_bs)
             encoded += sum(len(set(shown[start : start + config.train_bs])) for start in starts)
-    if pictures == questions:
+    if images == questions:
         return []
-    per_step = [count / len(looked_at) for count in (questions, encoded, pictures)]
-    line = "Sharing: a step's {:.0f} questions lie behind {:.1f} picture prefixes".format(*per_step)
-    if encoded > 1.1 * pictures:
+    per_step = [count / len(looked_at) for count in (questions, encoded, images)]
+    line = "Sharing: a step's {:.0f} questions lie behind {:.1f} image prefixes".format(*per_step)
+    if encoded > 1.1 * images:
         whole = config.train_bs * config.grad_accum
         line += f"; behind {per_step[2]:.1f} with train_bs={whole} grad_accum=1: "
         line += "faster, the same questions a step, more memory"
     return [line]
 
 
-def describe_pictures(config: Config, family: Family) -> str:
+def describe_images(config: Config, family: Family) -> str:
     if not family.has_vision:
         return "✓ Text only"
     if config.resize == "letterbox":

@@ -21,7 +21,7 @@ Screenshots with instructions → train.json, val.json, test.json and report.md.
 The instruction may be called "instruction", "problem" or "question"; the point "point" or "click_position_px"; the box
 "bbox" or "box". A point or a box is enough; of a box alone, the centre is clicked. A file in ShareGPT form ("messages"
 or "conversations") has its points or boxes in the assistant's text: every user turn with its answer is one click.
-Coordinates count from the upper left corner of the upright picture. Other keys are kept. Identical files stay on one
+Coordinates count from the upper left corner of the upright image. Other keys are kept. Identical files stay on one
 side of the split."""
 
 
@@ -77,14 +77,14 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     click.add_argument("--image-root", metavar="DIR",
                        help="folder that the image paths are relative to (default: the source file's)")  # fmt: skip
     click.add_argument("--coordinates", choices=("pixels", "relative1000", "relative1"), default="pixels",
-                       help="what the numbers are: pixels of the original picture, or shares of its width and height "
+                       help="what the numbers are: pixels of the original image, or shares of its width and height "
                             "in thousandths or from 0 to 1; never guessed (default: %(default)s)")  # fmt: skip
     click.add_argument("--boxes", choices=("xyxy", "xywh"), default="xyxy",
                        help="what a box of four numbers is: two corners, or a corner with width and height "
                             "(default: %(default)s)")  # fmt: skip
     click.add_argument("--seed", type=int, default=42, help="of the split and the order (default: %(default)s)")
     click.add_argument("--split", default="70/15/15", metavar="TRAIN/VAL/TEST",
-                       help="per cent of the clicks, whole pictures only (default: 70/15/15)")  # fmt: skip
+                       help="per cent of the clicks, whole images only (default: 70/15/15)")  # fmt: skip
 
     papers = family("papers", PAPERS, prepare_papers)
     papers.add_argument("--source", required=True, metavar="FILE.jsonl", help="the file to read (.jsonl or .json)")

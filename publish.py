@@ -120,7 +120,7 @@ def model_card(name: str, config: Config, counts: dict, scores: dict, check: str
         f"{quantized if config.quantization == 'nf4' else ''}.",
         "## Use",
         LOADING.format(name=name),
-        f"Pictures were {shown}, the template was `{config.template}`, answers are greedy (`do_sample=False`, which "
+        f"Images were {shown}, the template was `{config.template}`, answers are greedy (`do_sample=False`, which "
         "`generation_config.json` says; elsewhere, set the temperature to 0).",
         *([f"System prompt:\n\n```\n{prompt}\n```"] if prompt else []),
         *(["Answers are points `[x, y]`; `coordinates.json` says in which units."] if config.task == "click" else []),

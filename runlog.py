@@ -72,11 +72,11 @@ class RunLog:
             self._order.writelines(json.dumps(step, ensure_ascii=False) + "\n" for step in sorted(by_step.items()))
             self._order.flush()
 
-    def sample(self, number: int, pictures: list, text: str) -> None:
-        """A training sample as the model sees it: pictures uint8 (height, width, 3), text with the label mask."""
+    def sample(self, number: int, images: list, text: str) -> None:
+        """A training sample as the model sees it: images uint8 (height, width, 3), text with the label mask."""
         if self.active:
-            for picture in pictures:
-                self._tensorboard.add_image(f"sample_{number}", picture, 0, dataformats="HWC")
+            for image in images:
+                self._tensorboard.add_image(f"sample_{number}", image, 0, dataformats="HWC")
             self._tensorboard.add_text(f"sample_{number}", f"```\n{text}\n```", 0)
 
     def close(self) -> None:

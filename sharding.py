@@ -34,7 +34,7 @@ def shard(loss: nn.Module, ranks: Ranks) -> None:
         dist.init_process_group(
             "nccl" if ranks.device.type == "cuda" else "gloo", store=dist.HashStore(), rank=0, world_size=1
         )
-    mesh = init_device_mesh(ranks.device.type, (ranks.world,))
+    mesh = init_device_mesh(ranks.device.type, (ranks.world_size,))
     compute = torch.bfloat16 if ranks.device.type == "cuda" else torch.float32
     policy = MixedPrecisionPolicy(param_dtype=compute, reduce_dtype=torch.float32)
     exact = MixedPrecisionPolicy(param_dtype=None, reduce_dtype=torch.float32)
@@ -56,13 +56,13 @@ def shard(loss: nn.Module, ranks: Ranks) -> None:
     loss.reshard()  # what was put together now would not see weights that are loaded later
 
 
-def whole(tensor: torch.Tensor) -> torch.Tensor:
+def full_tensor(tensor: torch.Tensor) -> torch.Tensor:
     """The full tensor of a sharded one; any other as it is. All ranks: contains an all_gather."""
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 
 @contextlib.contextmanager
-def gathered(loss: nn.Module):
+def unsharded(loss: nn.Module):
     """The whole model on every rank while it lasts, in the type it computes in, so that the ranks may run different
     numbers of batches. All ranks: contains all_gathers at the start. Does nothing where nothing is sharded."""
     parts = [module for module in loss.modules() if isinstance(module, FSDPModule)]
@@ -80,7 +80,7 @@ def gathered(loss: nn.Module):
             loss.set_reshard_after_forward(False, recurse=False)  # the backward pass begins with the root
 
 
-def evened(micro_batches: list[dict], ranks: Ranks) -> list[dict]:
+def pad_micro_batches(micro_batches: list[dict], ranks: Ranks) -> list[dict]:
     """As many micro-batches on every rank as the busiest one has: each forward pass gathers weights from all. The added
     ones carry no weight. All ranks: contains all_gathers."""
     missing = max(ranks.gather([len(micro_batches)])) - len(micro_batches)
@@ -92,20 +92,20 @@ def evened(micro_batches: list[dict], ranks: Ranks) -> list[dict]:
 # --------------------------------------------------------------------------------------------------------- checkpoints
 
 
-def _entries(names: dict[str, nn.Parameter], optimizer: torch.optim.Optimizer | None) -> dict[str, torch.Tensor]:
+def _entries(trainable: dict[str, nn.Parameter], optimizer: torch.optim.Optimizer | None) -> dict[str, torch.Tensor]:
     """Weights and AdamW's state under the names of checkpoints: `NAME`, `NAME|exp_avg`, ..."""
-    entries = {name: parameter.detach() for name, parameter in names.items()}
-    for name, parameter in names.items() if optimizer else ():
+    entries = {name: parameter.detach() for name, parameter in trainable.items()}
+    for name, parameter in trainable.items() if optimizer else ():
         for key, value in optimizer.state.get(parameter, {}).items():
             entries[f"{name}|{key}"] = value
     return entries
 
 
-def save_shards(folder: Path, names: dict[str, nn.Parameter], optimizer: torch.optim.Optimizer) -> None:
+def save_shards(folder: Path, trainable: dict[str, nn.Parameter], optimizer: torch.optim.Optimizer) -> None:
     """Write this rank's share of weights and optimizer state into a folder that all ranks see.
 
     All ranks: contains collectives. Errors: on all ranks where one cannot write, `OSError` for the disk's."""
-    entries = _entries(names, optimizer)
+    entries = _entries(trainable, optimizer)
     files, filled = {}, 0
     for name, tensor in entries.items():
         filled += tensor.numel() * tensor.element_size()
@@ -119,22 +119,24 @@ def save_shards(folder: Path, names: dict[str, nn.Parameter], optimizer: torch.o
         raise kind(f"rank {rank}: {failure}") from None
 
 
-def load_shards(folder: Path, names: dict[str, nn.Parameter], optimizer: torch.optim.Optimizer | None = None) -> None:
+def load_shards(
+    folder: Path, trainable: dict[str, nn.Parameter], optimizer: torch.optim.Optimizer | None = None
+) -> None:
     """Put weights of `save_shards` in place, and the state of the optimizer, if one is given; whatever number of ranks
     wrote them. All ranks: contains collectives."""
     saved = set(stored_names(folder))
     if optimizer is None:
         saved = {name for name in saved if "|" not in name}
-    for name, parameter in names.items():
+    for name, parameter in trainable.items():
         if f"{name}|step" in saved:
             moments = {key: torch.zeros_like(parameter, requires_grad=False) for key in ("exp_avg", "exp_avg_sq")}
             optimizer.state[parameter] = {"step": torch.zeros(()), **moments}
-    entries = _entries(names, optimizer)
+    entries = _entries(trainable, optimizer)
     assert entries.keys() == saved, f"{folder} holds other weights than this run trains"
     dcp.load(entries, storage_reader=dcp.HuggingFaceStorageReader(str(folder)))
 
 
-def load_whole(folder: Path, model: nn.Module) -> None:
+def load_unsharded(folder: Path, model: nn.Module) -> None:
     """Put the weights of `save_shards` into a model that is not sharded. In one process."""
     own = dict(model.named_parameters())
     entries = {name: own[name].data for name in stored_names(folder) if name in own}
@@ -147,12 +149,12 @@ def stored_names(folder: Path) -> Iterable[str]:
     return dcp.HuggingFaceStorageReader(str(folder)).read_metadata().state_dict_metadata
 
 
-def whole_state(model: nn.Module, keep: bool) -> dict[str, torch.Tensor]:
+def full_state_dict(model: nn.Module, keep: bool) -> dict[str, torch.Tensor]:
     """The full state dict on the CPU, in the type it computes in, put together one tensor at a time; empty on ranks
     that do not keep it. All ranks: contains all_gathers where it is sharded."""
     state = {}
     for name, tensor in model.state_dict().items():
-        full = whole(tensor)
+        full = full_tensor(tensor)
         if keep:
             state[name] = full.to("cpu", torch.bfloat16 if full.is_cuda and full.is_floating_point() else full.dtype)
     return state

@@ -50,7 +50,7 @@ def check_template(template: str, task: str) -> None:
 
 
 def question_text(sample: dict, template: str) -> str:
-    """What the user's turn says after the picture. `plain` asks the bare question; the others list the candidates."""
+    """What the user's turn says after the image. `plain` asks the bare question; the others list the candidates."""
     question = sample["question"]
     if template == "plain" or not sample.get("candidates"):
         return question
@@ -104,7 +104,7 @@ def as_conversations(samples: list[dict]) -> list[dict]:
             _check_question(sample)
         except UserError as error:
             raise UserError(f"sample {sample['id']}: {error}") from None
-        by_image.setdefault(tuple(sample_images(sample)) or (sample["id"],), []).append(sample)
+        by_image.setdefault(tuple(image_paths(sample)) or (sample["id"],), []).append(sample)
     conversations = []
     for turns in by_image.values():
         turns = sorted(turns, key=lambda turn: turn.get("stage") or 0)
@@ -149,10 +149,10 @@ def class_label(sample: dict, num_labels: int) -> int:
 
 
 def count_images(sample: dict) -> int:
-    return len(sample_images(sample))
+    return len(image_paths(sample))
 
 
-def sample_images(sample: dict) -> list[str]:
+def image_paths(sample: dict) -> list[str]:
     """Image paths of a sample, from `image` (a path or a list) or `images`."""
     images = sample.get("images") if sample.get("images") is not None else sample.get("image")
     if images is None:
@@ -296,7 +296,7 @@ def _control_tokens(tokenizer) -> list[str]:
 
 
 def _expand_images(encoded: Encoded, image_tokens: list[int], image_token_id: int) -> Encoded:
-    """Each image placeholder becomes as many image tokens as the picture has."""
+    """Each image placeholder becomes as many image tokens as the image has."""
     counts = iter(image_tokens)
     ids, labels = [], []
     for token, label in zip(encoded.input_ids, encoded.labels, strict=True):

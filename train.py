@@ -1,7 +1,7 @@
 """torchrun --nproc_per_node=2 train.py --config configs/exp2.yaml [key=value ...] [--check]
 
 One config in, one output folder out. Plain `python train.py --config ...` runs in a single process. --check is the
-preflight: it validates config and data, decodes every picture, shows a sample with its label mask, counts parameters
+preflight: it validates config and data, decodes every image, shows a sample with its label mask, counts parameters
 and steps, and exits. The same command again resumes an interrupted run; USR1, TERM or Ctrl-C save and stop it.
 """
 
@@ -28,18 +28,18 @@ from config import Config, check_data_files, load_config, to_dict, to_yaml
 from dataset import SampleEncoder, StepDataset, load, load_split
 from distributed import Ranks, StopSignal, end_process, start_ranks, stop_ranks, wrap_ddp
 from errors import UserError, exit_on_user_error
-from evaluation import Stopped, merit, scores_while_training
 from family import load_family
 from files import write_json
+from inference import Stopped, scores_while_training, selection_score
 from preflight import (
     batch_arithmetic,
     check_samples,
-    describe_pictures,
+    describe_images,
     full_check,
+    images_and_text,
     make_plan,
     prefix_sharing,
     refuse_leakage,
-    sample_pictures,
 )
 from run_folder import OutputLock, find_resume, rotate
 from runlog import RunLog, git_commit, memory_gb, out_of_memory_message, step_line
@@ -68,7 +68,7 @@ def backward_step(loss, micro_batches: list[dict], ranks: Ranks, autocast) -> di
     """Forward and backward over this rank's micro-batches of one optimizer step.
 
     The loss is the mean over the supervised tokens of the whole step, on all ranks: each micro-batch adds
-    sum_nll × world / tokens_global, and DDP or FSDP averages the gradients over the world.
+    sum_nll × world_size / tokens_global, and DDP or FSDP averages the gradients over the ranks.
     Returns tokens_global and this rank's nll (sums). All ranks: contains all_reduces.
     """
     tokens_global = ranks.sum(sum(batch["answer_tokens"] for batch in micro_batches))[0]
@@ -79,7 +79,7 @@ def backward_step(loss, micro_batches: list[dict], ranks: Ranks, autocast) -> di
         hold = isinstance(loss, DistributedDataParallel) and index < len(micro_batches) - 1
         with loss.no_sync() if hold else contextlib.nullcontext(), autocast():
             batch_nll = loss(modeling.to_device(batch, ranks.device))
-            (batch_nll * (ranks.world / tokens_global)).backward()
+            (batch_nll * (ranks.world_size / tokens_global)).backward()
         nll += batch_nll.detach()
     return {"tokens_global": tokens_global, "nll": float(nll)}
 
@@ -100,12 +100,12 @@ def train(config: Config, check_only: bool, source: str) -> None:
     clicks.check_convention(config.init_adapter, family, config)
     splits = {name: load_split(config, name) for name in named}
     train_samples = splits["train"]
-    world = int(os.environ.get("WORLD_SIZE", "1"))
+    world_size = int(os.environ.get("WORLD_SIZE", "1"))
     if check_only:
-        return full_check(config, splits, encoder, world) if os.environ.get("RANK", "0") == "0" else None
+        return full_check(config, splits, encoder, world_size) if os.environ.get("RANK", "0") == "0" else None
     for samples in splits.values():
         check_samples(samples, encoder)
-    plan = make_plan(config, train_samples, encoder, world)
+    plan = make_plan(config, train_samples, encoder, world_size)
 
     output = Path(config.output_dir)
     resume_from, notes = None, []
@@ -120,7 +120,7 @@ def train(config: Config, check_only: bool, source: str) -> None:
     resume_from, notes = ranks.gather([[str(resume_from or ""), notes]] if ranks.is_first else [])[0]
     state = checkpoint.read_state(Path(resume_from)) if resume_from else TrainerState()
     if ranks.any(ranks.is_first and checkpoint.has_lost_best(state, resume_from, output)):
-        state.best_step = state.best_merit = None
+        state.best_step = state.best_score = None
         notes.append("The best checkpoint so far is not in this folder: the best is chosen anew")
     if state.step == plan.total_steps and checkpoint.is_final(output):
         if ranks.is_first:
@@ -144,7 +144,7 @@ def train(config: Config, check_only: bool, source: str) -> None:
         sharding.shard(module, ranks)
     else:
         module.to(ranks.device)
-    names = modeling.trainable_parameters(model)
+    trainable = modeling.trainable_parameters(model)
     if config.init_adapter and not resume_from:
         notes.append(checkpoint.load_initial(model, config.init_adapter, config))
     foreach = None if config.parallel == "ddp" else False  # all tensors at once: 15 GB more for a 7B on two GPUs
@@ -152,9 +152,9 @@ def train(config: Config, check_only: bool, source: str) -> None:
     optimizer = torch.optim.AdamW(groups, betas=(0.9, 0.999), eps=1e-8, foreach=foreach)
     peak_rates = [group["lr"] for group in optimizer.param_groups]
     if resume_from:
-        checkpoint.resume(Path(resume_from), model, optimizer, names, config)
+        checkpoint.resume(Path(resume_from), model, optimizer, trainable, config)
     loss = module
-    if ranks.world > 1 and config.parallel == "ddp":
+    if ranks.world_size > 1 and config.parallel == "ddp":
         loss = wrap_ddp(module, ranks)
 
     def autocast():  # of float32 weights; fsdp casts them itself
@@ -164,16 +164,18 @@ def train(config: Config, check_only: bool, source: str) -> None:
     # --- describe the run ---
     log.say("✓ TF32 enabled" if on_gpu else "✓ float32 on CPU")
     log.say(ranks.describe())
-    log.say(describe_pictures(config, family))
+    log.say(describe_images(config, family))
     log.say(config.experiment)
     seconds = time.perf_counter() - started
     log.say(f"Model {config.model_name} ({family.model_type}), ready in {seconds:.1f} s; commit {git_commit()}")
-    arithmetic = batch_arithmetic(config, plan, world) + prefix_sharing(config, plan, train_samples, encoder, world)
+    arithmetic = batch_arithmetic(config, plan, world_size) + prefix_sharing(
+        config, plan, train_samples, encoder, world_size
+    )
     for line in [*modeling.parameter_table(model), *arithmetic, *classification.notes(config), *notes]:
         log.say(line)
     if not resume_from and ranks.is_first:
         for row in range(min(SAMPLES_ON_TENSORBOARD, len(train_samples))):
-            log.sample(row, *sample_pictures(train_samples[row], encoder))
+            log.sample(row, *images_and_text(train_samples[row], encoder))
     if resume_from:
         log.say(f"Resuming from {resume_from}: step {state.step}/{plan.total_steps}")
 
@@ -185,9 +187,9 @@ def train(config: Config, check_only: bool, source: str) -> None:
         """All ranks: contains all_gathers and all_reduces."""
         log.order(ranks.gather(trained))
         trained.clear()
-        state.config, state.global_batch, state.ranks = to_dict(config), plan.batch, ranks.world
+        state.config, state.global_batch, state.ranks = to_dict(config), plan.batch, ranks.world_size
         state.train_data = train_samples.sha256
-        size, seconds = checkpoint.save(output, model, optimizer, names, state, config, records, ranks)
+        size, seconds = checkpoint.save(output, model, optimizer, trainable, state, config, records, ranks)
         log.say(f"Saved checkpoint-{state.step} ({size / 1e6:.1f} MB in {seconds:.2f} s){reason}")
         if ranks.is_first:
             rotate(output, config.save_total_limit, state.best_step)
@@ -197,7 +199,7 @@ def train(config: Config, check_only: bool, source: str) -> None:
         state.evaluation_due = True
         began = time.perf_counter()
         model.eval()
-        with sharding.gathered(module), autocast():
+        with sharding.unsharded(module), autocast():
             values = scores_while_training(module, splits, encoder, ranks, lambda: stop.requested)
         model.train()
         state.evaluation_due = False
@@ -206,11 +208,13 @@ def train(config: Config, check_only: bool, source: str) -> None:
         log.say("eval " + " | ".join(f"{key.removeprefix('eval_')} {value:.4f}" for key, value in values.items()))
         # The best is only worth keeping where there is a checkpoint of it. For cls one is made, as its result.
         saved = is_due(config.save_steps, state.step, plan.steps_per_epoch) or state.step == plan.total_steps
-        better = state.best_merit is None or merit(config.task, values) > state.best_merit
+        better = state.best_score is None or selection_score(config.task, values) > state.best_score
         if better and (saved or config.task == "cls"):
-            state.best_merit, state.best_step = merit(config.task, values), state.step
+            state.best_score, state.best_step = selection_score(config.task, values), state.step
 
-    dataset = StepDataset(train_samples, encoder, config.share_prefix, plan, config.train_bs, ranks.rank, ranks.world)
+    dataset = StepDataset(
+        train_samples, encoder, config.share_prefix, plan, config.train_bs, ranks.rank, ranks.world_size
+    )
     steps = load(dataset, range(state.step, plan.total_steps), config.dataloader_num_workers, ranks.device)
     interval = state.interval or dict.fromkeys(("nll", "answer_tokens"), 0)
     clock = dict.fromkeys(("steps", "questions", "tokens", "waited"), 0.0)  # since the last line, this process
@@ -229,14 +233,14 @@ def train(config: Config, check_only: bool, source: str) -> None:
             micro_batches = loaded["micro_batches"]
             waited = time.perf_counter() - began
             if config.parallel == "fsdp":
-                micro_batches = sharding.evened(micro_batches, ranks)
+                micro_batches = sharding.pad_micro_batches(micro_batches, ranks)
             torch.manual_seed(((config.seed * 1_000_003 + state.step) * 4_099 + ranks.rank) % 2**63)  # dropout
             try:
                 sums = backward_step(loss, micro_batches, ranks, autocast)
             except torch.OutOfMemoryError:
                 raise UserError(out_of_memory_message(micro_batches, config)) from None
-            grad_norm = torch.nn.utils.clip_grad_norm_(names.values(), config.max_grad_norm)
-            grad_norm = float(sharding.whole(grad_norm))
+            grad_norm = torch.nn.utils.clip_grad_norm_(trainable.values(), config.max_grad_norm)
+            grad_norm = float(sharding.full_tensor(grad_norm))
             laid_out = sum(int((batch["segments"] >= 0).sum()) for batch in micro_batches)
             total_nll, total_laid_out, stop_wanted, total_waited = ranks.sum(
                 sums["nll"], laid_out, stop.requested, waited
@@ -277,7 +281,7 @@ def train(config: Config, check_only: bool, source: str) -> None:
             clock["steps"] += 1
             clock["questions"] += len(plan.questions(state.step - 1))
             clock["tokens"] += total_laid_out
-            clock["waited"] += total_waited / ranks.world
+            clock["waited"] += total_waited / ranks.world_size
             done = state.step == plan.total_steps
             if (is_due(config.logging_steps, state.step, plan.steps_per_epoch) or done) and interval["answer_tokens"]:
                 seconds = time.perf_counter() - clock_started
@@ -325,8 +329,8 @@ def train(config: Config, check_only: bool, source: str) -> None:
         log.say(f"Stopped at step {state.step}/{plan.total_steps} on request; the same command goes on from here")
     else:
         if config.task == "cls" and state.best_step not in (None, state.step):
-            checkpoint.load_best(output / f"checkpoint-{state.best_step}", model, names, config)
-            log.say(f"The best on val was step {state.best_step}, accuracy {state.best_merit[0]:.4f}: it is the result")
+            checkpoint.load_best(output / f"checkpoint-{state.best_step}", model, trainable, config)
+            log.say(f"The best on val was step {state.best_step}, accuracy {state.best_score[0]:.4f}: it is the result")
         checkpoint.save_final(output, model, config, records, ranks)
         minutes = state.train_seconds / 60
         log.say(f"Done: {plan.total_steps} steps in {minutes:.1f} min of training; the model is in {output}")

@@ -1,7 +1,7 @@
 """python bench/evaluation_speed.py [--size 33m|8b] [--questions-per-image 9] [--image-tokens 576] [--rounds N]
 
 Answering speed: one question at a time with transformers' `generate`, one at a time with this repo, and all questions
-of a picture from one cache, as evaluate.py does. Side by side in one process, picture by picture; the answers must be
+of an image from one cache, as evaluate.py does. Side by side in one process, image by image; the answers must be
 the same, token for token.
 """
 
@@ -28,12 +28,12 @@ from trainer import Questions
 from config import Lora
 from dataset import EvalDataset
 from errors import exit_on_user_error
-from generate import greedy
+from inference import greedy
 from model import to_device
 
 
 class OneByOne:
-    """transformers' own loop: the picture is processed and the prompt read anew for every question."""
+    """transformers' own loop: the image is processed and the prompt read anew for every question."""
 
     def __init__(self, model, setting: work.Workload, device: torch.device, new_tokens: int, end_id: int):
         self.model, self.questions, self.device, self.new_tokens = model, Questions(setting), device, new_tokens
@@ -83,7 +83,7 @@ def main() -> None:
     parser.add_argument("--size", default="33m", choices=work.SIZES)
     parser.add_argument("--questions-per-image", type=int, default=9)
     parser.add_argument("--image-tokens", type=int, default=576)
-    parser.add_argument("--images", type=int, default=1, help="pictures in a batch")
+    parser.add_argument("--images", type=int, default=1, help="images in a batch")
     parser.add_argument("--rounds", type=int, default=3, help="timed batches, after one to warm up")
     parser.add_argument("--new-tokens", type=int, default=8, help="a random model never ends an answer by itself")
     parser.add_argument("--tokenizer", help="folder of a real tokenizer; the embedding then has 151,936 rows")
@@ -105,7 +105,7 @@ def main() -> None:
         runs = {
             "generate, one by one": OneByOne(stock, *common),
             "ours, one by one": Ours(own, *common, together=False),
-            "ours, a picture's questions together": Ours(own, *common, together=True),
+            "ours, an image's questions together": Ours(own, *common, together=True),
         }
         seconds: dict[str, list[float]] = {name: [] for name in runs}
         cpu_seconds: dict[str, list[float]] = {name: [] for name in runs}
@@ -119,7 +119,7 @@ def main() -> None:
                     cpu_seconds[name].append(time.process_time() - cpu_began)
         first = next(iter(runs))
         print(f"{args.size}, {args.image_tokens} image tokens, {args.questions_per_image} questions per image, "
-              f"{args.new_tokens} new tokens, {args.images} picture(s) a batch, {args.rounds} rounds\n")  # fmt: skip
+              f"{args.new_tokens} new tokens, {args.images} image(s) a batch, {args.rounds} rounds\n")  # fmt: skip
         print("| answers | questions/s | × generate | × in CPU time | same answers |\n|---|--:|--:|--:|--:|")
         for name in runs:
             ratio = statistics.median(a / b for a, b in zip(seconds[first], seconds[name], strict=True))

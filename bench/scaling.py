@@ -85,7 +85,7 @@ def main() -> None:
     parser.add_argument("--size", default="33m", choices=["33m", "tiny"])
     parser.add_argument("--questions-per-image", default="real")
     parser.add_argument("--image-tokens", type=int, default=576)
-    parser.add_argument("--images", type=int, default=2, help="pictures in a step of each process")
+    parser.add_argument("--images", type=int, default=2, help="images in a step of each process")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--histogram", help="csv with a column img_id; default: numbers in workload.py")
     parser.add_argument("--seed", type=int, default=0)

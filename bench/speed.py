@@ -4,7 +4,7 @@ Training speed, side by side in one process: the same weights, samples, seed and
 each variant in turn, so that whatever else the machine does hits all alike. Prints one table per setting.
 
 (A) the Hugging Face Trainer with a plain collator; (B) this repo's loop with A's layout and A's work: every question
-its own sequence, logits at every position, a picture's vision once per question, Conv3d patches, PEFT's own LoRA;
+its own sequence, logits at every position, an image's vision once per question, Conv3d patches, PEFT's own LoRA;
 (C) without the unused work; (D) with shared prefixes, as train.py runs; on CUDA also (E) the varlen attention path
 and, with --compile, (F) E with norms and MLPs compiled.
 """
@@ -205,9 +205,9 @@ def ceilings(workload: Workload, sizes: dict, image_tokens: int) -> tuple[float,
         for batch in dataset[0]["micro_batches"]:
             laid_out = int((batch["segments"] >= 0).sum())
             tokens[share] += laid_out
-            pictures = len(batch["image_grid_thw"] if share else batch["image_index"])
+            images = len(batch["image_grid_thw"] if share else batch["image_index"])
             positions = batch["answer_tokens"] if share else laid_out
-            count = operations.step(batch["segments"], positions, [image_tokens] * pictures)
+            count = operations.step(batch["segments"], positions, [image_tokens] * images)
             useful, full = (useful + count, full) if share else (useful, full + count)
     return tokens[0] / tokens[1], full / useful, useful
 
@@ -259,7 +259,7 @@ def main() -> None:
     parser.add_argument("--size", default="33m", choices=work.SIZES)
     parser.add_argument("--questions-per-image", default="real", help="comma-separated: 1, 4, 9, ... or real")
     parser.add_argument("--image-tokens", default="576", help="comma-separated")
-    parser.add_argument("--images", type=int, default=2, help="pictures in an optimizer step")
+    parser.add_argument("--images", type=int, default=2, help="images in an optimizer step")
     parser.add_argument("--steps", type=int, default=3, help="timed steps of each variant, after one for its memory")
     parser.add_argument("--variants", default=None, help="the first is what the others are compared with")
     parser.add_argument("--micro-batch", type=int, default=1, help="questions per micro-step of A, B and C")
@@ -296,7 +296,7 @@ def main() -> None:
             for k in args.questions_per_image.split(","):
                 per_step = work.questions_of_step(k, histogram, args.images)
                 data = folder / f"data-{image_tokens}-{k}"
-                # One question per picture: nothing to share, so D stands in C's micro-batches.
+                # One question per image: nothing to share, so D stands in C's micro-batches.
                 shared_micro_batch = args.micro_batch if k == "1" else args.shared_micro_batch
                 workload = work.make_workload(
                     model_folder, data, per_step, image_tokens, args.steps + 1, shared_micro_batch,

@@ -1,5 +1,5 @@
 """Variant (A) of the benchmark: the Hugging Face Trainer with a plain collator, as LLaMA-Factory, TRL and the official
-scripts run it: every question a sequence of its own with its picture, pixels from the family's image processor, logits
+scripts run it: every question a sequence of its own with its image, pixels from the family's image processor, logits
 at every position.
 
 One thing is mended: the loss is divided by the answer tokens of the whole optimizer step (the Trainer averages
@@ -46,7 +46,7 @@ class Questions(torch.utils.data.Dataset):
 
 
 class Collator:
-    """Pads to the longest question on the right, and joins the pictures of all."""
+    """Pads to the longest question on the right, and joins the images of all."""
 
     def __init__(self, pad_id: int, image_token_id: int):
         self.pad_id, self.image_token_id = pad_id, image_token_id

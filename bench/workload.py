@@ -1,4 +1,4 @@
-"""What the benchmarks run on: model sizes, pictures, questions, and how many operations a question costs.
+"""What the benchmarks run on: model sizes, images, questions, and how many operations a question costs.
 
 Everything is made on the spot from numbers; nothing is downloaded and no data set is needed.
 """
@@ -43,9 +43,9 @@ THIRTY_THREE_M = {
 TINY = THIRTY_THREE_M | {"layers": 4, "hidden_size": 64, "intermediate_size": 192, "head_dim": 16, "heads": 4}
 SIZES = {"8b": EIGHT_B, "33m": THIRTY_THREE_M, "tiny": TINY}
 
-# Questions per picture → pictures, in 3,007 rows of Kvasir-VQA (352 whole pictures; Gautam et al. 2024, CC BY-NC 4.0).
+# Questions per image → images, in 3,007 rows of Kvasir-VQA (352 whole images; Gautam et al. 2024, CC BY-NC 4.0).
 REAL_HISTOGRAM = {3: 6, 4: 10, 5: 15, 6: 30, 7: 45, 8: 64, 9: 62, 10: 58, 11: 37, 12: 12, 13: 7, 14: 3, 15: 3}
-QUESTIONS_IN_TRAINING = 41_079  # of Kvasir-VQA, 70 % of the pictures
+QUESTIONS_IN_TRAINING = 41_079  # of Kvasir-VQA, 70 % of the images
 EPOCHS = 3
 
 _YES_NO = "no; not relevant; yes"
@@ -150,7 +150,7 @@ def adapted(base: torch.nn.Module, lora: Lora, seed: int, stock: bool) -> torch.
 
 
 def read_histogram(path: str | None) -> dict[int, int]:
-    """Questions per picture → pictures, from a csv with a column `img_id`; without a path the numbers above."""
+    """Questions per image → images, from a csv with a column `img_id`; without a path the numbers above."""
     if path is None:
         return REAL_HISTOGRAM
     with open(path, newline="", encoding="utf-8") as stream:
@@ -161,27 +161,27 @@ def read_histogram(path: str | None) -> dict[int, int]:
 
 
 def questions_of_step(questions_per_image: str, histogram: dict[int, int], images: int) -> list[int]:
-    """Questions of each picture of one optimizer step. 'real': the middles of `images` equal parts of the histogram,
+    """Questions of each image of one optimizer step. 'real': the middles of `images` equal parts of the histogram,
     so that every step has the whole's mean, and rows of unequal length as the whole has."""
     if questions_per_image != "real":
         return [int(questions_per_image)] * images
-    counts = [count for count, pictures in sorted(histogram.items()) for _ in range(pictures)]
+    counts = [count for count, many in sorted(histogram.items()) for _ in range(many)]
     return [counts[int((part + 0.5) / images * len(counts))] for part in range(images)]
 
 
-def picture_size(image_tokens: int, factor: int) -> tuple[int, int]:
-    """(width, height) in pixels of the squarest picture with exactly so many image tokens."""
+def image_size(image_tokens: int, factor: int) -> tuple[int, int]:
+    """(width, height) in pixels of the squarest image with exactly so many image tokens."""
     rows = max(n for n in range(1, int(image_tokens**0.5) + 1) if image_tokens % n == 0)
     size = (image_tokens // rows * factor, rows * factor)
     if native_size(*size, factor, 64 * 64, 16_777_216) != size:
         raise UserError(
-            f"--image-tokens {image_tokens}: no picture that the family leaves as it is has so many; try 576 or 2040"
+            f"--image-tokens {image_tokens}: no image that the family leaves as it is has so many; try 576 or 2040"
         )
     return size
 
 
 def write_samples(folder: Path, per_step: list[int], steps: int, size: tuple[int, int], seed: int) -> list[dict]:
-    """Pictures (JPEG) and the questions on them, those of a picture side by side; `steps` steps of fresh pictures."""
+    """Images (JPEG) and the questions on them, those of an image side by side; `steps` steps of fresh images."""
     generator = np.random.default_rng(seed)
     names, samples = list(QUESTIONS), []
     folder.mkdir(parents=True, exist_ok=True)
@@ -216,9 +216,9 @@ class Workload:
 def make_workload(
     model_folder: Path, root: Path, per_step: list[int], image_tokens: int, steps: int, train_bs: int, lora: Lora, seed
 ) -> Workload:
-    """steps: so many optimizer steps of fresh pictures. train_bs: questions per micro-step, 0 for the whole step."""
+    """steps: so many optimizer steps of fresh images. train_bs: questions per micro-step, 0 for the whole step."""
     family = load_family(str(model_folder))
-    samples = write_samples(root, per_step, steps, picture_size(image_tokens, family.factor), seed)
+    samples = write_samples(root, per_step, steps, image_size(image_tokens, family.factor), seed)
     questions = sum(per_step)
     config = Config(
         experiment="BENCHMARK", model_name=str(model_folder), task="vqa", data=Data(train="-", image_root=str(root)),
@@ -266,7 +266,7 @@ class Operations:
 
     def step(self, segments: torch.Tensor, supervised: int, image_tokens: list[int]) -> float:
         """Useful operations of a micro-batch laid out as `segments` (rows, tokens): pairs that a token may see, logits
-        at supervised positions, vision once per picture in `image_tokens`."""
+        at supervised positions, vision once per image in `image_tokens`."""
         tokens, pairs = 0, 0
         for row in segments.tolist():
             lengths = Counter(segment for segment in row if segment >= 0)

@@ -8,13 +8,14 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import clicks
+import errors
 import leakage
 from errors import UserError, first_names
 from images import image_path, upright_size
 from prepare import splits
 from prepare.splits import SPLITS
 from report.metrics import target_size
-from templates import sample_images
+from templates import image_paths
 
 # The names under which published sets keep each fact, the first one found wins.
 INSTRUCTION_KEYS = ("instruction", "problem", "question")
@@ -32,13 +33,13 @@ def prepare(source: str, out: str, image_root: str | None, coordinates: str, box
     problems, targets, counts = [], [], Counter()
     for number, row in enumerate(rows, 1):
         try:
-            image_path(image_root, clicks.picture_of(row))
+            image_path(image_root, clicks.image_of(row))
             targets += [{**target, "row": number} for target in targets_of(row, boxes, counts)]
         except UserError as error:
             problems.append(f"{source} row {number}: {error}")
     _report(problems)
     refuse_wrong_units(targets, coordinates, source)
-    prints, sizes = look_at_pictures(dict.fromkeys(target["image"] for target in targets), image_root)
+    prints, sizes = look_at_images(dict.fromkeys(target["image"] for target in targets), image_root)
 
     samples = {}
     for target in targets:
@@ -65,9 +66,9 @@ def prepare(source: str, out: str, image_root: str | None, coordinates: str, box
         **{f"{what}, left out of the samples": count for what, count in counts.items()},
         "clicks kept": len(samples),
         "... with a box": sum("bbox" in sample for sample in samples),
-        "instructions with several points on one picture, all kept": ambiguous(samples),
+        "instructions with several points on one image, all kept": ambiguous(samples),
         "image files": len(sizes),
-        "distinct pictures": len(groups),
+        "distinct images": len(groups),
     }
     table = click_table(by_split)
     told = [f"coordinates {coordinates}", f"boxes {boxes}", f"seed {seed}", f"split {split}"]
@@ -79,8 +80,8 @@ def prepare(source: str, out: str, image_root: str | None, coordinates: str, box
 
 def _report(problems: list[str]) -> None:
     if problems:
-        more = f"\n  ... and {len(problems) - splits.NAMES_SHOWN:,} more" if len(problems) > splits.NAMES_SHOWN else ""
-        listed = "\n  ".join(["", *problems[: splits.NAMES_SHOWN]]) if len(problems) > 1 else f" {problems[0]}"
+        more = f"\n  ... and {len(problems) - errors.NAMES_SHOWN:,} more" if len(problems) > errors.NAMES_SHOWN else ""
+        listed = "\n  ".join(["", *problems[: errors.NAMES_SHOWN]]) if len(problems) > 1 else f" {problems[0]}"
         raise UserError(f"{len(problems):,} row(s) cannot be used, nothing was written:{listed}{more}")
 
 
@@ -116,7 +117,7 @@ def targets_of(row: dict, boxes: str, counts: Counter) -> Iterator[dict]:
         json.dumps(row, ensure_ascii=False).encode()
     except UnicodeEncodeError:
         raise UserError("its text holds half a character (a lone surrogate); mend it") from None
-    image = clicks.picture_of(row)
+    image = clicks.image_of(row)
     if "messages" in row or "conversations" in row:
         yield from _conversation_targets(row, image, counts)
         return
@@ -200,12 +201,12 @@ def refuse_wrong_units(targets: list[dict], coordinates: str, source: Path) -> N
         raise UserError(f"{source}: --coordinates relative1000 means 0 to 1000, but a coordinate is {largest:g}")
     if coordinates != "relative1" and 0 < largest <= 1:
         raise UserError(
-            f"{source}: no coordinate is above 1, which cannot be {coordinates}; if they are shares of the picture's "
+            f"{source}: no coordinate is above 1, which cannot be {coordinates}; if they are shares of the image's "
             "sides, add --coordinates relative1"
         )
 
 
-def look_at_pictures(names, image_root: Path) -> tuple[dict[str, str], dict[str, tuple[int, int]]]:
+def look_at_images(names, image_root: Path) -> tuple[dict[str, str], dict[str, tuple[int, int]]]:
     """name → SHA-256 of the file, and name → (width, height) upright; every distinct file is decoded once.
 
     Errors: `UserError` naming the files that cannot be read."""
@@ -222,7 +223,7 @@ def look_at_pictures(names, image_root: Path) -> tuple[dict[str, str], dict[str,
 
 
 def to_sample(target: dict, size: tuple[int, int], sha256: str, coordinates: str) -> dict:
-    """A click in pixels of the original picture. Errors: `UserError` where it leaves the picture or its box."""
+    """A click in pixels of the original image. Errors: `UserError` where it leaves the image or its box."""
     unit = UNITS[coordinates]
 
     def pixels(numbers):
@@ -238,8 +239,8 @@ def to_sample(target: dict, size: tuple[int, int], sha256: str, coordinates: str
 
 
 def name_samples(samples: list[dict]) -> None:
-    """Give every sample an id: its own where there is one, else the picture's name; numbered where they repeat."""
-    names = [str(sample.get("id", Path(sample_images(sample)[0]).stem)) for sample in samples]
+    """Give every sample an id: its own where there is one, else the image's name; numbered where they repeat."""
+    names = [str(sample.get("id", Path(image_paths(sample)[0]).stem)) for sample in samples]
     repeated, seen = Counter(names), Counter()
     for sample, name in zip(samples, names, strict=True):
         seen[name] += 1
@@ -252,7 +253,7 @@ def name_samples(samples: list[dict]) -> None:
 
 
 def ambiguous(samples: list[dict]) -> int:
-    """How many (picture, instruction) pairs have more than one point."""
+    """How many (image, instruction) pairs have more than one point."""
     return sum(count > 1 for count in Counter((s["group"], s["instruction"]) for s in samples).values())
 
 
@@ -272,9 +273,9 @@ def click_table(by_split: dict[str, list[dict]]) -> list[list[str]]:
 
 
 def report(source, told, table, counted, sizes) -> str:
-    """`report.md`: clicks by target size and split, everything that was counted, and the pictures' sizes."""
+    """`report.md`: clicks by target size and split, everything that was counted, and the images' sizes."""
     size_lines = [["width × height", "image files"]]
-    common = Counter(sizes.values()).most_common(splits.NAMES_SHOWN)
+    common = Counter(sizes.values()).most_common(errors.NAMES_SHOWN)
     size_lines += [[f"{width} × {height}", f"{count:,}"] for (width, height), count in common]
     more = len(set(sizes.values())) - len(common)
     more = f"\n\n{more:,} more sizes." if more > 0 else ""
@@ -282,7 +283,7 @@ def report(source, told, table, counted, sizes) -> str:
 
 Source: {source}; {"; ".join(told)}.
 
-Points and boxes are in pixels of the original picture, upright, from its upper left corner.
+Points and boxes are in pixels of the original image, upright, from its upper left corner.
 
 ## Clicks by size of the target and split
 
@@ -292,10 +293,10 @@ Points and boxes are in pixels of the original picture, upright, from its upper 
 
 {_markdown([["what", "count"], *([what, f"{number:,}"] for what, number in counted.items())])}
 
-Files of identical content stay in one split. Screenshots of one app look alike by nature, so that pictures that are
+Files of identical content stay in one split. Screenshots of one app look alike by nature, so that images that are
 only similar are not reported here; `train.py --check` lists them.
 
-## Pictures
+## Images
 
 {_markdown(size_lines)}{more}
 """

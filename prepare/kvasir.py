@@ -219,7 +219,7 @@ def report(source, told, table, counts, questions, stage_of, by_hand, entries) -
     counted = [["what", "count"], *([what, f"{number:,}"] for what, number in counts.items())]
     counted += [[f"{split} answers outside the training candidates", f"{outside[split]:,}"] for split in outside]
     near = counts["near-identical pairs of images across splits"]
-    judge = f"Near-identical pictures are not moved: look at {NEAR_IDENTICAL} and judge." if near else ""
+    judge = f"Near-identical images are not moved: look at {NEAR_IDENTICAL} and judge." if near else ""
     return f"""# Kvasir-VQA, prepared
 
 Source: {source}; {"; ".join(told)}.

@@ -157,9 +157,7 @@ def _read_parquet(source: str, parquet: list[str], partial: Path, out: Path) -> 
     if absent:
         raise UserError(f"--source {source}: {len(absent)} row(s) without an image: {first_names(absent)}")
     if changed:
-        raise UserError(
-            f"--source {source}: {len(changed)} img_id(s) stand for several pictures: {first_names(changed)}"
-        )
+        raise UserError(f"--source {source}: {len(changed)} img_id(s) stand for several images: {first_names(changed)}")
     return Raw(rows, images, partial, out, 0)
 
 

@@ -13,7 +13,7 @@ from prepare import pages, splits
 from prepare.click import read_rows
 from prepare.giveaways import STAMP, uneven_forms, without_stamps
 from prepare.splits import SPLITS
-from templates import sample_images
+from templates import image_paths
 
 LABELS = ("reject", "accept")  # the label is the place in here
 TITLE = "# Papers, prepared"  # how report.md begins; it marks a folder of ours
@@ -114,7 +114,7 @@ def to_paper(row: dict, number: int, label: int, folder: Path, as_pages: bool) -
         json.dumps(row, ensure_ascii=False).encode()
     except UnicodeEncodeError:
         raise UserError("its text holds half a character (a lone surrogate); mend it") from None
-    source_pages = [image_path(folder, page) for page in sample_images(row)]
+    source_pages = [image_path(folder, page) for page in image_paths(row)]
     title, abstract, body = _text(row, "title"), _text(row, "abstract"), _text(row, *BODY_KEYS)
     if not title:
         raise UserError("key 'title' is missing or empty; every paper needs one")

@@ -128,7 +128,7 @@ def _experiment(result: Results, ids: list[str], keys: list) -> dict:
     return {
         "name": result.name,
         "folder": result.folder,
-        "baseline": "question only" if result.without_pictures else None,
+        "baseline": "question only" if result.without_images else None,
         **{name: value for name, value in scores.items() if not name.startswith("majority_accuracy")},
     }
 

@@ -17,7 +17,7 @@ CALIBRATION_BINS = 15
 # Half of the smallest recommended touch target (48 dp, Android's accessibility guide) on a phone screen of
 # 360x640 dp: 24 / 734 of the diagonal. On such a screen a hit is a touch that the target would have felt.
 CLICK_RADIUS = 0.03
-# Shares of the picture's area. On 1920x1080: below 64x64 pixels is small, from 204x204 on is large.
+# Shares of the image's area. On 1920x1080: below 64x64 pixels is small, from 204x204 on is large.
 SMALL_BELOW, LARGE_FROM = 0.002, 0.02
 
 
@@ -252,7 +252,7 @@ def click_correct(row: dict) -> bool:
 
 
 def target_size(row: dict) -> str | None:
-    """small, medium or large, by the box's share of the picture's area; None without a box."""
+    """small, medium or large, by the box's share of the image's area; None without a box."""
     if row.get("bbox") is None:
         return None
     left, top, right, bottom = row["bbox"]
@@ -268,7 +268,7 @@ def score_click(rows: Sequence[dict]) -> dict:
     predict_accuracy: mean of click_correct: inside the box where one is known, else within click_radius_share of the
         diagonal. An unparsable answer is wrong.
     predict_accuracy_small, _medium, _large: the same over the targets whose box has less than small_below_area_share,
-        at least large_from_area_share of the picture's area, or lies between; None where there is none.
+        at least large_from_area_share of the image's area, or lies between; None where there is none.
     predict_median_distance_pixels, _share: median distance to the gold point, in pixels and as a share of the
         diagonal; an unparsable answer counts as farther away than any other, so that silence cannot improve the
         median; None when half of the answers or more are unparsable.

@@ -1,4 +1,4 @@
-"""The page of compare.py: one self-contained HTML file with the pictures on which the experiments disagree."""
+"""The page of compare.py: one self-contained HTML file with the images on which the experiments disagree."""
 
 import base64
 import hashlib
@@ -20,34 +20,32 @@ TEXT_SHOWN = 400  # characters of a text sample
 
 
 def page(
-    report: dict, unit: str, size: str, tables: list, results: list, image_root: Path | None, most_pictures: int
+    report: dict, unit: str, size: str, tables: list, results: list, image_root: Path | None, most_images: int
 ) -> tuple[str, str]:
-    """The finished page, and one line that says which pictures it holds and which are missing.
+    """The finished page, and one line that says which images it holds and which are missing.
 
     report, size, tables: from compare.compare, size_of_test and tables. unit: what is scored, "question".
     results: `results.Results` of one test set.
-    image_root: folder of the pictures, over what the results say. most_pictures: more are left out, and counted.
+    image_root: folder of the images, over what the results say. most_images: more are left out, and counted.
     """
     cards = _disagreements(report["task"], results)
-    shown = _choose(cards, most_pictures)
+    shown = _choose(cards, most_images)
     root = image_root or next((Path(result.image_root) for result in results if result.image_root), Path("."))
     unreadable: list[str] = []
     html_cards = [_card(card, results, root, unreadable) for card in shown]
 
     items = sum(len(card["items"]) for card in shown)
-    noun = "pictures" if report["task"] == "vqa" else f"{unit}s"
+    noun = "images" if report["task"] == "vqa" else f"{unit}s"
     if not cards:
         summary = "The experiments gave the same answers everywhere: there is nothing to show."
     else:
         summary = f"The experiments disagree on {len(cards)} {noun}; the page shows {len(shown)}"
-        summary += f", with {items} {unit}s." if noun == "pictures" else "."
+        summary += f", with {items} {unit}s." if noun == "images" else "."
     if len(shown) < len(cards):
-        turns = "the questions take turns, each in random order" if noun == "pictures" else "chosen at random"
-        summary += f" {len(cards) - len(shown)} are left out (--pictures {most_pictures}); {turns}."
+        turns = "the questions take turns, each in random order" if noun == "images" else "chosen at random"
+        summary += f" {len(cards) - len(shown)} are left out (--pictures {most_images}); {turns}."
     if unreadable:
-        summary += (
-            f" {len(unreadable)} pictures could not be opened under {root} (--image-root), first {unreadable[0]}."
-        )
+        summary += f" {len(unreadable)} images could not be opened under {root} (--image-root), first {unreadable[0]}."
 
     template = TEMPLATE.read_text(encoding="utf-8")
     script = re.search(r"<script>(.*?)</script>", template, re.DOTALL).group(1)
@@ -67,12 +65,12 @@ def page(
     return re.sub(r"\{\{(\w+)\}\}", lambda match: fields[match.group(1)], template), summary
 
 
-# --- which pictures ---------------------------------------------------------------------------------------------------
+# --- which images ---------------------------------------------------------------------------------------------------
 
 
 def _disagreements(task: str, results: list) -> list[dict]:
-    """One card per picture (per sample for cls and click) on which experiments that see the picture disagree."""
-    voters = [n for n, result in enumerate(results) if not result.without_pictures]
+    """One card per image (per sample for cls and click) on which experiments that see the image disagree."""
+    voters = [n for n, result in enumerate(results) if not result.without_images]
     voters = voters if len(voters) > 1 else list(range(len(results)))
     cards: dict = {}
     for sample_id in results[0].rows:
@@ -147,12 +145,12 @@ def _choose(cards: list[dict], most: int) -> list[dict]:
 
 
 def _thumbnail(path: Path) -> tuple[str, int, int]:
-    """A small JPEG as data URI, with its width and height. Raises UserError on what is no picture."""
-    picture = open_image(path)
-    picture.thumbnail((THUMBNAIL_SIDE, THUMBNAIL_SIDE))
+    """A small JPEG as data URI, with its width and height. Raises UserError on what is no image."""
+    image = open_image(path)
+    image.thumbnail((THUMBNAIL_SIDE, THUMBNAIL_SIDE))
     buffer = io.BytesIO()
-    picture.save(buffer, "JPEG", quality=80, optimize=True)
-    return "data:image/jpeg;base64," + base64.b64encode(buffer.getvalue()).decode(), *picture.size
+    image.save(buffer, "JPEG", quality=80, optimize=True)
+    return "data:image/jpeg;base64," + base64.b64encode(buffer.getvalue()).decode(), *image.size
 
 
 def _card(card: dict, results: list, root: Path, unreadable: list[str]) -> str:
@@ -161,13 +159,13 @@ def _card(card: dict, results: list, root: Path, unreadable: list[str]) -> str:
         name = str(card["images"][0])
         try:
             source, width, height = _thumbnail(image_path(root, name))
-            picture = f'<img src="{source}" width="{width}" height="{height}" alt="picture {escape(name)}">'
-            picture = f'<div class="picture">{picture}{_marks(card["items"][0])}</div>'
+            image = f'<img src="{source}" width="{width}" height="{height}" alt="image {escape(name)}">'
+            image = f'<div class="image">{image}{_marks(card["items"][0])}</div>'
         except UserError:
             unreadable.append(name)
-            picture = '<div class="missing">picture not found</div>'
+            image = '<div class="missing">image not found</div>'
         more = f" and {len(card['images']) - 1} more" if len(card["images"]) > 1 else ""
-        figure = f"<figure>{picture}<figcaption>{escape(name)}{more}</figcaption></figure>"
+        figure = f"<figure>{image}<figcaption>{escape(name)}{more}</figcaption></figure>"
     items = "".join(_answers(item, results) for item in card["items"])
     return f'<article class="card">{figure}<ul class="items">{items}</ul></article>\n'
 

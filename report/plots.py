@@ -1,4 +1,4 @@
-"""Three pictures of results, drawn with Pillow: reliability diagram, loss curves, contact sheet of missed clicks.
+"""Three images of results, drawn with Pillow: reliability diagram, loss curves, contact sheet of missed clicks.
 
 Matplotlib would be a run-time dependency for three PNGs. Everything is drawn three times too large and scaled down,
 because Pillow's lines have no soft edges.
@@ -26,7 +26,7 @@ WIDE_FONTS = ("NotoSansCJK-Regular.ttc", "Arial Unicode.ttf", "msyh.ttc")
 
 
 class _Canvas:
-    """A white picture whose coordinates are final pixels."""
+    """A white image whose coordinates are final pixels."""
 
     def __init__(self, width: int, height: int):
         self.size = (width, height)
@@ -59,14 +59,12 @@ class _Canvas:
         font, text = _font(size * OVERSIZE, text)
         self.draw.text((x * OVERSIZE, y * OVERSIZE), text, fill=colour, font=font, anchor=anchor)
 
-    def paste(self, picture: Image.Image, left: float, top: float, width: float, height: float) -> None:
+    def paste(self, image: Image.Image, left: float, top: float, width: float, height: float) -> None:
         size = (max(1, round(width * OVERSIZE)), max(1, round(height * OVERSIZE)))
-        self.image.paste(
-            picture.resize(size, Image.Resampling.LANCZOS), (round(left * OVERSIZE), round(top * OVERSIZE))
-        )
+        self.image.paste(image.resize(size, Image.Resampling.LANCZOS), (round(left * OVERSIZE), round(top * OVERSIZE)))
 
     def save(self, path) -> None:
-        """Scaled down, written beside and renamed, so that nobody reads half a picture."""
+        """Scaled down, written beside and renamed, so that nobody reads half an image."""
         path = Path(path)
         path.parent.mkdir(parents=True, exist_ok=True)
         temporary = path.with_name(f".{path.name}.{os.getpid()}")
@@ -252,7 +250,7 @@ def worst_misses(rows: Sequence[dict], count: int = 12) -> list[dict]:
 def contact_sheet(items: Sequence[dict], path) -> None:
     """Tiles of clicks with gold point (green ring, the box where known) and predicted point (red cross), as PNG.
 
-    items: image (path or PIL picture), point, predicted_point (or None), bbox (optional), in pixels of that picture,
+    items: image (path or PIL image), point, predicted_point (or None), bbox (optional), in pixels of that image,
     and caption, the first line below the tile.
     """
     rows = max(1, math.ceil(len(items) / TILE_COLUMNS))
@@ -267,12 +265,12 @@ def contact_sheet(items: Sequence[dict], path) -> None:
         canvas.text(16, 90, "No click missed its target.", 16)
     for number, item in enumerate(items):
         left, top = 16 + number % TILE_COLUMNS * pitch_x, 56 + number // TILE_COLUMNS * pitch_y
-        picture = item["image"] if isinstance(item["image"], Image.Image) else open_image(item["image"])
-        scale = min(TILE_WIDTH / picture.width, TILE_HEIGHT / picture.height)
-        width, height = picture.width * scale, picture.height * scale
+        image = item["image"] if isinstance(item["image"], Image.Image) else open_image(item["image"])
+        scale = min(TILE_WIDTH / image.width, TILE_HEIGHT / image.height)
+        width, height = image.width * scale, image.height * scale
         x0, y0 = left + (TILE_WIDTH - width) / 2, top + (TILE_HEIGHT - height) / 2
         canvas.box(left, top, left + TILE_WIDTH, top + TILE_HEIGHT, fill="#efefeb")
-        canvas.paste(picture, x0, y0, width, height)
+        canvas.paste(image, x0, y0, width, height)
 
         def place(x, y, x0=x0, y0=y0, scale=scale):
             return x0 + x * scale, y0 + y * scale
@@ -291,7 +289,7 @@ def contact_sheet(items: Sequence[dict], path) -> None:
             canvas.cross(*predicted, 8, PAPER, 6)
             canvas.cross(*predicted, 7, RED, 3)
             distance = math.dist(item["point"], item["predicted_point"])
-            verdict = f"{distance:.0f} px off, {100 * distance / math.hypot(*picture.size):.1f}% of the diagonal"
+            verdict = f"{distance:.0f} px off, {100 * distance / math.hypot(*image.size):.1f}% of the diagonal"
         lines = _wrap(str(item.get("caption", "")), 13, TILE_WIDTH, most=2)
         for row, text in enumerate(lines):
             canvas.text(left, top + TILE_HEIGHT + 6 + 17 * row, text, 13)

@@ -34,7 +34,7 @@ class Results:
     stated_accuracy: float | None  # what the score file says, to be checked against the rows
     majority_accuracy: float | None
     majority_accuracy_ci: list[float] | None
-    without_pictures: bool  # evaluate.py image=none: what the questions alone give away
+    without_images: bool  # evaluate.py image=none: what the questions alone give away
     image_root: str | None
 
 
@@ -62,7 +62,7 @@ def read_results(argument: str) -> Results:
         stated_accuracy=_joined_mean(scores, "predict_accuracy"),
         majority_accuracy=_joined_mean(scores, "majority_accuracy"),
         majority_accuracy_ci=only.get("majority_accuracy_ci"),
-        without_pictures=all(score.get("image") == "none" for score in scores),
+        without_images=all(score.get("image") == "none" for score in scores),
         image_root=next((score["image_root"] for score in scores if score.get("image_root")), None),
     )
 

@@ -17,7 +17,7 @@ SCREENS = {
 
 
 def write_screens(folder: Path) -> list[dict]:
-    """The pictures, and samples of all three in train.json, val.json and test.json; returns the samples."""
+    """The images, and samples of all three in train.json, val.json and test.json; returns the samples."""
     folder.mkdir(parents=True)
     samples = []
     for colour, (size, box) in SCREENS.items():

@@ -1,4 +1,4 @@
-"""A run small enough for tests: a few drawn pictures with questions, a config, and ways to start and stop it."""
+"""A run small enough for tests: a few drawn images with questions, a config, and ways to start and stop it."""
 
 import contextlib
 import json
@@ -16,25 +16,25 @@ from PIL import Image
 REPO = Path(__file__).resolve().parent.parent
 
 
-def write_samples(folder, pictures=3, questions=5):
-    """Noise pictures, questions of differing length; returns the samples (also written as samples.json)."""
+def write_samples(folder, images=3, questions=5):
+    """Noise images, questions of differing length; returns the samples (also written as samples.json)."""
     folder.mkdir(parents=True, exist_ok=True)
     generator = np.random.default_rng(0)
     samples = []
-    for picture in range(pictures):
+    for image in range(images):
         pixels = generator.integers(0, 255, (20, 24, 3), dtype=np.uint8)
-        Image.fromarray(pixels).resize((120, 100)).save(folder / f"{picture}.png")
+        Image.fromarray(pixels).resize((120, 100)).save(folder / f"{image}.png")
         for number in range(questions):
             samples.append(
                 {
-                    "id": f"{picture}-{number}",
-                    "image": f"{picture}.png",
+                    "id": f"{image}-{number}",
+                    "image": f"{image}.png",
                     "question": f"What colour is thing {number}?" + " Really?" * (number % 3),
-                    "answer": ["red", "blue; green", "none"][(picture + number) % 3],
+                    "answer": ["red", "blue; green", "none"][(image + number) % 3],
                     "candidates": ["red", "blue", "green", "none"],
                     "stage": 1 + number % 3,
                     "multi_label": True,
-                    "group": str(picture),
+                    "group": str(image),
                 }
             )
     (folder / "samples.json").write_text(json.dumps(samples))

@@ -199,7 +199,7 @@ def test_the_vision_towers_lengths_are_copied_to_the_host_once_a_pass(tiny_model
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_the_vision_tower_attends_as_transformers_own_does_with_fewer_calls(tiny_models, monkeypatch, family):
-    """Three pictures, two of one size; Qwen2.5-VL's windows at their right and lower edges are smaller."""
+    """Three images, two of one size; Qwen2.5-VL's windows at their right and lower edges are smaller."""
     from transformers import AutoModelForImageTextToText
 
     own = load_base(str(tiny_models[family]), torch.float64)

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import shared_data
-from tiny_runs import END, FAMILIES, TinyRun, build_items, supervised_text, tiny_run, vqa_samples, write_pictures
+from tiny_runs import END, FAMILIES, TinyRun, build_items, supervised_text, tiny_run, vqa_samples, write_images
 
 from batches import BatchPlan, Item, collate, passes
 from dataset import SampleEncoder
@@ -118,7 +118,7 @@ def one_batch(encoder: SampleEncoder, samples, share_prefix: bool) -> dict:
 
 
 def chats() -> list[dict]:
-    """A question, and what LLaVA and ShareGPT files hold, over the same pictures."""
+    """A question, and what LLaVA and ShareGPT files hold, over the same images."""
     return [
         {
             "id": "llava",
@@ -209,10 +209,10 @@ def test_every_item_finds_its_own_tokens_positions_and_shifted_labels_in_the_row
             assert sequence["targets"] == [*item.labels[1:].tolist(), IGNORE]
 
 
-def test_a_shared_row_holds_the_picture_once_and_a_row_for_each_picture(tiny_models):
+def test_a_shared_row_holds_the_image_once_and_a_row_for_each_image(tiny_models):
     run = tiny_run(tiny_models, "qwen3_vl")
-    shared = one_batch(run.encoder(), vqa_samples(pictures=3, questions=4), True)
-    alone = one_batch(run.encoder(), vqa_samples(pictures=3, questions=4), False)
+    shared = one_batch(run.encoder(), vqa_samples(images=3, questions=4), True)
+    alone = one_batch(run.encoder(), vqa_samples(images=3, questions=4), False)
     is_image = run.family.image_token_id
     assert shared["slots"].tolist() == [[0, 1, 2, 3], [4, 5, 6, 7], [8, 9, 10, 11]]
     assert (shared["input_ids"] == is_image).sum().item() == 3 * 16
@@ -222,19 +222,19 @@ def test_a_shared_row_holds_the_picture_once_and_a_row_for_each_picture(tiny_mod
         assert len(batch["patches"]) == 3 * 64 and batch["image_grid_thw"].tolist() == [[1, 8, 8]] * 3
 
 
-def test_the_questions_of_a_picture_share_a_row_wherever_they_stand_in_the_batch(tiny_models):
+def test_the_questions_of_an_image_share_a_row_wherever_they_stand_in_the_batch(tiny_models):
     run = tiny_run(tiny_models, "qwen3_vl")
-    samples = vqa_samples(pictures=2, questions=2)
+    samples = vqa_samples(images=2, questions=2)
     mixed = [samples[0], samples[2], samples[1], samples[3], chats()[2]]
     assert one_batch(run.encoder(), mixed, True)["slots"].tolist() == [[0, 2], [1, 3], [4, -1]]
 
 
-def test_questions_that_stand_before_the_picture_fall_back_to_rows_of_their_own(tiny_models):
-    """What they have in common ends before the picture does, so that a picture cannot be shared."""
+def test_questions_that_stand_before_the_image_fall_back_to_rows_of_their_own(tiny_models):
+    """What they have in common ends before the image does, so that an image cannot be shared."""
     run = tiny_run(tiny_models, "qwen3_vl")
     first = chats()[0]
     other = {**first, "conversations": [{"from": "human", "value": "Where is it?\n<image>"}, first["conversations"][1]]}
-    batch = one_batch(run.encoder(template="plain"), [first, other, *vqa_samples(pictures=1, questions=1)], True)
+    batch = one_batch(run.encoder(template="plain"), [first, other, *vqa_samples(images=1, questions=1)], True)
     assert batch["slots"].tolist() == [[0], [1], [2]]
 
 
@@ -246,13 +246,13 @@ def test_text_questions_never_share_however_alike_they_are(tiny_models):
 
 def test_the_same_question_twice_keeps_its_label_in_each(tiny_models):
     run = tiny_run(tiny_models, "qwen3_vl")
-    sample = vqa_samples(pictures=1, questions=1)[0]
+    sample = vqa_samples(images=1, questions=1)[0]
     batch = one_batch(run.encoder(), [sample, sample, {**sample, "answer": "blue"}], True)
     assert supervised_text(batch, run.tokenizer) == ["red" + END, "red" + END, "blue" + END]
 
 
 def test_padding_is_in_no_segment_and_asks_for_nothing(tiny_models, tmp_path):
-    write_pictures(tmp_path, ["0.png"])
+    write_images(tmp_path, ["0.png"])
     batch = one_batch(tiny_run(tiny_models, "qwen3_vl").encoder(), [*vqa_samples(1, 3), chats()[2]], True)
     padding = batch["segments"] == -1
     assert padding.any() and (batch["targets"][padding] == IGNORE).all()
@@ -264,13 +264,13 @@ def test_padding_is_in_no_segment_and_asks_for_nothing(tiny_models, tmp_path):
 
 
 def long_items(lengths: dict[str, list[int]]) -> list[Item]:
-    """Questions (a text and one label) behind 900 image tokens. lengths: picture → text tokens of its questions."""
+    """Questions (a text and one label) behind 900 image tokens. lengths: image → text tokens of its questions."""
     items = []
-    for picture, texts in lengths.items():
+    for image, texts in lengths.items():
         for text in texts:
             ids = np.concatenate([np.zeros(900, dtype=np.int64), np.arange(1, text + 1) + 1000 * len(items)])
             labels = np.where(np.arange(900 + text) < 900 + text - 1, IGNORE, ids)
-            items.append(Item(f"{picture}-{len(items)}", ids, labels, np.tile(ids, (3, 1)), (picture,), 899))
+            items.append(Item(f"{image}-{len(items)}", ids, labels, np.tile(ids, (3, 1)), (image,), 899))
     return items
 
 
@@ -287,7 +287,7 @@ def test_rows_of_like_length_fill_a_pass_together_and_unlike_ones_stand_apart():
     assert [len(part) for part in passes(long_items({str(n): [9, 9] for n in range(9)}), True, "cuda")] == [8, 8, 2]
 
 
-def test_passes_hold_every_question_once_in_the_order_given_and_never_part_a_picture():
+def test_passes_hold_every_question_once_in_the_order_given_and_never_part_an_image():
     items = long_items({name: [20 + 7 * number] * (1 + number % 5) for number, name in enumerate("abcdefg")})
     mixed = items[::2] + items[1::2]
     parts = passes(mixed, True)

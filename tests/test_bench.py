@@ -105,11 +105,11 @@ def test_a_histogram_without_the_column_is_an_error(tmp_path):
 
 
 @pytest.mark.parametrize("tokens", [16, 576, 2040, 2900])
-def test_a_picture_of_so_many_tokens_is_not_resized(tokens):
-    width, height = workload.picture_size(tokens, 32)
+def test_an_image_of_so_many_tokens_is_not_resized(tokens):
+    width, height = workload.image_size(tokens, 32)
     assert width * height == tokens * 32 * 32 and native_size(width, height, 32, 64 * 64, 16_777_216) == (width, height)
 
 
-def test_image_tokens_that_no_picture_has_are_an_error():
+def test_image_tokens_that_no_image_has_are_an_error():
     with pytest.raises(UserError, match="try 576"):
-        workload.picture_size(20164, 32)
+        workload.image_size(20164, 32)

@@ -20,10 +20,10 @@ import prepare_data
 @pytest.mark.slurm
 def test_the_five_experiments_run_in_one_job_and_are_compared_on_a_page(slurm, real_repo, tiny_models, tmp_path):  # noqa: F811
     data = real_repo / "data" / "kvasir"
-    samples = write_samples(real_repo / "data" / "kvasir-vqa", pictures=6, questions=6)
+    samples = write_samples(real_repo / "data" / "kvasir-vqa", images=6, questions=6)
     data.mkdir(parents=True)
-    for split, pictures in (("train", "012"), ("val", "3"), ("test", "45")):
-        of_split = [sample for sample in samples if sample["group"] in pictures]
+    for split, images in (("train", "012"), ("val", "3"), ("test", "45")):
+        of_split = [sample for sample in samples if sample["group"] in images]
         (data / f"{split}.json").write_text(json.dumps(of_split))
         for stage in (1, 2, 3):
             of_stage = [sample for sample in of_split if sample["stage"] == stage]

@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 
 import classification
 import evaluate
-import evaluation
+import inference
 import sharding
 import train
 from batches import collate
@@ -23,8 +23,8 @@ from config import load_config
 from dataset import SampleEncoder, SampleList
 from distributed import Ranks
 from errors import UserError
-from evaluation import classify_split
 from family import load_family
+from inference import classify_split
 from model import base_of, group_of, load_base, load_tokenizer, optimizer_groups, prepare_training
 from preflight import check_samples
 
@@ -246,9 +246,11 @@ def test_a_folder_of_bfloat16_weights_says_so_whatever_the_masters_type(run, mon
     """On GPUs, the weights are written in the type that computed, and the masters are float32."""
     from transformers import AutoModelForCausalLM
 
-    whole_state = sharding.whole_state
+    full_state_dict = sharding.full_state_dict
     monkeypatch.setattr(
-        sharding, "whole_state", lambda *args, **kw: {n: t.bfloat16() for n, t in whole_state(*args, **kw).items()}
+        sharding,
+        "full_state_dict",
+        lambda *args, **kw: {n: t.bfloat16() for n, t in full_state_dict(*args, **kw).items()},
     )
     output = run("bfloat16", finetuning="full", num_train_epochs=1)
     assert AutoModelForCausalLM.from_pretrained(output, dtype="auto").dtype == torch.bfloat16
@@ -323,7 +325,7 @@ def test_a_run_resumed_into_another_folder_ends_with_the_best_of_its_own_epochs(
 
 def test_an_evaluation_that_was_still_due_keeps_its_best_in_the_folder_it_goes_on_in(run, monkeypatch):
     def stopped(*_):
-        raise evaluation.Stopped
+        raise inference.Stopped
 
     monkeypatch.setattr(train, "scores_while_training", stopped)
     first = run("first", num_train_epochs=2)
@@ -552,7 +554,7 @@ def test_the_same_document_in_two_splits_is_refused(documents, tiny_models, tmp_
     pages = json.loads((documents / "page_train.json").read_text())
     leaked.write_text(json.dumps([{**pages[3], "id": "again"}]))
     path = document_config(documents, tiny_models["qwen3_vl"], tmp_path / "out", "page", "qwen3_vl")
-    with pytest.raises(UserError, match=r"1 picture\(s\) stand in more than one split"):
+    with pytest.raises(UserError, match=r"1 image\(s\) stand in more than one split"):
         train.main(["--config", str(path), f"data.test={leaked}"])
 
 

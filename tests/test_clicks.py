@@ -1,4 +1,4 @@
-"""Points between pixels of the original picture and what each family speaks."""
+"""Points between pixels of the original image and what each family speaks."""
 
 import json
 import random
@@ -45,16 +45,16 @@ def published():
     return json.loads(shared_data("expectations/published_numbers.json").read_text(encoding="utf-8"))
 
 
-def test_the_published_box_of_the_428x640_picture_is_reproduced_in_both_conventions(published):
+def test_the_published_box_of_the_428x640_image_is_reproduced_in_both_conventions(published):
     facts = next(fact for fact in published if "qwen2_vl_relative_0_1000" in fact)
     height, width = facts["qwen2_5_vl_absolute_on_resized_428x640_to"]["resized_hw"]
     box = (146, 137, 615, 415)
     for model_type in ("qwen2_vl", "qwen3_vl"):
         placed = placement((640, 428), model_type, "native", 16384)
-        assert list(clicks.box_to_spoken(box, placed, family(model_type))) == facts["qwen2_vl_relative_0_1000"]
+        assert list(clicks.box_to_prompt(box, placed, family(model_type))) == facts["qwen2_vl_relative_0_1000"]
     placed = placement((640, 428), "qwen2_5_vl", "native", 16384)
     assert placed.model_size == (width, height)
-    spoken = clicks.box_to_spoken(box, placed, family("qwen2_5_vl"))
+    spoken = clicks.box_to_prompt(box, placed, family("qwen2_5_vl"))
     assert list(spoken) == facts["qwen2_5_vl_absolute_on_resized_428x640_to"]["bbox"]
 
 
@@ -64,7 +64,7 @@ def test_the_calendar_screenshots_boxes_are_spoken_as_published():
         point = clicks.centre((x, y, x + width, y + height))
         assert list(point) == target["center_px"]
         placed = placement(target["size_wh"], "qwen3_vl", "native", 16384)
-        assert list(clicks.to_spoken(point, placed, family("qwen3_vl"))) == target["center_qwen3vl_0_1000"]
+        assert list(clicks.to_prompt(point, placed, family("qwen3_vl"))) == target["center_qwen3vl_0_1000"]
         if shares := target["seeclick_readme_point_norm01"]:  # what another model answered to this instruction
             spoken = [share * clicks.RELATIVE_UNITS for share in shares]
             x, y = clicks.to_original(spoken, placed, family("qwen3_vl"))
@@ -109,14 +109,14 @@ def test_original_to_model_to_original_is_within_one_unit_of_the_coarser_grid(mo
 
 def test_letterbox_shifts_the_point_by_the_border():
     placed = letterbox_placement(720, 1280, 768)  # content 432×768 at (168, 0)
-    assert clicks.to_spoken((360, 640), placed, family("qwen3_vl")) == (500, 500)
-    assert clicks.to_spoken((0, 0), placed, family("qwen3_vl")) == (round(168 / 768 * 1000), 0)
+    assert clicks.to_prompt((360, 640), placed, family("qwen3_vl")) == (500, 500)
+    assert clicks.to_prompt((0, 0), placed, family("qwen3_vl")) == (round(168 / 768 * 1000), 0)
     placed = letterbox_placement(720, 1280, 756)
-    assert clicks.to_spoken((0, 1280), placed, family("qwen2_5_vl")) == (165, 756)
+    assert clicks.to_prompt((0, 1280), placed, family("qwen2_5_vl")) == (165, 756)
 
 
 @pytest.mark.parametrize("resize", ["letterbox", "native"])
-def test_a_prediction_outside_the_picture_is_clamped_to_it(resize):
+def test_a_prediction_outside_the_image_is_clamped_to_it(resize):
     for model_type in FACTORS:
         placed = placement((300, 100), model_type, resize, 20)
         for spoken in ((-50, -50), (99_999, 99_999), (0, 0)):
@@ -204,10 +204,10 @@ def test_a_click_sample_becomes_a_question_with_the_spoken_point_as_its_answer()
         ({"point": [1, 2, 3]}, "list of 2 numbers"),
         ({"point": [True, 2]}, "list of 2 numbers"),
         ({"point": [float("nan"), 2]}, "list of 2 numbers"),
-        ({"point": [201, 20]}, "outside the picture of 200×400"),
-        ({"point": [10, -1]}, "outside the picture of 200×400"),
+        ({"point": [201, 20]}, "outside the image of 200×400"),
+        ({"point": [10, -1]}, "outside the image of 200×400"),
         ({"bbox": [0, 0, 50]}, "list of 4 numbers"),
-        ({"bbox": [0, 0, 50, 401]}, "leaves the picture"),
+        ({"bbox": [0, 0, 50, 401]}, "leaves the image"),
         ({"bbox": [100, 100, 50, 50]}, r"\[x, y, width, height\]"),
         ({"bbox": [100, 100, 150, 150]}, "outside its bbox"),
         ({"image_size": [400, 200]}, "image_size says"),
@@ -239,7 +239,7 @@ def test_the_convention_is_kept_for_clicks_only_and_names_what_the_numbers_mean(
     assert clicks.records(one, config(task="vqa")) == {}
     kept = clicks.records(one, config(image_size=None, resize="native"))["coordinates.json"]
     assert kept == {
-        "coordinates": "pixels of the picture the model sees",
+        "coordinates": "pixels of the image the model sees",
         "resize": "native",
         "max_pixels": one.max_pixels,
         "template": "plain",

@@ -320,7 +320,7 @@ def test_the_command_ends_with_one_line_and_code_2(two, tmp_path):
 # --- the page ---------------------------------------------------------------------------------------------------------
 
 
-def draw_pictures(folder, count=24):
+def draw_images(folder, count=24):
     folder.mkdir()
     for number in range(count):
         Image.new("RGB", (640, 480), (10 * number, 90, 120)).save(folder / f"{number}.png")
@@ -330,7 +330,7 @@ def draw_pictures(folder, count=24):
 def test_the_page_needs_no_network_and_shows_hostile_text_as_text(two, tmp_path):
     rows = vqa_rows(0.7, 2)
     rows[0]["prediction"] = HOSTILE
-    other = write_results(tmp_path / "<b>bold", rows, image_root=draw_pictures(tmp_path / "pictures"))
+    other = write_results(tmp_path / "<b>bold", rows, image_root=draw_images(tmp_path / "images"))
     run(two[0], other, out=tmp_path / "out")
     page = (tmp_path / "out" / "compare.html").read_text(encoding="utf-8")
     assert "<img src=x" not in page and "<b>bold" not in page
@@ -340,30 +340,30 @@ def test_the_page_needs_no_network_and_shows_hostile_text_as_text(two, tmp_path)
     assert "default-src 'none'" in page
 
 
-def test_left_out_and_missing_pictures_are_counted(two, tmp_path, capsys):
-    root = draw_pictures(tmp_path / "pictures", count=3)
+def test_left_out_and_missing_images_are_counted(two, tmp_path, capsys):
+    root = draw_images(tmp_path / "images", count=3)
     compare.main([*two, "--out", str(tmp_path / "out"), "--image-root", root, "--pictures", "10"])
     summary = next(line for line in capsys.readouterr().out.splitlines() if "disagree" in line)
     found = re.search(
-        r"disagree on (\d+) pictures; the page shows 10.* (\d+) are left out .*\. (\d+) pictures could not", summary
+        r"disagree on (\d+) images; the page shows 10.* (\d+) are left out .*\. (\d+) images could not", summary
     )
     total, left_out, unreadable = map(int, found.groups())
     assert total == left_out + 10 and 7 <= unreadable <= 10
     page = (tmp_path / "out" / "compare.html").read_text(encoding="utf-8")
-    assert page.count("picture not found") == unreadable
+    assert page.count("image not found") == unreadable
     assert summary.split(";")[0] in page
 
 
-def test_no_question_is_crowded_out_of_the_chosen_pictures():
+def test_no_question_is_crowded_out_of_the_chosen_images():
     cards = [{"items": [{"asked": "common"}]} for _ in range(50)] + [{"items": [{"asked": "rare"}]}]
     assert cards[-1] in compare_page._choose(cards, 4)
     assert len(compare_page._choose(cards, 4)) == 4 and compare_page._choose(cards, 60) == cards
 
 
-def test_in_a_browser_a_filter_is_clicked_and_pictures_are_seen(two, tmp_path):
+def test_in_a_browser_a_filter_is_clicked_and_images_are_seen(two, tmp_path):
     rows = vqa_rows(0.7, 2)
     rows[0]["prediction"] = HOSTILE
-    other = write_results(tmp_path / "exp3", rows, image_root=draw_pictures(tmp_path / "pictures"))
+    other = write_results(tmp_path / "exp3", rows, image_root=draw_images(tmp_path / "images"))
     report = run(*two, other, out=tmp_path / "out")
     shown = "[...document.querySelectorAll('.items > li')].filter(e => e.offsetParent).map(e => e.dataset.stage)"
     with headless_browser(tmp_path / "profile") as browser:

@@ -16,7 +16,7 @@ SPLITS = ("train", "val", "test")
 
 @pytest.fixture
 def source(tmp_path):
-    """Write rows to a source file (ten pictures of 200×400 beside it); returns the function that does."""
+    """Write rows to a source file (ten images of 200×400 beside it); returns the function that does."""
     (tmp_path / "images").mkdir()
     for number in range(10):
         Image.new("RGB", (200, 400), (number, 0, 0)).save(tmp_path / "images" / f"{number}.png")
@@ -76,7 +76,7 @@ def test_points_in_each_stated_unit_become_pixels_of_the_original(source, coordi
         assert sample["point"] == [20, 100]
 
 
-def test_shares_of_the_picture_without_saying_so_are_refused_and_not_guessed(source):
+def test_shares_of_the_image_without_saying_so_are_refused_and_not_guessed(source):
     path = source([row(point=[0.1, 0.25]), row(1, point=[0.5, 0.5])])
     with pytest.raises(UserError, match="--coordinates relative1"):
         prepare(path, "--split", "100/0/0")
@@ -112,10 +112,10 @@ def test_share_gpt_files_give_a_click_for_each_user_turn_with_a_point_or_box(sou
 @pytest.mark.parametrize(
     ("bad", "message"),
     [
-        (row(point=[201, 40]), "outside the picture of 200×400"),
-        (row(point=[20, 401]), "outside the picture of 200×400"),
-        (row(point=[-1, 40]), "outside the picture of 200×400"),
-        (row(bbox=[0, 0, 300, 50]), "leaves the picture"),
+        (row(point=[201, 40]), "outside the image of 200×400"),
+        (row(point=[20, 401]), "outside the image of 200×400"),
+        (row(point=[-1, 40]), "outside the image of 200×400"),
+        (row(bbox=[0, 0, 300, 50]), "leaves the image"),
         (row(bbox=[30, 50, 60, 90]), "outside its bbox"),
         (row(bbox=[100, 100, 40, 40]), "width, height"),
         (row(point=None), "no point and no box"),
@@ -142,7 +142,7 @@ def test_every_bad_row_is_counted_and_the_first_ten_are_listed(source):
     assert "row 10: " in str(error.value) and "row 11: " not in str(error.value) and "2 more" in str(error.value)
 
 
-def test_missing_and_broken_pictures_are_named(source):
+def test_missing_and_broken_images_are_named(source):
     path = source([row(77), row(1), row(2)])
     with pytest.raises(UserError, match=r"1 of 3 images cannot be read: .*77\.png"):
         prepare(path)
@@ -166,10 +166,10 @@ def test_files_of_identical_content_stay_in_one_split_and_a_repeated_click_is_ke
         "exact repeats, dropped | 1 |",
         "clicks kept | 24 |",
         "image files | 13 |",
-        "distinct pictures | 10 |",
+        "distinct images | 10 |",
     ):
         assert line in report
-    assert "several points on one picture, all kept | 1 |" in report
+    assert "several points on one image, all kept | 1 |" in report
 
 
 def test_the_same_seed_gives_the_same_files_and_another_another_split(source):
@@ -185,7 +185,7 @@ def test_a_photo_turned_by_exif_is_measured_upright(source, tmp_path):
     Image.new("RGB", (400, 200)).save(tmp_path / "images" / "turned.jpg", exif=exif)
     (sample,) = prepare_train(source([row(image="images/turned.jpg", point=[150, 390])]))
     assert sample["image_size"] == [200, 400]
-    with pytest.raises(UserError, match="outside the picture of 200×400"):
+    with pytest.raises(UserError, match="outside the image of 200×400"):
         prepare(source([row(image="images/turned.jpg", point=[390, 150])]))
 
 

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import shared_data
-from tiny_runs import FAMILIES, TinyRun, build_items, tiny_run, vqa_samples, write_pictures
+from tiny_runs import FAMILIES, TinyRun, build_items, tiny_run, vqa_samples, write_images
 from transformers import AutoImageProcessor
 
 from batches import BatchPlan, collate
@@ -75,7 +75,7 @@ def test_a_file_that_holds_no_samples_is_an_error_with_file_and_row(tmp_path, co
 def test_a_missing_binary_or_unreadable_file_is_an_error(tmp_path):
     with pytest.raises(UserError, match="does not exist"):
         load_samples(tmp_path / "none.json")
-    (tmp_path / "b.json").write_bytes(b"\xff\xd8\xff\xe0 a picture")
+    (tmp_path / "b.json").write_bytes(b"\xff\xd8\xff\xe0 an image")
     for path in (tmp_path / "b.json", tmp_path):
         with pytest.raises(UserError, match="cannot be read"):
             load_samples(path)
@@ -100,8 +100,8 @@ def test_a_hundred_thousand_rows_load_in_seconds_and_stay_small(tmp_path):
 def test_positions_equal_the_models_own_get_rope_index(tiny_models, tmp_path, name):
     run = tiny_run(tiny_models, name)
     sizes = {"wide.png": (190, 70), "tall.png": (64, 200), "square.png": (130, 130)}
-    for picture, size in sizes.items():
-        write_pictures(tmp_path, [picture], size=size)
+    for image, size in sizes.items():
+        write_images(tmp_path, [image], size=size)
     encoder = run.encoder(
         resize="native", image_size=None, max_pixels=60_000, data=replace(run.config.data, image_root=str(tmp_path))
     )
@@ -140,15 +140,15 @@ def test_a_real_question_with_the_real_tokenizer_is_the_familys_own_prompt_and_t
     }
     changes = {"image_size": 24 * run.family.factor} if resize == "letterbox" else {"image_size": None}
     encoder = run.encoder(resize=resize, data=replace(run.config.data, image_root=str(root)), **changes)
-    picture = encoder.load_image(sample["image"])
-    item = encoder.encode(sample, [picture])
+    image = encoder.load_image(sample["image"])
+    item = encoder.encode(sample, [image])
     user = "Where in the image is the abnormality?\nCandidates: center; center-left; upper-center; upper-left"
     messages = [
         {"role": "system", "content": ULTRA_CONDENSED},
         {"role": "user", "content": [{"type": "image"}, {"type": "text", "text": user}]},
     ]
     text = run.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
-    tokens = picture.grid[0] * picture.grid[1] // 4
+    tokens = image.grid[0] * image.grid[1] // 4
     if resize == "letterbox":
         assert tokens == 576
     else:
@@ -156,10 +156,10 @@ def test_a_real_question_with_the_real_tokenizer_is_the_familys_own_prompt_and_t
         from PIL import Image
 
         theirs = processor(images=[Image.open(root / sample["image"])], return_tensors="pt")["image_grid_thw"]
-        assert theirs.tolist() == [[1, *picture.grid]]
+        assert theirs.tolist() == [[1, *image.grid]]
     prompt = run.tokenizer(text.replace("<|image_pad|>", "<|image_pad|>" * tokens))["input_ids"]
     assert item.input_ids[: len(prompt)].tolist() == prompt
-    assert encoder.encode(sample, [picture], generation=True).input_ids.tolist() == prompt
+    assert encoder.encode(sample, [image], generation=True).input_ids.tolist() == prompt
     supervised = item.labels[item.labels != IGNORE]
     assert run.tokenizer.decode(supervised) == sample["answer"] + "<|im_end|>"
     assert (item.labels[: len(prompt)] == IGNORE).all()
@@ -239,7 +239,7 @@ def test_a_rank_without_a_question_in_the_last_small_step_gets_one_that_weighs_n
     assert (last[2][0]["targets"] == IGNORE).all() and last[2][0]["patches"] is not None
 
 
-def test_a_picture_is_decoded_once_for_all_its_questions_in_a_step(tiny_models, monkeypatch):
+def test_an_image_is_decoded_once_for_all_its_questions_in_a_step(tiny_models, monkeypatch):
     run, samples = tiny_run(tiny_models, "qwen3_vl"), vqa_samples(3, 4)
     plan = BatchPlan(12, 12, 1, "random", 0)
     encoder = run.encoder()
@@ -250,10 +250,10 @@ def test_a_picture_is_decoded_once_for_all_its_questions_in_a_step(tiny_models, 
 
 
 @pytest.mark.parametrize("workers", [0, 2])
-def test_a_bad_picture_met_by_a_worker_is_one_line_with_file_and_row(tiny_models, tmp_path, workers):
+def test_a_bad_image_met_by_a_worker_is_one_line_with_file_and_row(tiny_models, tmp_path, workers):
     run = tiny_run(tiny_models, "qwen3_vl")
-    write_pictures(tmp_path, ["0.png", "1.png"])
-    (tmp_path / "1.png").write_bytes(b"no picture")
+    write_images(tmp_path, ["0.png", "1.png"])
+    (tmp_path / "1.png").write_bytes(b"no image")
     encoder = run.encoder(data=replace(run.config.data, image_root=str(tmp_path)))
     samples = SampleList(vqa_samples(2, 2), "train.json")
     dataset = StepDataset(samples, encoder, True, BatchPlan(4, 2, 1, "sequential", 0), 2, 0, 1)
@@ -290,12 +290,12 @@ def test_evaluation_asks_every_row_once_with_an_images_questions_side_by_side(ti
 
 
 @pytest.mark.parametrize(("eval_bs", "cut", "expected"), [(8, False, [6, 6, 6]), (12, False, [12, 6]), (4, True, 6)])
-def test_evaluation_cuts_no_picture_that_fits_into_a_batch(tiny_models, eval_bs, cut, expected):
+def test_evaluation_cuts_no_image_that_fits_into_a_batch(tiny_models, eval_bs, cut, expected):
     run = tiny_run(tiny_models, "qwen3_vl")
     dataset = EvalDataset(SampleList(vqa_samples(3, 6), "s"), run.encoder(), True, eval_bs, True)
     assert len(dataset) == expected if cut else [len(batch) for batch in dataset.batches] == expected
     read = sum(len({row // 6 for row in batch}) for batch in dataset.batches)
-    assert read == (6 if cut else 3), "pictures read"
+    assert read == (6 if cut else 3), "images read"
     unshared = EvalDataset(SampleList(vqa_samples(3, 6), "s"), run.encoder(), False, eval_bs, True)
     assert len(unshared) == -(-18 // eval_bs)
 

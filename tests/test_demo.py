@@ -21,7 +21,7 @@ from toy import endoscopy
 
 @pytest.fixture(scope="module")
 def drawn(tmp_path_factory):
-    """A drawn set of 120 pictures."""
+    """A drawn set of 120 images."""
     return endoscopy.write_endoscopy_set(tmp_path_factory.mktemp("drawn") / "raw", images=120)
 
 
@@ -46,14 +46,14 @@ def test_each_place_named_shows_a_polyp_of_a_colour_named_and_no_other_place_doe
     for row in table(drawn):
         answers[row["img_id"]][row["question"]] = row["answer"]
     for img_id, answer in answers.items():
-        picture = Image.open(drawn / "images" / f"{img_id}.jpg")
-        assert (picture.size, picture.mode) == ((endoscopy.WIDTH, endoscopy.HEIGHT), "RGB")
+        image = Image.open(drawn / "images" / f"{img_id}.jpg")
+        assert (image.size, image.mode) == ((endoscopy.WIDTH, endoscopy.HEIGHT), "RGB")
         named = [endoscopy.COLORS[name] for name in answer[endoscopy.COLOR].split("; ")]
         seen = {}
         for place, (column, row) in endoscopy.PLACES.items():
             x, y = endoscopy.WIDTH * (0.5 + 0.275 * column), endoscopy.HEIGHT * (0.5 + 0.265 * row)
             box = (round(x) - 6, round(y) - 6, round(x) + 7, round(y) + 7)
-            channels = picture.crop(box).resize((1, 1), Image.Resampling.BOX).getpixel((0, 0))
+            channels = image.crop(box).resize((1, 1), Image.Resampling.BOX).getpixel((0, 0))
             # Hue and saturation tell polyp from tissue; the light on the ball changes only how bright it is.
             seen[place] = min(closeness(channels, color) for color in named)
         places = answer[endoscopy.PLACE].split("; ")
@@ -77,7 +77,7 @@ def test_always_giving_the_commonest_answer_is_right_less_than_a_quarter_of_the_
     assert all(len(answers) >= 3 for answers in counts.values())
 
 
-def test_same_seed_gives_the_same_bytes_and_another_seed_other_pictures(tmp_path):
+def test_same_seed_gives_the_same_bytes_and_another_seed_other_images(tmp_path):
     a, b, c = (endoscopy.write_endoscopy_set(tmp_path / name, 6, seed) for name, seed in (("a", 1), ("b", 1), ("c", 2)))
     for file in (path for path in a.rglob("*") if path.is_file()):
         assert file.read_bytes() == (b / file.relative_to(a)).read_bytes()

@@ -5,20 +5,20 @@ from pathlib import Path
 
 import pytest
 import torch
-from tiny_runs import REPO_ROOT, run_script, short_answers, tiny_run, vqa_samples, write_config, write_pictures
+from tiny_runs import REPO_ROOT, run_script, short_answers, tiny_run, vqa_samples, write_config, write_images
 
 import evaluate
 from checkpoint import save_adapter
 from dataset import load_samples
 from distributed import Ranks
-from evaluation import answer_split
+from inference import answer_split
 
 
 @pytest.fixture
 def setup(tiny_models, tmp_path):
-    """A folder with pictures, splits and a trained adapter; returns (folder, config path)."""
+    """A folder with images, splits and a trained adapter; returns (folder, config path)."""
     run = tiny_run(tiny_models, "qwen3_vl")
-    write_pictures(tmp_path, ["0.png", "1.png", "2.png"])
+    write_images(tmp_path, ["0.png", "1.png", "2.png"])
     for split in ("train", "val", "test"):
         (tmp_path / f"{split}.json").write_text(json.dumps(vqa_samples(3, 2)))
     (tmp_path / "out").mkdir()

@@ -6,11 +6,11 @@ import pytest
 import torch
 from tiny_runs import END, FAMILIES, build_items, short_answers, tiny_run, vqa_samples
 
-import evaluation
+import inference
 from batches import collate
 from dataset import SampleList
 from distributed import Ranks
-from evaluation import Stopped, answer_split, prediction_line, split_loss
+from inference import Stopped, answer_split, prediction_line, split_loss
 from model import AnswerLoss
 
 ALONE = Ranks(0, 1, torch.device("cpu"))
@@ -30,7 +30,7 @@ def say(run, monkeypatch):
             said = [answers[id] for id in batch["sample_ids"]]
             return [(run.tokenizer(text)["input_ids"], finished) for text, finished in said]
 
-        monkeypatch.setattr(evaluation, "greedy", answer)
+        monkeypatch.setattr(inference, "greedy", answer)
 
     return arrange
 
@@ -113,7 +113,7 @@ def test_a_chat_is_answered_at_its_last_turn(run, say):
 
 def test_control_tokens_that_a_model_says_are_no_part_of_the_answer(run, monkeypatch):
     ids = run.tokenizer(f"red{END}", add_special_tokens=False)["input_ids"]
-    monkeypatch.setattr(evaluation, "greedy", lambda model, batch, *_: [(ids, True)])
+    monkeypatch.setattr(inference, "greedy", lambda model, batch, *_: [(ids, True)])
     assert answered(run, vqa_samples(1, 1))[0]["prediction"] == "red"
 
 
@@ -166,14 +166,14 @@ def test_a_request_to_stop_ends_the_evaluation_after_the_batch_at_hand(run, say)
         next(asked)
 
 
-def test_without_the_picture_the_same_questions_are_asked_in_words_alone(run, say, monkeypatch):
+def test_without_the_image_the_same_questions_are_asked_in_words_alone(run, say, monkeypatch):
     seen = []
 
     def record(model, batch, *_):
         seen.append(batch)
         return [([], True) for _ in batch["sample_ids"]]
 
-    monkeypatch.setattr(evaluation, "greedy", record)
+    monkeypatch.setattr(inference, "greedy", record)
     lines = answered(run, vqa_samples(2, 2), image="none")
     assert all("patches" not in batch for batch in seen)
     assert not any((batch["input_ids"] == run.family.image_token_id).any() for batch in seen)

@@ -9,7 +9,7 @@ import torch
 from run_helpers import REPO, finish, log_rows, order, start, write_config, write_samples
 from safetensors.torch import load_file
 
-import evaluation
+import inference
 import train
 from checkpoint import load_trained
 from config import load_config
@@ -120,9 +120,9 @@ def test_gold_answers_cannot_reach_a_prompt_and_the_models_own_do(sequential, mo
         return [(encoder.tokenizer("OWN-ANSWER")["input_ids"], True) for _ in batch["sample_ids"]]
 
     monkeypatch.setattr(SampleEncoder, "encode", spy)
-    monkeypatch.setattr(evaluation, "greedy", fixed_answers)
+    monkeypatch.setattr(inference, "greedy", fixed_answers)
     ranks = Ranks(0, 1, torch.device("cpu"))
-    lines = evaluation.answer_split(None, SampleList(gold, "gold"), encoder, ranks)
+    lines = inference.answer_split(None, SampleList(gold, "gold"), encoder, ranks)
     assert len(lines) == 15 and {line["prediction"] for line in lines} == {"OWN-ANSWER"}
     assert len(seen) == 15 and not any("GOLD-SECRET" in prompt for prompt in seen)
     assert sorted(prompt.count("OWN-ANSWER") for prompt in seen) == sorted([0, 1, 2, 3, 4] * 3)
@@ -130,7 +130,7 @@ def test_gold_answers_cannot_reach_a_prompt_and_the_models_own_do(sequential, mo
 
 def test_own_answers_that_spell_a_control_token_stay_text():
     conversation = as_conversations([dict(id=str(n), question="q?", answer="a", stage=1) for n in (1, 1)])[0]
-    shortened = evaluation.own_answers_only({**conversation, "turns": conversation["turns"] * 2}, ["<|im_end|>"])
+    shortened = inference.own_answers_only({**conversation, "turns": conversation["turns"] * 2}, ["<|im_end|>"])
     assert "<|" not in str(to_messages(shortened, "sequential_cot"))
 
 

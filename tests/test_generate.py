@@ -7,8 +7,8 @@ from transformers import AutoImageProcessor
 
 from batches import collate
 from dataset import EvalDataset, SampleList
-from generate import greedy
 from images import letterbox, open_image
+from inference import greedy
 from templates import split_answer, to_messages
 
 NEW_TOKENS = 8
@@ -21,9 +21,9 @@ def run(request, tiny_models):
 
 
 def prompts() -> list[dict]:
-    """Groups of four and of two, pictures one by one and two by two, and a question without any."""
+    """Groups of four and of two, images one by one and two by two, and a question without any."""
     several = [{**sample, "id": "s" + sample["id"]} for sample in vqa_samples(3, 2, images_each=2)][:4]
-    return [*vqa_samples(pictures=2, questions=4), *several, {"id": "text", "question": "How many?", "answer": "3"}]
+    return [*vqa_samples(images=2, questions=4), *several, {"id": "text", "question": "How many?", "answer": "3"}]
 
 
 def end_ids(run) -> set[int]:
@@ -47,8 +47,8 @@ def by_transformers(run, sample) -> list[int]:
     messages, _ = split_answer(to_messages(sample, run.config.template))
     text = run.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
     paths = run.encoder().images_of(sample)
-    pictures = [letterbox(open_image(run.folder / path), run.config.image_size)[0] for path in paths]
-    inputs = dict(processor(images=pictures, return_tensors="pt")) if pictures else {}
+    images = [letterbox(open_image(run.folder / path), run.config.image_size)[0] for path in paths]
+    inputs = dict(processor(images=images, return_tensors="pt")) if images else {}
     text = text.replace("<|image_pad|>", "<|image_pad|>" * 16)
     ids = run.tokenizer(text, return_tensors="pt")["input_ids"]
     output = (
@@ -109,7 +109,7 @@ class Scripted(torch.nn.Module):
 
 def scripted(run, max_new_tokens: int) -> tuple[list, int]:
     """(answers, forward passes after the first)"""
-    items, images = build_items(run.encoder(), vqa_samples(pictures=1, questions=4), generation=True)
+    items, images = build_items(run.encoder(), vqa_samples(images=1, questions=4), generation=True)
     batch = collate(items, images, True, 0)
     end = run.tokenizer.convert_tokens_to_ids(END)
     model = Scripted(run, end)
@@ -127,10 +127,10 @@ def test_an_answer_cut_off_at_the_limit_is_marked_as_unfinished(run):
     assert found == [([10], True), ([11] * 2, True), ([12] * 3, False), ([13] * 3, False)]
 
 
-def test_a_picture_is_read_once_for_all_its_questions(run):
+def test_an_image_is_read_once_for_all_its_questions(run):
     base = run.model().get_base_model()
     with calls_to(base.model.visual.patch_embed) as seen, calls_to(base.model.language_model) as read:
-        answers(run, vqa_samples(pictures=1, questions=4), 16, True)
+        answers(run, vqa_samples(images=1, questions=4), 16, True)
     assert len(seen) == 1
     lengths = [kwargs["inputs_embeds"].shape[1] for _, kwargs, _ in read]
     assert lengths[0] > 100 and set(lengths[1:]) == {4}, "then one token for each question at a time"

@@ -1,4 +1,4 @@
-"""Any picture file becomes the pixels that the family's own image processor would make of it, or a clear error."""
+"""Any image file becomes the pixels that the family's own image processor would make of it, or a clear error."""
 
 import io
 import struct
@@ -46,7 +46,7 @@ def own_patches(image: Image.Image, family) -> torch.Tensor:
     return normalise_patches(torch.from_numpy(patchify(image, family.patch_size, family.merge_size)), family)
 
 
-def real_pictures() -> list:
+def real_images() -> list:
     return sorted(shared_data("kvasir/kvasir-vqa").glob("images/*.jpg"))
 
 
@@ -54,8 +54,8 @@ def real_pictures() -> list:
 def test_letterboxed_pixels_equal_the_image_processors_bit_for_bit(tiny_models, name):
     family = load_family(str(tiny_models[name]))
     processor = AutoImageProcessor.from_pretrained(tiny_models[name], backend="pil")
-    pictures = [open_image(path) for path in real_pictures()]
-    for image in [*pictures, noise(1, 1), noise(7, 300), noise(301, 40), noise(IMAGE_SIZE[name], 5)]:
+    images = [open_image(path) for path in real_images()]
+    for image in [*images, noise(1, 1), noise(7, 300), noise(301, 40), noise(IMAGE_SIZE[name], 5)]:
         boxed, _ = letterbox(image, 3 * IMAGE_SIZE[name])
         theirs = processor(images=[boxed], return_tensors="pt")
         assert theirs["image_grid_thw"].tolist() == [[1] + [3 * IMAGE_SIZE[name] // family.patch_size] * 2]
@@ -69,8 +69,8 @@ def test_native_pixels_equal_the_image_processors_bit_for_bit(tiny_models, name)
         processor = AutoImageProcessor.from_pretrained(tiny_models[name], backend="pil")
         if limit:
             processor.size = {"shortest_edge": family.min_pixels, "longest_edge": limit}
-        pictures = [open_image(path) for path in real_pictures()]
-        for image in [*pictures, noise(3, 3), noise(33, 190), noise(479, 63), noise(333, 222)]:
+        images = [open_image(path) for path in real_images()]
+        for image in [*images, noise(3, 3), noise(33, 190), noise(479, 63), noise(333, 222)]:
             resized, placement = native_resize(image, family.factor, family.min_pixels, limit or family.max_pixels)
             theirs = processor(images=[image], return_tensors="pt")
             grid = [1, resized.height // family.patch_size, resized.width // family.patch_size]
@@ -111,7 +111,7 @@ def saved(tmp_path, image: Image.Image, name: str, **options):
     return tmp_path / name
 
 
-def test_exif_orientation_turns_the_picture_upright(tmp_path):
+def test_exif_orientation_turns_the_image_upright(tmp_path):
     upright = Image.new("RGB", (40, 20), (255, 0, 0))
     upright.paste((0, 0, 255), (0, 0, 10, 20))  # blue at the left
     turns = {3: Image.Transpose.ROTATE_180, 6: Image.Transpose.ROTATE_90, 8: Image.Transpose.ROTATE_270}
@@ -127,7 +127,7 @@ def test_exif_orientation_turns_the_picture_upright(tmp_path):
 
 
 def row_of(values, kind=np.uint8, mode=None) -> Image.Image:
-    """A picture one pixel high."""
+    """An image one pixel high."""
     return Image.fromarray(np.array([values], dtype=kind), mode=mode)
 
 
@@ -137,7 +137,7 @@ def grey_with_alpha() -> Image.Image:
     return image
 
 
-def palette_picture() -> Image.Image:
+def palette_image() -> Image.Image:
     image = row_of([0, 1, 2], mode="P")
     image.putpalette([10, 20, 30, 200, 0, 0, 0, 0, 99])
     return image
@@ -155,9 +155,9 @@ CMYK = [[0, 0, 0, 0], [0, 255, 255, 0], [0, 0, 0, 255]]
         (row_of([0, 100, 255]), "grey.png", {}, [BLACK, GREY, WHITE]),
         (row_of([0, 100, 255]).convert("1", dither=0), "bits.png", {}, [BLACK, BLACK, WHITE]),
         (grey_with_alpha(), "la.png", {}, [BLACK, GREY, WHITE]),
-        (palette_picture(), "palette.png", {}, PALETTE),
-        (palette_picture(), "clear.png", {"transparency": 2}, [*PALETTE[:2], WHITE]),
-        (palette_picture(), "palette.gif", {}, PALETTE),
+        (palette_image(), "palette.png", {}, PALETTE),
+        (palette_image(), "clear.png", {"transparency": 2}, [*PALETTE[:2], WHITE]),
+        (palette_image(), "palette.gif", {}, PALETTE),
         (row_of(RGBA), "rgba.png", {}, [[9, 8, 7], WHITE, [204] * 3]),
         (row_of(CMYK, mode="CMYK"), "cmyk.tif", {}, [WHITE, [255, 0, 0], BLACK]),
         (row_of([0, 25700, 65535], np.uint16), "deep.png", {}, [BLACK, GREY, WHITE]),
@@ -210,7 +210,7 @@ BAD_FILES = {
 
 
 @pytest.mark.parametrize("name", BAD_FILES)
-def test_a_bad_picture_is_an_error_of_one_line_that_names_the_file(tmp_path, name):
+def test_a_bad_image_is_an_error_of_one_line_that_names_the_file(tmp_path, name):
     (tmp_path / name).write_bytes(BAD_FILES[name])
     with pytest.raises(UserError) as caught:
         open_image(tmp_path / name)
@@ -294,22 +294,22 @@ def test_a_strip_of_one_pixel_letterboxes_and_is_a_clear_error_at_native_size():
             native_resize(strip, 28, 3136, 1_000_000)
 
 
-def test_letterbox_keeps_the_aspect_centres_the_picture_and_pads_in_black():
+def test_letterbox_keeps_the_aspect_centres_the_image_and_pads_in_black():
     boxed, placement = letterbox(Image.new("RGB", (300, 100), (10, 200, 30)), 90)
     assert placement == Placement((300, 100), (90, 90), (90, 30), (0, 30))
     array = np.asarray(boxed)
     assert (array[30:60] == (10, 200, 30)).all()
     assert (array[:30] == LETTERBOX_FILL).all() and (array[60:] == LETTERBOX_FILL).all()
-    picture = noise(100, 80)
-    boxed, placement = letterbox(picture, 64)
+    image = noise(100, 80)
+    boxed, placement = letterbox(image, 64)
     inside = boxed.crop((0, 6, 64, 57))
     assert placement.offset == (0, 6) and placement.content_size == inside.size
-    assert pixels(inside) == pixels(picture.resize(inside.size, Image.Resampling.BICUBIC)), "as the image processors do"
+    assert pixels(inside) == pixels(image.resize(inside.size, Image.Resampling.BICUBIC)), "as the image processors do"
     square, placement = letterbox(noise(90, 90), 90)
     assert pixels(square) == pixels(noise(90, 90)) and placement.offset == (0, 0)
 
 
-def test_a_point_comes_back_from_the_model_picture_to_where_it_was():
+def test_a_point_comes_back_from_the_model_image_to_where_it_was():
     generator = np.random.default_rng(0)
     for _ in range(2_000):
         width, height = (int(10 ** generator.uniform(0, 3.3)) for _ in range(2))
@@ -324,13 +324,13 @@ def test_a_point_comes_back_from_the_model_picture_to_where_it_was():
         assert placement.to_original(model_x, model_y) == pytest.approx((x, y))
 
 
-def test_a_point_on_the_padding_comes_back_on_the_pictures_edge():
+def test_a_point_on_the_padding_comes_back_on_the_images_edge():
     _, placement = letterbox(Image.new("RGB", (300, 100)), 90)
     assert placement.to_original(45, 0) == (150, 0)
     assert placement.to_original(45, 89) == (150, 100)
 
 
-def test_the_size_of_a_file_is_known_from_its_header_and_is_that_of_the_upright_picture(tmp_path):
+def test_the_size_of_a_file_is_known_from_its_header_and_is_that_of_the_upright_image(tmp_path):
     exif = Image.Exif()
     exif[0x0112] = 6
     path = saved(tmp_path, noise(30, 20), "turned.jpg", exif=exif)

@@ -1,4 +1,4 @@
-"""leakage.py: identical and near-identical pictures across splits."""
+"""leakage.py: identical and near-identical images across splits."""
 
 import io
 import itertools
@@ -45,7 +45,7 @@ def test_the_hash_is_the_median_cut_of_the_low_frequencies_written_out():
     assert leakage.perceptual_hash(image) == int(text, 2)
 
 
-def real_pictures():
+def real_images():
     folder = shared_data("kvasir")
     return [
         open_image(path)
@@ -54,9 +54,9 @@ def real_pictures():
     ]
 
 
-def test_real_pictures_stay_near_themselves_and_far_from_each_other():
-    pictures = real_pictures()
-    assert len(pictures) == 27
+def test_real_images_stay_near_themselves_and_far_from_each_other():
+    images = real_images()
+    assert len(images) == 27
 
     def recompressed(image):
         buffer = io.BytesIO()
@@ -68,9 +68,9 @@ def test_real_pictures_stay_near_themselves_and_far_from_each_other():
         lambda i: i.resize((i.width // 2, i.height // 2)),
         lambda i: ImageEnhance.Brightness(i).enhance(1.2),
     )
-    hashes = [leakage.perceptual_hash(image) for image in pictures]
+    hashes = [leakage.perceptual_hash(image) for image in images]
     for change in changes:
-        assert max(bits(h, leakage.perceptual_hash(change(i))) for h, i in zip(hashes, pictures, strict=True)) <= 4
+        assert max(bits(h, leakage.perceptual_hash(change(i))) for h, i in zip(hashes, images, strict=True)) <= 4
     assert min(bits(a, b) for a, b in itertools.combinations(hashes, 2)) > leakage.MAX_DISTANCE + 4
 
 
@@ -84,9 +84,7 @@ def test_identical_files_are_found_across_splits_only(tmp_path):
     }
     groups = leakage.find_identical(by_split, tmp_path)
     assert sorted(groups) == [[("test", "c.png"), ("val", "c.png")], [("train", "b.png"), ("test", "b_copy.png")]]
-    with pytest.raises(
-        UserError, match=r"2 picture\(s\) stand in more than one split.*train:b\.png = test:b_copy\.png"
-    ):
+    with pytest.raises(UserError, match=r"2 image\(s\) stand in more than one split.*train:b\.png = test:b_copy\.png"):
         leakage.refuse_identical(by_split, tmp_path)
     leakage.refuse_identical({"train": by_split["train"], "val": by_split["val"]}, tmp_path)
 
@@ -99,7 +97,7 @@ def test_files_whose_size_is_alone_are_not_read(tmp_path, monkeypatch):
     assert leakage.find_identical(by_split, tmp_path) == []
 
 
-def test_near_identical_pictures_are_found_across_splits_nearest_first(tmp_path):
+def test_near_identical_images_are_found_across_splits_nearest_first(tmp_path):
     noise(1).save(tmp_path / "a.png")
     noise(1).save(tmp_path / "a_same_split.jpg", quality=50)
     noise(1, (128, 96)).save(tmp_path / "a_large.png")
@@ -146,7 +144,7 @@ def test_each_distinct_file_is_decoded_once(tmp_path, monkeypatch):
     assert [found[path].phash for path in paths] == [leakage.perceptual_hash(open_image(path)) for path in paths]
 
 
-def test_an_unreadable_picture_is_reported_and_the_others_are_hashed(tmp_path):
+def test_an_unreadable_image_is_reported_and_the_others_are_hashed(tmp_path):
     noise(1).save(tmp_path / "good.jpg")
     (tmp_path / "half.jpg").write_bytes((tmp_path / "good.jpg").read_bytes()[:-300])
     found, broken = leakage.fingerprint([tmp_path / "good.jpg", tmp_path / "half.jpg", tmp_path / "absent.jpg"])
@@ -158,7 +156,7 @@ def test_an_unreadable_picture_is_reported_and_the_others_are_hashed(tmp_path):
         leakage.find_identical({"train": [sample("good.jpg")], "test": [sample("absent.jpg")]}, tmp_path)
 
 
-def test_the_page_is_self_contained_and_shows_both_pictures_of_the_nearest_pairs(tmp_path, monkeypatch):
+def test_the_page_is_self_contained_and_shows_both_images_of_the_nearest_pairs(tmp_path, monkeypatch):
     monkeypatch.setattr(leakage, "PAIRS_SHOWN", 2)
     noise(1, (800, 600)).save(tmp_path / "a<b>.png")
     pairs = [leakage.NearPair(distance, "train", "a<b>.png", "test", "a<b>.png") for distance in (0, 2, 4)]

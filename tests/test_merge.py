@@ -71,8 +71,8 @@ def test_the_merged_folder_loads_plainly_and_gives_the_adapters_answers(tiny_mod
     tokenizer = AutoTokenizer.from_pretrained(folder)
     processor = AutoImageProcessor.from_pretrained(folder, backend="pil")
     for line in click_runs.predictions(run):  # of the adapter
-        picture, _ = letterbox(open_image(run / line["images"][0]), tiny_runs.IMAGE_SIZE[family])
-        pixels = processor(images=[picture], return_tensors="pt")
+        image, _ = letterbox(open_image(run / line["images"][0]), tiny_runs.IMAGE_SIZE[family])
+        pixels = processor(images=[image], return_tensors="pt")
         content = [{"type": "image"}, {"type": "text", "text": line["instruction"]}]
         text = tokenizer.apply_chat_template(
             [{"role": "user", "content": content}], tokenize=False, add_generation_prompt=True
@@ -242,11 +242,11 @@ def test_an_adapter_that_changes_nothing_is_said_to_prove_little():
     assert "proves little" not in merge.compare(logits, logits, logits.flip(0), "one sample", torch.float32)
 
 
-def test_without_the_runs_data_a_drawn_picture_serves_for_the_check(run, capsys, tmp_path):
+def test_without_the_runs_data_a_drawn_image_serves_for_the_check(run, capsys, tmp_path):
     merged_folder(run, tmp_path / "merged", "data.val=gone.json", "data.test=gone.json", "data.train=gone.json")
-    assert "checked on a drawn picture" in capsys.readouterr().out
+    assert "checked on a drawn image" in capsys.readouterr().out
     card = (tmp_path / "merged" / "README.md").read_text()
-    assert "On a drawn picture (" in card and "| train | not at hand |" in card
+    assert "On a drawn image (" in card and "| train | not at hand |" in card
     assert not (tmp_path / "merged" / "drawn.png").exists()
 
 

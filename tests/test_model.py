@@ -55,14 +55,14 @@ def own_loss(run, sample) -> float:
     """The loss that transformers' own forward gives for one sample, positions and pixels worked out by itself."""
     (item,), _ = build_items(run.encoder(), [sample])
     processor = AutoImageProcessor.from_pretrained(run.model_folder, backend="pil")
-    pictures = [letterbox(open_image(run.folder / path), run.config.image_size)[0] for path in item.images]
+    images = [letterbox(open_image(run.folder / path), run.config.image_size)[0] for path in item.images]
     ids = torch.from_numpy(item.input_ids)[None]
     with torch.no_grad():
         logits = run.model()(
             input_ids=ids,
             attention_mask=torch.ones_like(ids),
             mm_token_type_ids=(ids == run.family.image_token_id).int(),
-            **processor(images=pictures, return_tensors="pt"),
+            **processor(images=images, return_tensors="pt"),
         ).logits[0]
     labels = torch.from_numpy(item.labels)
     return F.cross_entropy(logits[:-1], labels[1:], ignore_index=IGNORE, reduction="sum").item()
@@ -96,11 +96,11 @@ def test_at_step_0_the_adapted_model_equals_the_base(run):
 # ------------------------------------------------------------------------------------------- nothing that is not used
 
 
-def test_frozen_vision_runs_without_gradients_once_per_distinct_picture(run):
+def test_frozen_vision_runs_without_gradients_once_per_distinct_image(run):
     visual = run.model().get_base_model().model.visual
     for share_prefix in (True, False):
         with calls_to(visual.patch_embed) as calls:
-            batch = batch_of(run, vqa_samples(pictures=3, questions=4), share_prefix)
+            batch = batch_of(run, vqa_samples(images=3, questions=4), share_prefix)
             loss_and_gradients(AnswerLoss(run.model(), run.family), batch)
         (((patches, *_), _, grad_enabled),) = calls
         assert len(patches) == 3 * (run.config.image_size // run.family.patch_size) ** 2 and not grad_enabled
@@ -114,8 +114,8 @@ def test_logits_are_computed_at_supervised_positions_only(run):
     assert hidden.numel() == batch["answer_tokens"] * hidden.shape[-1] and batch["answer_tokens"] < 100
 
 
-def test_each_picture_reaches_the_rows_that_show_it(run):
-    """Rows refer to distinct pictures by index; a wrong index would train on the wrong picture without an error."""
+def test_each_image_reaches_the_rows_that_show_it(run):
+    """Rows refer to distinct images by index; a wrong index would train on the wrong image without an error."""
     samples = vqa_samples(3, 2)
     mixed = [samples[0], samples[4], samples[2], samples[5]]
     loss = AnswerLoss(run.model(), run.family)

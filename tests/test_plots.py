@@ -1,4 +1,4 @@
-"""The pictures of results hold what was asked for; whether they look good was looked at."""
+"""The images of results hold what was asked for; whether they look good was looked at."""
 
 import numpy as np
 import pytest
@@ -84,8 +84,8 @@ def test_contact_sheet_marks_gold_and_predicted_points_where_they_are(tmp_path):
 
 
 def test_contact_sheet_takes_unparsable_answers_any_script_and_no_items_at_all(tmp_path):
-    picture = Image.new("RGB", (40, 900), "white")
-    item = {"image": picture, "point": (5, 5), "predicted_point": None, "bbox": (0, 0, 9, 9), "caption": "按钮 " * 90}
+    image = Image.new("RGB", (40, 900), "white")
+    item = {"image": image, "point": (5, 5), "predicted_point": None, "bbox": (0, 0, 9, 9), "caption": "按钮 " * 90}
     contact_sheet([item] * 5, tmp_path / "sheet.png")
     contact_sheet([], tmp_path / "none.png")
     assert Image.open(tmp_path / "sheet.png").height > Image.open(tmp_path / "none.png").height

@@ -1,4 +1,4 @@
-"""predict.py: one picture, one prompt, one answer; and clicks from training to the mark on the picture."""
+"""predict.py: one image, one prompt, one answer; and clicks from training to the mark on the image."""
 
 import functools
 import json
@@ -21,7 +21,7 @@ from config import load_config
 from errors import UserError
 
 FAMILIES = tiny_runs.FAMILIES
-POINT = re.compile(r"^Point: (\d+), (\d+) in pixels of the picture \((\d+)×(\d+)\)$", re.M)
+POINT = re.compile(r"^Point: (\d+), (\d+) in pixels of the image \((\d+)×(\d+)\)$", re.M)
 
 
 @pytest.fixture
@@ -94,8 +94,8 @@ def test_a_mistake_is_one_line_and_costs_no_loading_of_weights(run, capsys, monk
 
 
 def test_a_trained_question_is_answered_and_needs_the_candidates_it_was_trained_with(tiny_models, capsys, tmp_path):
-    samples = tiny_runs.vqa_samples(pictures=1, questions=2)
-    tiny_runs.write_pictures(tmp_path, ["0.png"])
+    samples = tiny_runs.vqa_samples(images=1, questions=2)
+    tiny_runs.write_images(tmp_path, ["0.png"])
     (tmp_path / "all.json").write_text(json.dumps(samples))
     config = click_runs.write_config(tmp_path, tiny_models["qwen3_vl"], "qwen3_vl", task="vqa",
                                      template="ultra_condensed", num_train_epochs=30)  # fmt: skip
@@ -112,7 +112,7 @@ def test_a_trained_question_is_answered_and_needs_the_candidates_it_was_trained_
 # --------------------------------------------------------------------------------------------------------------- marks
 
 
-def test_draw_marks_the_point_and_leaves_the_rest_of_the_picture(run, capsys, tmp_path):
+def test_draw_marks_the_point_and_leaves_the_rest_of_the_image(run, capsys, tmp_path):
     drawn = tmp_path / "new" / "mark.png"
     printed = ask(capsys, *red(run), "--draw", drawn)
     assert f"Drawn in {drawn}" in printed
@@ -166,7 +166,7 @@ def test_evaluation_scores_clicks_by_target_size_and_draws_the_worst_misses(run)
                 "image_size", "bbox", "instruction", "cut_off"} <= line.keys()  # fmt: skip
 
 
-def test_the_question_only_baseline_of_clicks_sees_no_picture_and_still_speaks_its_pixels(run, tmp_path):
+def test_the_question_only_baseline_of_clicks_sees_no_image_and_still_speaks_its_pixels(run, tmp_path):
     config = run / "run.yaml"
     evaluate.main(["--config", str(config), "image=none", f"results_dir={tmp_path / 'blind'}"])
     text = (tmp_path / "blind_question_only" / "generated_predictions.jsonl").read_text(encoding="utf-8")
@@ -179,7 +179,7 @@ def test_the_convention_lies_beside_the_weights_of_checkpoints_and_of_the_final_
     kept = {(folder / "coordinates.json").read_text() for folder in (run / "out", checkpoint)}
     assert len(kept) == 1
     assert json.loads(kept.pop()) == {
-        "coordinates": "0 to 1000 of the picture the model sees",
+        "coordinates": "0 to 1000 of the image the model sees",
         "resize": "letterbox",
         "image_size": 128,
         "template": "plain",
@@ -195,7 +195,7 @@ def test_an_evaluation_or_a_start_under_another_convention_is_refused(run, tiny_
     with pytest.raises(UserError, match="image_size 128, here 160"):
         train.main(["--config", config, f"init_adapter={run / 'out'}", f"output_dir={tmp_path}", "image_size=160"])
     other = tiny_models["qwen2_5_vl"]
-    with pytest.raises(UserError, match="here 'pixels of the picture"):
+    with pytest.raises(UserError, match="here 'pixels of the image"):
         evaluate.main(["--config", config, f"model_name={other}", "image_size=112", f"output_dir={run / 'out'}"])
 
 
@@ -240,7 +240,7 @@ def test_the_click_experiments_take_16_clicks_a_step_with_alpha_twice_the_rank_a
 
 @pytest.fixture
 def decoded_once(monkeypatch):
-    """Training for many epochs on a few large pictures is mostly decoding: each is decoded once."""
+    """Training for many epochs on a few large images is mostly decoding: each is decoded once."""
     load = dataset.SampleEncoder.load_image
     cached = functools.cache(lambda path, root, resize, size, encoder: load(encoder, path))
 

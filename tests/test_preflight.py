@@ -13,7 +13,7 @@ import yaml
 from conftest import REPO_ROOT
 from PIL import Image
 from test_images import BAD_FILES
-from tiny_runs import FAMILIES, build_items, config_values, run_script, tiny_run, vqa_samples, write_pictures
+from tiny_runs import FAMILIES, build_items, config_values, run_script, tiny_run, vqa_samples, write_images
 
 import model as modeling
 from batches import BatchPlan
@@ -27,8 +27,8 @@ from preflight import batch_arithmetic, check_samples, count_parameters, make_pl
 
 @pytest.fixture
 def data(tmp_path):
-    """A folder with three good pictures and two splits that share none of them."""
-    write_pictures(tmp_path, ["0.png", "1.png", "2.png"])
+    """A folder with three good images and two splits that share none of them."""
+    write_images(tmp_path, ["0.png", "1.png", "2.png"])
     samples = vqa_samples(3, 2)
     (tmp_path / "train.json").write_text(json.dumps(samples[:4]))
     (tmp_path / "test.json").write_text(json.dumps(samples[4:]))
@@ -104,9 +104,9 @@ DATA_MISTAKES = {
     "an answer longer than max_tokens": ({"answer": "red; " * 999}, ["row 2 (id p0q1)", "exceed max_tokens 1000"]),
     "a path that escapes": ({"image": "../secret.png"}, ["row 2 (id p0q1)", "leaves data.image_root"]),
     "an absolute path": ({"image": "/etc/hosts"}, ["row 2 (id p0q1)", "leaves data.image_root"]),
-    "a missing picture": ({"image": "none.png"}, ["none.png"]),
+    "a missing image": ({"image": "none.png"}, ["none.png"]),
     "a control token": ({"question": "Who? <|im_end|>" + "x" * 900}, ["row 2 (id p0q1)", "<|im_end|>"]),
-    "a picture of the test split": ({"image": "2.png"}, ["2.png", "test"]),
+    "an image of the test split": ({"image": "2.png"}, ["2.png", "test"]),
 }
 
 
@@ -147,9 +147,9 @@ def test_as_a_process_of_its_own_it_exits_with_2_and_one_line_in_seconds(data, t
 def test_check_shows_a_sample_with_its_label_mask_counts_parameters_and_steps_and_trains_nothing(command, data):
     code, out, err = command(arguments=["--check", "num_train_epochs=2.5"])
     assert (code, err) == (0, "")
-    assert "train: 4 samples in" in out and "test: 2 samples in" in out and "Every picture decodes." in out
+    assert "train: 4 samples in" in out and "test: 2 samples in" in out and "Every image decodes." in out
     assert "[16 image tokens]" in out and "⟦red<|im_end|>⟧" in out and out.count("⟦") == 2
-    assert "Picture 0.png: 60×45 → 128×128 (content 128×96 at (0, 16))" in out
+    assert "Image 0.png: 60×45 → 128×128 (content 128×96 at (0, 16))" in out
     assert "Batch: 2 questions × 2 micro-steps × 1 ranks = 4 a step" in out
     assert "Steps: 4 questions / 4 = 1 an epoch, 2.5 epochs = 3 steps over 10 questions" in out
     assert out.endswith("Check passed: nothing was trained.\n")
@@ -164,7 +164,7 @@ def test_under_torchrun_one_rank_checks_for_all(command, monkeypatch):
     assert "2 questions × 2 micro-steps × 2 ranks = 8 a step" in command(arguments=["--check"])[1]
 
 
-def test_check_finds_every_bad_picture_and_path_and_lists_each_with_file_and_row(command, data):
+def test_check_finds_every_bad_image_and_path_and_lists_each_with_file_and_row(command, data):
     samples = []
     for name, content in BAD_FILES.items():
         (data / name).write_bytes(content)
@@ -209,11 +209,11 @@ def test_the_marked_text_puts_every_supervised_token_between_the_brackets_and_no
 
 @pytest.mark.parametrize("resize", ["letterbox", "native"])
 def test_the_quick_check_of_lengths_agrees_with_counting_every_token(tiny_models, tmp_path, resize):
-    """It tokenises only samples whose bytes might not fit, and trusts a picture's header."""
+    """It tokenises only samples whose bytes might not fit, and trusts an image's header."""
     run = tiny_run(tiny_models, "qwen3_vl")
     sizes = [(60, 45), (300, 200), (90, 500)]
     for number, size in enumerate(sizes):
-        write_pictures(tmp_path, [f"{number}.png"], size=size)
+        write_images(tmp_path, [f"{number}.png"], size=size)
     changes = {} if resize == "letterbox" else {"image_size": None, "max_pixels": 120_000}
     encoder = run.encoder(resize=resize, data=replace(run.config.data, image_root=str(tmp_path)), **changes)
     samples = [{**s, "question": s["question"] * (1 + 3 * i)} for i, s in enumerate(vqa_samples(3, 3))]
@@ -237,7 +237,7 @@ def test_twenty_thousand_samples_are_checked_in_seconds(tiny_models):
     assert time.process_time() - started < 6
 
 
-def test_a_text_model_refuses_pictures(tiny_models):
+def test_a_text_model_refuses_images(tiny_models):
     run = tiny_run(tiny_models, "qwen3_vl")
     encoder = SampleEncoder(run.config, load_family(str(tiny_models["qwen2"])), run.tokenizer)
     with pytest.raises(UserError, match="has images but model_name is a text model"):
@@ -267,13 +267,13 @@ def test_the_plan_takes_batch_order_and_seed_from_the_config(tiny_models):
     run = tiny_run(tiny_models, "qwen3_vl")
     samples = SampleList(vqa_samples(3, 4)[::-1], "s")
     config = replace(run.config, order="images", seed=3, train_bs=3, grad_accum=2, num_train_epochs=1.5)
-    plan = make_plan(config, samples, run.encoder(), world=2)
+    plan = make_plan(config, samples, run.encoder(), world_size=2)
     assert (plan.batch, plan.total_steps, plan.total_questions) == (12, 2, 18)
     images = [samples[int(row)]["image"] for row in plan.epoch_order(0)]
     assert images == [name for name in dict.fromkeys(images) for _ in range(4)]
 
 
-def test_the_log_says_how_often_pictures_are_encoded_and_what_would_spare_it(tiny_models):
+def test_the_log_says_how_often_images_are_encoded_and_what_would_spare_it(tiny_models):
     run = tiny_run(tiny_models, "qwen3_vl")
     samples = SampleList(vqa_samples(3, 8), "s")
 
@@ -282,7 +282,7 @@ def test_the_log_says_how_often_pictures_are_encoded_and_what_would_spare_it(tin
         encoder = run.encoder(**changes)
         return prefix_sharing(config, make_plan(config, samples, encoder, 1), samples, encoder, 1)
 
-    said = "Sharing: a step's 8 questions lie behind {} picture prefixes"
+    said = "Sharing: a step's 8 questions lie behind {} image prefixes"
     remedy = "; behind 1.0 with train_bs=8 grad_accum=1: faster, the same questions a step, more memory"
     assert line() == [said.format("4.0") + remedy]
     assert line(train_bs=8, grad_accum=1) == [said.format("1.0")]

@@ -1,4 +1,4 @@
-"""prepare_data.py kvasir: splits, candidates, orders and errors, on real rows with pictures made here."""
+"""prepare_data.py kvasir: splits, candidates, orders and errors, on real rows with images made here."""
 
 import csv
 import io
@@ -21,8 +21,8 @@ SPLITS = ("train", "val", "test")
 QUESTIONS = ("Is there text?", "How many polyps are in the image?", "Have all polyps been removed?")
 
 
-def picture(number, quality=95):
-    """JPEG bytes of a picture that no other number gives: random blocks, so that the perceptual hashes differ too."""
+def image(number, quality=95):
+    """JPEG bytes of an image that no other number gives: random blocks, so that the perceptual hashes differ too."""
     dice = random.Random(number)
     blocks = Image.frombytes("RGB", (6, 4), bytes(dice.randrange(256) for _ in range(6 * 4 * 3)))
     buffer = io.BytesIO()
@@ -30,10 +30,10 @@ def picture(number, quality=95):
     return buffer.getvalue()
 
 
-def write_raw(folder, rows, pictures):
-    """The published layout. rows: (img_id, question, answer); pictures: img_id → bytes."""
+def write_raw(folder, rows, images):
+    """The published layout. rows: (img_id, question, answer); images: img_id → bytes."""
     (folder / "images").mkdir(parents=True, exist_ok=True)
-    for img_id, content in pictures.items():
+    for img_id, content in images.items():
         (folder / "images" / f"{img_id}.jpg").write_bytes(content)
     with open(folder / "metadata.csv", "w", encoding="utf-8", newline="") as file:
         writer = csv.writer(file)
@@ -46,7 +46,7 @@ def small_raw(folder, images=10):
     ids = [f"img{number:02d}" for number in range(images)]
     answers = ("yes", "1", "no")
     rows = [(img_id, question, answer) for img_id in ids for question, answer in zip(QUESTIONS, answers, strict=True)]
-    return write_raw(folder, rows, {img_id: picture(img_id) for img_id in ids})
+    return write_raw(folder, rows, {img_id: image(img_id) for img_id in ids})
 
 
 def prepare(source, out, *options):
@@ -65,13 +65,13 @@ def real_rows(path):
 
 @pytest.fixture(scope="module")
 def real(tmp_path_factory):
-    """The 3,007 real rows over pictures made here, every tenth picture a copy of the one before; prepared once."""
+    """The 3,007 real rows over images made here, every tenth image a copy of the one before; prepared once."""
     rows = real_rows("kvasir/kvasir_vqa_3000.csv")
     ids = list(dict.fromkeys(img_id for img_id, _, _ in rows))
-    pictures = {img_id: picture(number - (number % 10 == 9)) for number, img_id in enumerate(ids)}
+    images = {img_id: image(number - (number % 10 == 9)) for number, img_id in enumerate(ids)}
     folder = tmp_path_factory.mktemp("real")
-    write_raw(folder / "raw", rows, pictures)
-    return folder, rows, pictures, prepare(folder / "raw", folder / "data")
+    write_raw(folder / "raw", rows, images)
+    return folder, rows, images, prepare(folder / "raw", folder / "data")
 
 
 def test_published_images_give_every_distinct_row_once(tmp_path):
@@ -93,16 +93,16 @@ def test_a_sample_holds_the_facts_of_the_contract_and_ids_are_unique(real):
 
 
 def test_every_image_and_all_its_copies_are_in_one_split_and_in_one_group(real):
-    _, _, pictures, by_split = real
+    _, _, images, by_split = real
     split_of, group_of = defaultdict(set), defaultdict(set)
     for split in SPLITS:
         for sample in by_split[split]:
-            bytes_ = pictures[sample["image"].removeprefix("images/").removesuffix(".jpg")]
+            bytes_ = images[sample["image"].removeprefix("images/").removesuffix(".jpg")]
             split_of[bytes_].add(split)
             group_of[bytes_].add(sample["group"])
     assert all(len(found) == 1 for found in split_of.values())
     assert all(len(found) == 1 for found in group_of.values())
-    assert len(set.union(*group_of.values())) == len(set(pictures.values())) < len(pictures)
+    assert len(set.union(*group_of.values())) == len(set(images.values())) < len(images)
 
 
 def test_splits_have_the_shares_asked_for(real):
@@ -245,7 +245,7 @@ def test_repeats_are_dropped_contradictions_kept_and_rows_without_question_dropp
         ("i1", "What color is the abnormality?", "pink; red"),
     ]
     rows += [("i2", "", "none"), ("i3", "None", "")]
-    raw = write_raw(tmp_path / "raw", rows, {f"i{number}": picture(number) for number in range(4)})
+    raw = write_raw(tmp_path / "raw", rows, {f"i{number}": image(number) for number in range(4)})
     by_split = prepare(raw, tmp_path / "data")
     samples = [sample for split in SPLITS for sample in by_split[split]]
     assert sorted((s["image"], s["answer"]) for s in samples if s["question"] == "Is there text?") == [
@@ -275,7 +275,7 @@ def test_stages_edited_by_hand_are_kept_and_used_on_the_next_run(tmp_path, capsy
 
 def test_an_unknown_question_is_an_error_whose_cure_works(tmp_path):
     rows = [(f"i{number}", "Quo vadis?", "a") for number in range(4)] + [("i0", "Cui bono?", "b")]
-    raw = write_raw(tmp_path / "raw", rows, {f"i{number}": picture(number) for number in range(4)})
+    raw = write_raw(tmp_path / "raw", rows, {f"i{number}": image(number) for number in range(4)})
     with pytest.raises(UserError, match=r'2 of 2 questions: "Cui bono\?"; "Quo vadis\?".*stages\.json') as error:
         prepare(raw, tmp_path / "data")
     assert '{"Cui bono?": 2}' in str(error.value) and not (tmp_path / "data").exists()
@@ -377,12 +377,12 @@ def test_help_shows_the_usual_command_first(arguments):
     assert done.returncode == 0 and done.stdout.startswith(first)
 
 
-def write_parquet(folder, rows, pictures):
+def write_parquet(folder, rows, images):
     """The hub's schema: one row a question, the image's file inside each row."""
     datasets = pytest.importorskip("datasets")
     columns = {key: [] for key in ("image", "source", "question", "answer", "img_id")}
     for img_id, question, answer in rows:
-        values = ({"bytes": pictures[img_id], "path": None}, "Polyps", question, answer, img_id)
+        values = ({"bytes": images[img_id], "path": None}, "Polyps", question, answer, img_id)
         for key, value in zip(columns, values, strict=True):
             columns[key].append(value)
     kinds = {key: datasets.Value("string") for key in columns} | {"image": datasets.Image()}
@@ -397,8 +397,8 @@ def write_parquet(folder, rows, pictures):
 def test_a_parquet_folder_gives_the_samples_and_the_very_files_of_the_csv_layout(tmp_path):
     raw = small_raw(tmp_path / "raw")
     rows = [(f"img{n:02d}", q, a) for n in range(10) for q, a in zip(QUESTIONS, ("yes", "1", "no"), strict=True)]
-    pictures = {f"img{number:02d}": picture(f"img{number:02d}") for number in range(10)}
-    parquet = write_parquet(tmp_path / "hub", [*rows, ("img00", None, None)], pictures)
+    images = {f"img{number:02d}": image(f"img{number:02d}") for number in range(10)}
+    parquet = write_parquet(tmp_path / "hub", [*rows, ("img00", None, None)], images)
     (tmp_path / "b/images").mkdir(parents=True)
     (tmp_path / "b/images/mine.txt").write_text("stays")
     assert prepare(parquet, tmp_path / "b") == prepare(raw, tmp_path / "a")
@@ -410,25 +410,25 @@ def test_a_parquet_folder_gives_the_samples_and_the_very_files_of_the_csv_layout
 
 
 def test_a_bad_parquet_folder_is_an_error_and_leaves_nothing(tmp_path):
-    pictures = {"a": picture(1), "b": picture(2)[:-200], "c": picture(3)}
-    rows = [(img_id, "Is there text?", "yes") for img_id in pictures]
-    folder = write_parquet(tmp_path / "hub", rows, pictures)
+    images = {"a": image(1), "b": image(2)[:-200], "c": image(3)}
+    rows = [(img_id, "Is there text?", "yes") for img_id in images]
+    folder = write_parquet(tmp_path / "hub", rows, images)
     with pytest.raises(UserError, match=r"1 of 3 images cannot be read: b\.jpg"):
         prepare(folder, tmp_path / "data")
     assert not (tmp_path / "data").exists()
     import datasets
 
-    datasets.Dataset.from_dict({"question": ["a"], "picture": ["b"]}).to_parquet(str(tmp_path / "bad/0.parquet"))
-    with pytest.raises(UserError, match=r"source, answer, img_id, image missing; found question, picture"):
+    datasets.Dataset.from_dict({"question": ["a"], "photo": ["b"]}).to_parquet(str(tmp_path / "bad/0.parquet"))
+    with pytest.raises(UserError, match=r"source, answer, img_id, image missing; found question, photo"):
         prepare(tmp_path / "bad", tmp_path / "data")
 
 
-def test_an_id_that_stands_for_two_pictures_is_an_error(tmp_path):
-    pictures = {"a": picture(1), "b": picture(2)}
-    folder = write_parquet(tmp_path / "hub", [("a", "Is there text?", "yes"), ("b", "Is there text?", "yes")], pictures)
-    pictures = {"a": picture(3)}
-    write_parquet(folder / "more", [("a", "Is there text?", "no")] * 2, pictures)
-    with pytest.raises(UserError, match=r"1 img_id\(s\) stand for several pictures: a"):
+def test_an_id_that_stands_for_two_images_is_an_error(tmp_path):
+    images = {"a": image(1), "b": image(2)}
+    folder = write_parquet(tmp_path / "hub", [("a", "Is there text?", "yes"), ("b", "Is there text?", "yes")], images)
+    images = {"a": image(3)}
+    write_parquet(folder / "more", [("a", "Is there text?", "no")] * 2, images)
+    with pytest.raises(UserError, match=r"1 img_id\(s\) stand for several images: a"):
         prepare(folder, tmp_path / "data")
 
 
@@ -441,8 +441,8 @@ def test_without_the_datasets_library_the_error_names_the_command(tmp_path, monk
 
 def test_a_hub_name_is_loaded_through_the_library_with_all_its_splits(tmp_path, monkeypatch):
     datasets = pytest.importorskip("datasets")
-    pictures = {img_id: picture(img_id) for img_id in "abcd"}
-    folder = write_parquet(tmp_path / "hub", [(img_id, "Is there text?", "yes") for img_id in pictures], pictures)
+    images = {img_id: image(img_id) for img_id in "abcd"}
+    folder = write_parquet(tmp_path / "hub", [(img_id, "Is there text?", "yes") for img_id in images], images)
     files = [str(path) for path in folder.rglob("*.parquet")]
     asked = []
 
@@ -453,13 +453,13 @@ def test_a_hub_name_is_loaded_through_the_library_with_all_its_splits(tmp_path, 
     monkeypatch.setattr(datasets, "load_dataset", load_dataset)
     by_split = prepare("SimulaMet-HOST/Kvasir-VQA", tmp_path / "data")
     assert asked == ["SimulaMet-HOST/Kvasir-VQA"] and sum(map(len, by_split.values())) == 4
-    assert content(tmp_path / "data/images") == {f"{img_id}.jpg": content_ for img_id, content_ in pictures.items()}
+    assert content(tmp_path / "data/images") == {f"{img_id}.jpg": content_ for img_id, content_ in images.items()}
 
 
-def test_near_identical_pictures_across_splits_are_reported_with_both_pictures(tmp_path):
+def test_near_identical_images_across_splits_are_reported_with_both_images(tmp_path):
     ids = [f"i{number}" for number in range(30)]
-    pictures = {img_id: picture(number // 2, quality=80 + number % 2) for number, img_id in enumerate(ids)}
-    raw = write_raw(tmp_path / "raw", [(img_id, "Is there text?", "yes") for img_id in ids], pictures)
+    images = {img_id: image(number // 2, quality=80 + number % 2) for number, img_id in enumerate(ids)}
+    raw = write_raw(tmp_path / "raw", [(img_id, "Is there text?", "yes") for img_id in ids], images)
     by_split = prepare(raw, tmp_path / "data", "--split", "50/25/25")
     where = {sample["image"]: split for split in SPLITS for sample in by_split[split]}
     apart = sum(where[f"images/i{2 * n}.jpg"] != where[f"images/i{2 * n + 1}.jpg"] for n in range(15))

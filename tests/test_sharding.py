@@ -152,7 +152,7 @@ def test_one_process_goes_on_from_any_share_and_reads_it_for_evaluation(config, 
 )
 def test_questions_are_trained_and_answered_under_fsdp_as_under_ddp(family, tiny_models, tmp_path):
     """With every part trained, and answers generated on the way."""
-    write_questions(tmp_path / "data", pictures=2, questions=3)
+    write_questions(tmp_path / "data", images=2, questions=3)
     keys = {"finetuning": "full", "vision_frozen": False, "projector_frozen": False, "eval_steps": 2, "save_steps": 2}
     keys |= {"data": {"image_root": str(tmp_path / "data"), "train": str(tmp_path / "data" / "samples.json"),
                       "val": str(tmp_path / "data" / "samples.json")},
@@ -176,12 +176,12 @@ def test_a_busier_rank_is_matched_with_batches_of_no_weight():
 
     batch = {"input_ids": torch.ones(1, 4), "targets": torch.ones(1, 4, dtype=torch.int64), "answer_tokens": 4}
     batch["class_labels"] = torch.tensor([1])
-    evened = sharding.evened([batch], Third(1, 3, torch.device("cpu")))
+    evened = sharding.pad_micro_batches([batch], Third(1, 3, torch.device("cpu")))
     assert len(evened) == 3 and evened[0] is batch
     for added in evened[1:]:
         assert added["answer_tokens"] == 0
         assert (added["targets"] == IGNORE).all() and (added["class_labels"] == IGNORE).all()
-    assert sharding.evened([batch] * 3, Third(1, 3, torch.device("cpu"))) == [batch] * 3
+    assert sharding.pad_micro_batches([batch] * 3, Third(1, 3, torch.device("cpu"))) == [batch] * 3
 
 
 def test_the_best_epoch_is_put_back_from_its_shares(config, monkeypatch, tmp_path):
@@ -195,7 +195,7 @@ def test_the_best_epoch_is_put_back_from_its_shares(config, monkeypatch, tmp_pat
     final = load_file(output / "cls_head.safetensors")
     assert torch.equal(final["weight"], best["weight"]) and not torch.equal(final["weight"], last["weight"])
     base = load_base(str(output), torch.float32)
-    sharding.load_whole(output / "checkpoint-6" / "sharded", base)
+    sharding.load_unsharded(output / "checkpoint-6" / "sharded", base)
     weights = load_file(output / "model.safetensors")
     assert all(torch.equal(weights[name], parameter) for name, parameter in base.named_parameters())
 
@@ -218,14 +218,14 @@ def test_a_bfloat16_base_is_sharded_and_computed_as_on_gpus(changes, config, mon
     assert len(found) == 12 and sum(found[-3:]) < sum(found[:3])
 
 
-def test_pictures_in_some_samples_only_are_refused_where_ranks_could_not_meet(tiny_models, tmp_path):
+def test_images_in_some_samples_only_are_refused_where_ranks_could_not_meet(tiny_models, tmp_path):
     run = tiny_run(tiny_models, "qwen3_vl")
     samples = vqa_samples(2, 2)
     samples[2].pop("image")
     config = replace(run.config, parallel="fsdp")
     encoder = SampleEncoder(config, run.family, run.tokenizer)
     make_plan(replace(config, parallel="ddp"), SampleList(samples, "s"), run.encoder(), 2)
-    with pytest.raises(UserError, match=r"s row 3 .* has no picture and others have.*set parallel: ddp"):
+    with pytest.raises(UserError, match=r"s row 3 .* has no image and others have.*set parallel: ddp"):
         make_plan(config, SampleList(samples, "s"), encoder, 2)
 
 

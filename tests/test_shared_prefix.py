@@ -1,4 +1,4 @@
-"""Questions that share the tokens of their picture: no loss, no gradient and no answer differs from standing alone."""
+"""Questions that share the tokens of their image: no loss, no gradient and no answer differs from standing alone."""
 
 import pytest
 import torch
@@ -28,25 +28,25 @@ def chat(id: str, user: str, *images: str) -> dict:
     return {"id": id, "images": list(images), "messages": turns}
 
 
-def groups_of_one_picture() -> list[dict]:
-    return vqa_samples(pictures=1, questions=4)
+def groups_of_one_image() -> list[dict]:
+    return vqa_samples(images=1, questions=4)
 
 
 def several_groups() -> list[dict]:
-    return vqa_samples(pictures=3, questions=4)
+    return vqa_samples(images=3, questions=4)
 
 
-def several_pictures_a_sample() -> list[dict]:
-    return vqa_samples(pictures=3, questions=3, images_each=2)
+def several_images_a_sample() -> list[dict]:
+    return vqa_samples(images=3, questions=3, images_each=2)
 
 
 def mixture() -> list[dict]:
-    """Groups of four, two and one, one picture in several groups, text alone, and questions before their picture."""
+    """Groups of four, two and one, one image in several groups, text alone, and questions before their image."""
     samples = several_groups()
     return [
         samples[4],
         *samples[:4],
-        *vqa_samples(pictures=1, questions=2, images_each=1),
+        *vqa_samples(images=1, questions=2, images_each=1),
         {**samples[8], "image": None, "images": ["2.png", "0.png"]},
         samples[9],
         {"id": "text", "question": "How many?", "answer": "3"},
@@ -56,7 +56,7 @@ def mixture() -> list[dict]:
     ]
 
 
-SETS = [groups_of_one_picture, several_groups, several_pictures_a_sample, mixture]
+SETS = [groups_of_one_image, several_groups, several_images_a_sample, mixture]
 
 
 def laid_out(run, samples, share_prefix: bool) -> dict:
@@ -192,7 +192,7 @@ def test_what_stands_in_the_padding_never_changes_a_loss(run):
 
 def test_trap_positions_without_the_mask_let_questions_read_each_other(run):
     """Neither an error nor a warning: only the numbers are wrong."""
-    batch = laid_out(run, groups_of_one_picture(), True)
+    batch = laid_out(run, groups_of_one_image(), True)
     right = losses(run, batch)
     batch["shared_prefix"] = None  # as if no question had a neighbour
     wrong = losses(run, batch)
@@ -201,9 +201,9 @@ def test_trap_positions_without_the_mask_let_questions_read_each_other(run):
         assert wrong[id] != pytest.approx(right[id], rel=1e-6)
 
 
-def test_trap_four_rows_of_positions_without_a_mask_cut_questions_off_their_picture(run):
+def test_trap_four_rows_of_positions_without_a_mask_cut_questions_off_their_image(run):
     """transformers then takes the row for packed sequences, and a restarting position for the start of a new one."""
-    batch = laid_out(run, groups_of_one_picture(), True)
+    batch = laid_out(run, groups_of_one_image(), True)
     right = losses(run, batch)
     batch["shared_prefix"] = None  # as if no question had a neighbour
     text_positions = batch["position_ids"].amax(0, keepdim=True)

@@ -53,7 +53,7 @@ def test_the_rules_know_every_question_of_the_real_rows():
     [
         ("What is the image quality?", 1),
         ("Which kind of examination is this?", 1),
-        ("Is any text visible in the picture?", 1),
+        ("Is any text visible in the image?", 1),
         ("WHAT COLOUR IS THE LESION?", 2),
         ("What abnormality is visible in the image?", 2),
         ("Which tool is used?", 2),

@@ -118,13 +118,13 @@ def test_the_adapter_loads_with_plain_peft_and_gives_the_same_answers(story, tin
     for line in list(map(json.loads, lines))[::6]:
         messages, _ = split_answer(to_messages({**line, "image": line["images"]}, "ultra_condensed"))
         text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
-        picture, _ = letterbox(open_image(shared_data("kvasir/kvasir-vqa") / line["images"][0]), 96)
+        image, _ = letterbox(open_image(shared_data("kvasir/kvasir-vqa") / line["images"][0]), 96)
         ids = tokenizer(text.replace("<|image_pad|>", "<|image_pad|>" * 9), return_tensors="pt")["input_ids"]
         answer = model.generate(
             input_ids=ids,
             attention_mask=torch.ones_like(ids),
             mm_token_type_ids=(ids == model.config.image_token_id).int(),
-            **processor(images=[picture], return_tensors="pt"),
+            **processor(images=[image], return_tensors="pt"),
             do_sample=False,
             max_new_tokens=40,
         )

@@ -14,8 +14,8 @@ from templates import (
     ULTRA_CONDENSED,
     as_conversations,
     encode,
+    image_paths,
     question_text,
-    sample_images,
     split_answer,
     to_messages,
 )
@@ -43,7 +43,7 @@ def image_id(tokenizer) -> int:
 
 
 def expected_prompt_ids(tokenizer, messages, image_tokens) -> list[int]:
-    """What the family's own chat template and tokenizer give, each picture's placeholder repeated as its processor
+    """What the family's own chat template and tokenizer give, each image's placeholder repeated as its processor
     does."""
     text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
     before, *after = text.split("<|image_pad|>")
@@ -97,14 +97,14 @@ def test_a_question_without_candidates_is_asked_bare_in_every_template():
         assert question_text({**SAMPLE, "candidates": []}, template) == SAMPLE["question"]
 
 
-def test_pictures_stand_before_the_question_as_many_as_the_sample_has():
+def test_images_stand_before_the_question_as_many_as_the_sample_has():
     several = {**SAMPLE, "image": ["a.jpg", "b.jpg"]}
     assert [part["type"] for part in to_messages(several, "plain")[0]["content"]] == ["image", "image", "text"]
     assert to_messages({**SAMPLE, "image": None}, "plain")[0]["content"] == SAMPLE["question"]
-    assert sample_images({"images": ["a", "b"], "image": "c"}) == ["a", "b"]
+    assert image_paths({"images": ["a", "b"], "image": "c"}) == ["a", "b"]
 
 
-def test_the_question_only_baseline_shows_no_picture_in_any_form():
+def test_the_question_only_baseline_shows_no_image_in_any_form():
     chat = {"messages": [{"role": "user", "content": "<image>\nWho?"}, {"role": "assistant", "content": "me"}]}
     for sample in (SAMPLE, {**chat, "images": ["a.jpg"]}):
         user = next(m for m in to_messages(sample, "plain", image_shown=False) if m["role"] == "user")
@@ -206,7 +206,7 @@ def test_a_question_of_a_conversation_by_image_is_checked_like_any_other():
 
 
 def conversations() -> list[tuple[list[dict], list[int]]]:
-    """(messages, tokens of each picture)"""
+    """(messages, tokens of each image)"""
     several = {**SAMPLE, "image": ["a.jpg", "b.jpg"]}
     one_by_one = chat("<image>Who?", " me\n", "Where is <image>?", "here", images=["a", "b"])
     text_first = chat("What is this?\n<image>", "Yes", image="a.jpg")

@@ -12,7 +12,7 @@ from transformers import AutoImageProcessor, AutoModelForCausalLM, AutoModelForI
 from toy import tiny_model
 
 VISION_FAMILIES = ["qwen2_vl", "qwen2_5_vl", "qwen3_vl"]
-PICTURE = {"type": "image"}
+IMAGE = {"type": "image"}
 ASK = {"type": "text", "text": "Where in the image is the abnormality?\n"}
 
 
@@ -22,9 +22,9 @@ def conversations(lists=True):
     system = {"role": "system", "content": "You answer briefly."}
     yield from ([user], [system, user], [user, answer], [system, user, answer, user, answer, user])
     if lists:
-        yield [{"role": "user", "content": [PICTURE, ASK]}]
-        yield [{"role": "user", "content": [ASK, {"type": "image", "image": "a.jpg"}, ASK, PICTURE]}, answer, user]
-        yield [{"role": "system", "content": [ASK]}, {"role": "user", "content": [{"type": "video"}, PICTURE]}]
+        yield [{"role": "user", "content": [IMAGE, ASK]}]
+        yield [{"role": "user", "content": [ASK, {"type": "image", "image": "a.jpg"}, ASK, IMAGE]}, answer, user]
+        yield [{"role": "system", "content": [ASK]}, {"role": "user", "content": [{"type": "video"}, IMAGE]}]
         yield [{"role": "user", "content": []}, {"role": "assistant", "content": [ASK]}, user]
 
 
@@ -100,7 +100,7 @@ def test_plain_auto_classes_load_every_weight_and_generate(tiny_models, family):
     side = 2 * processor.patch_size * 3  # three merged patches
     pixels = processor(images=[Image.effect_noise((side, 2 * side), 60).convert("RGB")], return_tensors="pt")
     assert pixels["image_grid_thw"].tolist() == [[1, 12, 6]]
-    messages = [{"role": "user", "content": [PICTURE, ASK]}]
+    messages = [{"role": "user", "content": [IMAGE, ASK]}]
     text = tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
     batch = tokenizer(text.replace("<|image_pad|>", "<|image_pad|>" * 18), return_tensors="pt")
     is_image = batch["input_ids"] == model.config.image_token_id
@@ -184,8 +184,8 @@ def test_existing_folder_unknown_family_and_unknown_size_are_refused(tmp_path):
 
 @pytest.mark.parametrize("family", VISION_FAMILIES)
 @pytest.mark.parametrize("tied", [False, True])
-def test_teachable_weights_let_pictures_reach_the_answer(tmp_path, family, tied):
-    """Two pictures must change the logits by as much as they vary from token to token, and logits must go beyond ±1."""
+def test_teachable_weights_let_images_reach_the_answer(tmp_path, family, tied):
+    """Two images must change the logits by as much as they vary from token to token, and logits must go beyond ±1."""
     folder = tiny_model.write_tiny_model(tmp_path / "model", family, teachable=True, tie_word_embeddings=tied)
     model = AutoModelForImageTextToText.from_pretrained(folder)
     processor, config = AutoImageProcessor.from_pretrained(folder), model.config

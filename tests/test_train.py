@@ -25,7 +25,7 @@ from run_helpers import (
     write_samples,
 )
 
-import evaluation
+import inference
 import run_folder
 import train
 from distributed import Ranks
@@ -182,13 +182,13 @@ def test_each_stop_signal_saves_the_step_it_met_and_leaves_the_marker(run, monke
 def test_a_signal_inside_an_evaluation_stops_it_and_the_resumed_run_evaluates_again(run, monkeypatch):
     changes = {"eval_steps": 3, "eval_max_samples": 4, "eval_bs": 2, "num_train_epochs": 2}
     whole = run("whole", **changes)
-    split_loss = evaluation.split_loss
+    split_loss = inference.split_loss
 
     def interrupted(*arguments):
         os.kill(os.getpid(), signal.SIGUSR1)
         return split_loss(*arguments)
 
-    monkeypatch.setattr(evaluation, "split_loss", interrupted)
+    monkeypatch.setattr(inference, "split_loss", interrupted)
     cut = run("cut", **changes)
     assert json.loads((cut / "checkpoint-3" / "trainer_state.json").read_text())["evaluation_due"]
     assert not log_rows(cut, "eval_loss")

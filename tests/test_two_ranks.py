@@ -25,7 +25,7 @@ from tiny_runs import (
 from batches import collate
 from dataset import SampleList
 from distributed import Ranks
-from evaluation import answer_split, split_loss
+from inference import answer_split, split_loss
 from model import AnswerLoss
 
 ALONE = Ranks(0, 1, torch.device("cpu"))

@@ -1,4 +1,4 @@
-"""What the core's tests share: small pictures, samples, a config for each tiny model, and the real commands."""
+"""What the core's tests share: small images, samples, a config for each tiny model, and the real commands."""
 
 import contextlib
 import functools
@@ -17,7 +17,7 @@ import yaml
 from conftest import REPO_ROOT
 from PIL import Image
 
-import evaluation
+import inference
 from batches import BatchPlan
 from config import load_config
 from dataset import SampleEncoder, SampleList, StepDataset
@@ -30,8 +30,8 @@ IMAGE_SIZE = {"qwen2_vl": 112, "qwen2_5_vl": 112, "qwen3_vl": 128}  # pixels a s
 END = "<|im_end|>"
 
 
-def write_pictures(folder: Path, names, size=(60, 45), seed=0) -> Path:
-    """Pictures of smooth noise, each different. size: (width, height) in pixels."""
+def write_images(folder: Path, names, size=(60, 45), seed=0) -> Path:
+    """Images of smooth noise, each different. size: (width, height) in pixels."""
     folder.mkdir(parents=True, exist_ok=True)
     for number, name in enumerate(names):
         noise = np.random.default_rng([seed, number]).integers(0, 256, (6, 8, 3), dtype=np.uint8)
@@ -39,23 +39,23 @@ def write_pictures(folder: Path, names, size=(60, 45), seed=0) -> Path:
     return folder
 
 
-def vqa_samples(pictures=3, questions=4, images_each=1) -> list[dict]:
-    """Samples in the order of the pictures, `questions` for each; answers and questions differ in length."""
+def vqa_samples(images=3, questions=4, images_each=1) -> list[dict]:
+    """Samples in the order of the images, `questions` for each; answers and questions differ in length."""
     answers = ["red", "blue; green", "none", "upper-left; center; lower-right"]
     samples = []
-    for picture in range(pictures):
-        shown = [f"{(picture + i) % pictures}.png" for i in range(images_each)]
+    for image in range(images):
+        shown = [f"{(image + i) % images}.png" for i in range(images_each)]
         for question in range(questions):
             samples.append(
                 {
-                    "id": f"p{picture}q{question}",
+                    "id": f"p{image}q{question}",
                     **({"image": shown[0]} if images_each == 1 else {"images": shown}),
                     "question": f"What color is finding {question}?" + " Look well." * (question % 3),
-                    "answer": answers[(picture + question) % len(answers)],
+                    "answer": answers[(image + question) % len(answers)],
                     "candidates": ["red", "blue", "green", "none"],
                     "multi_label": True,
                     "stage": 1 + question % 3,
-                    "group": str(picture),
+                    "group": str(image),
                 }
             )
     return samples
@@ -91,11 +91,11 @@ def write_config(folder: Path, model, family: str = "qwen3_vl", **changes) -> Pa
 
 
 class TinyRun:
-    """A family's tiny model with a config, a tokenizer and three pictures. Shared over tests: leave it as it is."""
+    """A family's tiny model with a config, a tokenizer and three images. Shared over tests: leave it as it is."""
 
     def __init__(self, model_folder: Path, folder: Path, family: str):
         self.name, self.model_folder = family, model_folder
-        self.folder = write_pictures(folder, ["0.png", "1.png", "2.png"])
+        self.folder = write_images(folder, ["0.png", "1.png", "2.png"])
         self.config = load_config(write_config(self.folder, model_folder, family))
         self.family: Family = load_family(self.config.model_name)
         self.tokenizer = load_tokenizer(self.config.model_name)
@@ -135,7 +135,7 @@ def tiny_run(tiny_models, family: str) -> TinyRun:
 
 
 def build_items(encoder: SampleEncoder, samples, generation: bool = False):
-    """(items, decoded pictures) of samples, as the datasets make them."""
+    """(items, decoded images) of samples, as the datasets make them."""
     images: dict = {}
     items = []
     for sample in SampleList(samples, "samples"):
@@ -185,7 +185,7 @@ def step_gradients(run: TinyRun, samples, train_bs: int, ranks, wrap=lambda loss
     from train import backward_step
 
     plan = BatchPlan(len(samples), len(samples), 1, "sequential", 0)
-    dataset = StepDataset(SampleList(samples, "s"), run.encoder(), True, plan, train_bs, ranks.rank, ranks.world)
+    dataset = StepDataset(SampleList(samples, "s"), run.encoder(), True, plan, train_bs, ranks.rank, ranks.world_size)
     loss = AnswerLoss(run.model(torch.float64), run.family)
     loss.zero_grad()
     sums = backward_step(wrap(loss), dataset[0]["micro_batches"], ranks, contextlib.nullcontext)
@@ -216,12 +216,12 @@ def calls_to(module: torch.nn.Module):
 @contextlib.contextmanager
 def short_answers(max_new_tokens: int = 8):
     """Evaluations cut answers off early: random models hardly ever end by themselves."""
-    before = evaluation.greedy
-    evaluation.greedy = functools.partial(before, max_new_tokens=max_new_tokens)
+    before = inference.greedy
+    inference.greedy = functools.partial(before, max_new_tokens=max_new_tokens)
     try:
         yield
     finally:
-        evaluation.greedy = before
+        inference.greedy = before
 
 
 def run_script(script: str, *arguments: str) -> tuple[int, str, str]:

@@ -15,7 +15,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from dataset import SampleList
 from distributed import end_process, start_ranks, stop_ranks
-from evaluation import Stopped, answer_split, split_loss
+from inference import Stopped, answer_split, split_loss
 from model import AnswerLoss
 
 
@@ -23,7 +23,7 @@ def main(model_folder: Path, results: Path) -> None:
     ranks = start_ranks()
     torch.set_num_threads(1)
     run = TinyRun(model_folder, results / f"run{ranks.rank}", "qwen3_vl")
-    found = {"rank": ranks.rank, "world": ranks.world, "describe": ranks.describe()}
+    found = {"rank": ranks.rank, "world": ranks.world_size, "describe": ranks.describe()}
 
     found["sum"] = ranks.sum(1 / 3 + ranks.rank, 1e16, ranks.rank, -(2.0**-60))
     found["any"] = [ranks.any(ranks.rank == 1), ranks.any(ranks.rank == 0), ranks.any(False), ranks.any(True)]

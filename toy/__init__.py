@@ -1,1 +1,1 @@
-"""A tiny model and a drawn picture set, so that everything runs without a download."""
+"""A tiny model and a drawn image set, so that everything runs without a download."""

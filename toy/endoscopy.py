@@ -1,4 +1,4 @@
-"""Drawn endoscopy pictures with questions, in the published layout of Kvasir-VQA."""
+"""Drawn endoscopy images with questions, in the published layout of Kvasir-VQA."""
 
 import csv
 import math
@@ -45,12 +45,12 @@ def shade(color, factor):
     return tuple(min(255, round(channel * factor)) for channel in color)
 
 
-def draw_picture(procedure, polyps, rng):
+def draw_image(procedure, polyps, rng):
     """A drawn view through an endoscope: RGB, 224×204 pixels. polyps: (place, colour) of each."""
     lit, dark = PROCEDURES[procedure]
     lumen_x, lumen_y = WIDTH / 2 + rng.uniform(-60, 60), HEIGHT / 2 + rng.uniform(-50, 50)
-    picture = Image.new("RGB", (WIDTH, HEIGHT), lit)
-    canvas = ImageDraw.Draw(picture)
+    image = Image.new("RGB", (WIDTH, HEIGHT), lit)
+    canvas = ImageDraw.Draw(image)
     folds = rng.randint(7, 11)
     for fold in range(folds):  # wavy rings from the wall into the lumen
         depth = fold / (folds - 1)
@@ -64,8 +64,8 @@ def draw_picture(procedure, polyps, rng):
             outline.append((lumen_x + reach * math.cos(angle), lumen_y + 0.92 * reach * math.sin(angle)))
         tone = tuple(near + (far - near) * depth**1.6 for near, far in zip(lit, dark, strict=True))
         canvas.polygon(outline, fill=shade(tone, 1.05 if fold % 2 == 0 else 0.95))
-    picture = picture.filter(ImageFilter.GaussianBlur(2.2))
-    canvas = ImageDraw.Draw(picture)
+    image = image.filter(ImageFilter.GaussianBlur(2.2))
+    canvas = ImageDraw.Draw(image)
     for _ in range(7):  # vessels
         x, y, angle = rng.uniform(0, WIDTH), rng.uniform(0, HEIGHT), rng.uniform(0, math.tau)
         vessel = [(x, y)]
@@ -75,7 +75,7 @@ def draw_picture(procedure, polyps, rng):
             vessel.append((x, y))
         canvas.line(vessel, fill=shade(lit, 0.8))
     for place, color in polyps:
-        draw_polyp(picture, PLACES[place], COLORS[color], shade(dark, 0.6), rng)
+        draw_polyp(image, PLACES[place], COLORS[color], shade(dark, 0.6), rng)
     for _ in range(rng.randint(4, 9)):  # wet highlights
         angle, reach, size = rng.uniform(0, math.tau), rng.uniform(0.2, 0.5) * WIDTH, rng.uniform(0.8, 1.8)
         x, y = lumen_x + reach * math.cos(angle), lumen_y + reach * math.sin(angle)
@@ -85,22 +85,20 @@ def draw_picture(procedure, polyps, rng):
     corner = rng.choice((0.3, 0.4, 0.5)) * WIDTH
     ImageDraw.Draw(field).rounded_rectangle((0, -overhang, WIDTH - 1, HEIGHT + overhang), corner, fill=255)
     field = field.filter(ImageFilter.GaussianBlur(1.2))
-    return Image.composite(
-        picture.filter(ImageFilter.GaussianBlur(0.6)), Image.new("RGB", picture.size, (8, 6, 8)), field
-    )
+    return Image.composite(image.filter(ImageFilter.GaussianBlur(0.6)), Image.new("RGB", image.size, (8, 6, 8)), field)
 
 
-def draw_polyp(picture, place, color, shadow, rng):
-    """A shaded ball with its shadow and a highlight, drawn into `picture`."""
+def draw_polyp(image, place, color, shadow, rng):
+    """A shaded ball with its shadow and a highlight, drawn into `image`."""
     column, row = place
     x = WIDTH * (0.5 + 0.275 * column + rng.uniform(-0.02, 0.02))
     y = HEIGHT * (0.5 + 0.265 * row + rng.uniform(-0.02, 0.02))
     wide = WIDTH * rng.uniform(0.095, 0.12)
     high = wide * rng.uniform(0.8, 1.1)
-    mask = Image.new("L", picture.size, 0)
+    mask = Image.new("L", image.size, 0)
     ImageDraw.Draw(mask).ellipse((x - 0.95 * wide, y - 0.8 * high, x + 1.25 * wide, y + 1.3 * high), fill=120)
-    picture.paste(shadow, mask=mask.filter(ImageFilter.GaussianBlur(5)))
-    canvas = ImageDraw.Draw(picture)
+    image.paste(shadow, mask=mask.filter(ImageFilter.GaussianBlur(5)))
+    canvas = ImageDraw.Draw(image)
     for ring in range(8):  # from the rim to the side that faces the light, at the upper left
         size, shift = 1 - ring / 8, 0.3 * ring / 8
         box = (
@@ -123,7 +121,7 @@ def dealt(items, rng):
 def write_endoscopy_set(folder, images=1000, seed=0):
     """Write a drawn set to `folder` (must not exist): images/<img_id>.jpg and metadata.csv as Kvasir-VQA has them.
 
-    Every picture has one to three polyps and four questions: procedure, number, colour, place. Several colours or
+    Every image has one to three polyps and four questions: procedure, number, colour, place. Several colours or
     places are joined by "; " in alphabetical order. The same arguments give the same bytes under the same Pillow.
     Returns the folder's Path. Raises ValueError where the folder exists.
     """
@@ -138,13 +136,13 @@ def write_endoscopy_set(folder, images=1000, seed=0):
         with open(partial / "metadata.csv", "w", newline="", encoding="utf-8") as file:
             table = csv.writer(file)
             table.writerow(["source", "question", "answer", "img_id"])
-            for picture in range(images):
-                img_id, procedure, number, color = f"drawn{picture:05d}", next(procedures), next(numbers), next(colors)
+            for image in range(images):
+                img_id, procedure, number, color = f"drawn{image:05d}", next(procedures), next(numbers), next(colors)
                 places = rng.sample(list(PLACES), number)
                 polyps = [(place, color) for place in places]
                 if number > 1 and rng.random() < 0.35:
                     polyps[-1] = (places[-1], rng.choice([other for other in COLORS if other != color]))
-                drawing = draw_picture(procedure, polyps, rng)
+                drawing = draw_image(procedure, polyps, rng)
                 drawing.save(partial / "images" / f"{img_id}.jpg", quality=90)
                 answers = {
                     PROCEDURE: procedure,

@@ -56,24 +56,24 @@ TINY_SIZES = {
     "vision_intermediate_size": 64,
     "vision_depth": 3,
     "vision_heads": 2,
-    "vision_positions": 64,  # Qwen3-VL only: 8 × 8 learned positions, resampled to each picture's grid
+    "vision_positions": 64,  # Qwen3-VL only: 8 × 8 learned positions, resampled to each image's grid
 }
 
 
 def chat_template(family):
-    """The family's chat template as a Jinja string: roles, text, images and videos; no tools, no numbered pictures.
+    """The family's chat template as a Jinja string: roles, text, images and videos; no tools, no numbered images.
 
     Written anew; renders what the real one renders. Two habits of Qwen3-VL that the older ones lack: no default system
-    prompt, and pictures count only in a user's turn (a later system turn is dropped altogether).
+    prompt, and images count only in a user's turn (a later system turn is dropped altogether).
     """
-    pictures = (
-        "{% if pictures and (part.type == 'image' or 'image' in part or 'image_url' in part) %}"
+    images = (
+        "{% if images and (part.type == 'image' or 'image' in part or 'image_url' in part) %}"
         "<|vision_start|><|image_pad|><|vision_end|>"
-        "{% elif pictures and (part.type == 'video' or 'video' in part) %}<|vision_start|><|video_pad|><|vision_end|>"
+        "{% elif images and (part.type == 'video' or 'video' in part) %}<|vision_start|><|video_pad|><|vision_end|>"
     )
     say = (
-        "{% macro say(content, pictures) %}{% if content is string %}{{ content }}{% else %}{% for part in content %}"
-        + pictures
+        "{% macro say(content, images) %}{% if content is string %}{{ content }}{% else %}{% for part in content %}"
+        + images
         + "{% elif 'text' in part %}{{ part.text }}{% endif %}{% endfor %}{% endif %}{% endmacro %}"
     )
     turn = "<|im_start|>{{ message.role }}\n{{ say(message.content, WHERE) }}<|im_end|>\n"
@@ -267,7 +267,7 @@ def make_teachable(model):
     """Give a random model weights of a size that LoRA can work with, in place.
 
     At the usual standard deviation of 0.02 a frozen random model of this size cannot be taught: its logits stay within
-    ±1 whatever the adapter does, and pictures arrive as near-zeros. Here every layer of the language model and the
+    ±1 whatever the adapter does, and images arrive as near-zeros. Here every layer of the language model and the
     projector keeps the size of what passes through it; the vision tower's blocks stay close to the identity.
     """
     import torch
@@ -303,7 +303,7 @@ def write_tiny_model(
     merges.txt, chat_template.json or .jinja, preprocessor_config.json. The same arguments give the same bytes.
     dtype: the weights' dtype on disk, as a torch dtype or its name. tokenizer_from: folder of a real tokenizer.
     teachable: weights that LoRA alone can teach a task within minutes, see `make_teachable`.
-    min_pixels, max_pixels: the image processor's bounds in pixels; by default the real ones, except that pictures down
+    min_pixels, max_pixels: the image processor's bounds in pixels; by default the real ones, except that images down
     to 64×64 (Qwen3-VL) or 56×56 stay as they are. sizes: any key of TINY_SIZES.
     Raises ValueError on an unknown family or size, or an existing folder.
     """

@@ -1,20 +1,29 @@
-"""A split → its loss and its answers, shared out over all ranks. Used while training and by `evaluate.py`."""
+"""A split → its loss and its answers, shared out over all ranks. Used while training and by `evaluate.py`.
+
+Greedy answers: an image is read once, and all its questions are answered from that cache. Questions of one image stand
+in one row behind their shared prefix (see `batches.collate`). Each decoding step feeds one token per question; the mask
+lets it see the prefix, its own question and its own answer.
+"""
 
 from collections.abc import Callable, Sequence
 
 import torch
+from torch import nn
 from tqdm import tqdm
 
 import clicks
+from batches import last_tokens
 from classification import ClassLoss
 from config import Config
 from dataset import EvalDataset, SampleEncoder, SampleList, load
 from distributed import Ranks
-from generate import greedy
-from model import AnswerLoss, to_device
+from family import Family
+from model import AnswerLoss, forward_logits, to_device
 from report import metrics
 from runlog import on_terminal
-from templates import CONVERSATION_TEMPLATE, sample_images, split_answer, to_messages
+from templates import CONVERSATION_TEMPLATE, image_paths, split_answer, to_messages
+
+MAX_NEW_TOKENS = 128  # the longest Kvasir-VQA answer, all nine places, has 44
 
 
 class Stopped(Exception):
@@ -23,8 +32,8 @@ class Stopped(Exception):
 
 def _rounds(dataset: EvalDataset, config: Config, ranks: Ranks, stop: Callable[[], bool], title: str):
     """This rank's batches; None in a last round in which it has none left. All ranks: agrees on stopping each round."""
-    mine = range(ranks.rank, len(dataset), ranks.world)
-    rounds = -(-len(dataset) // ranks.world)
+    mine = range(ranks.rank, len(dataset), ranks.world_size)
+    rounds = -(-len(dataset) // ranks.world_size)
     batches = load(dataset, mine, config.dataloader_num_workers, ranks.device)
     for _ in tqdm(range(rounds), title, disable=not on_terminal(), leave=False):
         yield next(batches, None)
@@ -47,7 +56,7 @@ def split_loss(
     return nll / tokens
 
 
-def merit(task: str, values: dict[str, float]) -> list[float]:
+def selection_score(task: str, values: dict[str, float]) -> list[float]:
     """What decides which checkpoint is the best, of an evaluation on val: the greater list is the better one."""
     return [values["eval_accuracy"], -values["eval_loss"]] if task == "cls" else [-values["eval_loss"]]
 
@@ -99,7 +108,7 @@ def _mean_cross_entropy(lines: list[dict]) -> float:
 def _class_line(sample: dict, logits: list[float], cut_tokens: int) -> dict:
     probabilities = torch.tensor(logits, dtype=torch.float64).softmax(0).tolist()
     predicted = max(range(len(logits)), key=lambda label: logits[label])
-    line = {"id": sample["id"], "images": sample_images(sample), "logits": logits, "probabilities": probabilities}
+    line = {"id": sample["id"], "images": image_paths(sample), "logits": logits, "probabilities": probabilities}
     line |= {"predicted_label": predicted, "true_label": sample["label"], "correct": predicted == sample["label"]}
     line["cut_tokens"] = cut_tokens
     skipped = line.keys() | {"image"}
@@ -171,10 +180,10 @@ def own_answers_only(conversation: dict, own: list[str]) -> dict:
 
 def prediction_line(sample: dict, encoder: SampleEncoder, prediction: str, finished: bool) -> dict:
     """One line of `generated_predictions.jsonl`."""
-    spoken = encoder.spoken(sample)
-    prompt, gold = split_answer(to_messages(spoken, encoder.config.template))
-    question = spoken.get("question") or _text_of(prompt[-1]["content"])
-    line = {"id": sample["id"], "images": sample_images(sample), "question": question, "answer": gold}
+    prompted = encoder.as_prompted(sample)
+    prompt, gold = split_answer(to_messages(prompted, encoder.config.template))
+    question = prompted.get("question") or _text_of(prompt[-1]["content"])
+    line = {"id": sample["id"], "images": image_paths(sample), "question": question, "answer": gold}
     line["prediction"] = prediction
     if encoder.config.task == "click":
         line |= clicks.predicted(prediction, encoder.placement(line["images"][0]), encoder.family)
@@ -191,3 +200,55 @@ def _text_of(content) -> str:
     if isinstance(content, str):
         return content
     return "".join(part["text"] for part in content if part["type"] == "text").strip()
+
+
+# ------------------------------------------------------------------------------------------------------- greedy answers
+
+
+@torch.inference_mode()
+def greedy(model: nn.Module, batch: dict, family: Family, end_ids: set[int], max_new_tokens: int = MAX_NEW_TOKENS):
+    """Greedy answers of a collated batch of prompts, on the batch's device.
+
+    Returns a list over the batch's items of (token ids without the end token, finished); not finished: cut off after
+    max_new_tokens. Every slot (row, question) advances on its own, so the answers do not depend on the batching.
+    """
+    from transformers import DynamicCache
+
+    segments, positions, slots = batch["segments"], batch["position_ids"], batch["slots"]
+    rows, width = slots.shape
+    device = segments.device
+    is_last = last_tokens(segments)
+    used = slots >= 0  # (rows, width)
+    cache = DynamicCache(config=model.config)
+    output = forward_logits(model, batch, family, is_last, use_cache=True, past_key_values=cache)
+    token = torch.zeros_like(slots)
+    token[used] = output.logits.argmax(-1)
+    next_position = torch.zeros(3, *slots.shape, dtype=torch.int64, device=device)
+    next_position[:, used] = positions[:, is_last] + 1
+    slot_segment = torch.arange(1, width + 1, device=device, dtype=segments.dtype).expand(rows, width)
+    key_segment = segments  # of every token in the cache
+    ends = torch.tensor(sorted(end_ids), device=device)
+    running = used & ~torch.isin(token, ends)
+    answers = [token]
+    for _ in range(max_new_tokens - 1):
+        if not running.any():
+            break
+        key_segment = torch.cat([key_segment, slot_segment], dim=1)
+        # A token sees the prefix (0) and everything of its own question, which is itself and tokens before it.
+        mask = (key_segment[:, None, None, :] == 0) | (key_segment[:, None, None, :] == slot_segment[:, None, :, None])
+        output = model(
+            input_ids=token, attention_mask=mask, position_ids=next_position, past_key_values=cache, use_cache=True
+        )
+        token = output.logits.argmax(-1)
+        next_position = next_position + 1
+        answers.append(torch.where(running, token, ends[0]))
+        running &= ~torch.isin(token, ends)
+    table = torch.stack(answers, dim=-1).tolist()
+    results: list[tuple[list[int], bool]] = [([], False) for _ in batch["sample_ids"]]
+    for row, items in enumerate(slots.tolist()):
+        for column, item in enumerate(items):
+            if item >= 0:
+                tokens = table[row][column]
+                end = next((i for i, value in enumerate(tokens) if value in end_ids), len(tokens))
+                results[item] = (tokens[:end], end < len(tokens))
+    return results
