@@ -1,10 +1,12 @@
-"""Files and folders that appear whole or not at all: written beside their place, flushed to the disk, renamed last."""
+"""Files and folders that appear whole or not at all: written beside their place, flushed to the disk, renamed last.
+And JSON read with errors that name file and line."""
 
 import contextlib
 import json
 import os
 import shutil
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 from errors import UserError
@@ -71,12 +73,74 @@ def flush(path: Path) -> int:
         os.close(descriptor)
 
 
+@contextlib.contextmanager
+def written_beside(*paths: Path) -> Iterator[list[Path]]:
+    """Temporary paths beside `paths`, to be written instead of them. At the end all are flushed and renamed into place;
+    where anything raises, none is, what was there before stays, and nothing is left."""
+    temporary = [path.with_name(f".{path.name}.tmp-{os.getpid()}") for path in paths]
+    try:
+        yield temporary
+        for path in temporary:
+            flush(path)
+        for path, final in zip(temporary, paths, strict=True):
+            path.replace(final)
+    finally:
+        for path in temporary:
+            with contextlib.suppress(OSError):
+                path.unlink()
+
+
 def write_text(path: Path, text: str) -> None:
     """Write beside, rename last."""
-    temporary = path.with_name(f".{path.name}.tmp")
-    temporary.write_text(text, encoding="utf-8")
-    temporary.replace(path)
+    with written_beside(path) as (temporary,):
+        temporary.write_text(text, encoding="utf-8", newline="\n")
 
 
 def write_json(path: Path, value) -> None:
     write_text(path, json.dumps(value, indent=1, ensure_ascii=False, allow_nan=False) + "\n")
+
+
+# ------------------------------------------------------------------------------------------------------------- reading
+
+
+def read_json(path: Path, what_to_do: str):
+    """The value in a JSON file. what_to_do: the cure that the message ends with, such as "run evaluate.py again".
+
+    Raises: `UserError` with file, line and cure where it cannot be read or is not JSON (NaN is not)."""
+    return _parse(_read_text(path, what_to_do), f"{path} line ", 1, what_to_do)
+
+
+def read_json_lines(path: Path, what_to_do: str) -> list[tuple[int, object]]:
+    """(line number, value) of each line of a .jsonl file that is not blank. Raises: as `read_json`."""
+    lines = enumerate(_read_text(path, what_to_do).split("\n"), 1)  # not splitlines: a text may hold U+2028
+    return [(number, _parse(line, f"{path} line ", number, what_to_do)) for number, line in lines if line.strip()]
+
+
+def _read_text(path: Path, what_to_do: str) -> str:
+    try:
+        return Path(path).read_bytes().decode("utf-8-sig")  # -sig: some editors put a byte order mark first
+    except OSError as error:
+        raise UserError(f"{path} cannot be read ({error.strerror or error}); {what_to_do}") from None
+    except UnicodeDecodeError as error:
+        number = error.object[: error.start].count(b"\n") + 1
+        raise UserError(f"{path} line {number}: not UTF-8 text ({error.reason}); {what_to_do}") from None
+
+
+def _parse(text: str, where: str, first_line: int, what_to_do: str):
+    line = first_line
+    try:
+        return _DECODER.decode(text)
+    except json.JSONDecodeError as error:
+        line, reason = first_line + error.lineno - 1, error.msg
+    except RecursionError:
+        reason = "nested too deeply"
+    except ValueError as error:  # NaN, or a number of thousands of digits
+        reason = str(error).partition(";")[0]
+    raise UserError(f"{where}{line}: not valid JSON ({reason}); {what_to_do}")
+
+
+def _refuse_constant(name: str):
+    raise ValueError(f"{name} is no JSON number")
+
+
+_DECODER = json.JSONDecoder(parse_constant=_refuse_constant)
