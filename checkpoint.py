@@ -18,7 +18,7 @@ from safetensors.torch import load_file, save_file
 import sharding
 from classification import HEAD_FILE, load_head, save_head
 from config import Config
-from distributed import Ranks
+from distributed import Ranks, all_or_raise
 from errors import UserError
 from files import flush, full_disk_is_said, save_atomically, write_json
 from model import HEAD, add_lora_in_the_product, base_of, group_of, load_base, quiet_peft
@@ -179,19 +179,6 @@ def full_head(model) -> dict[str, torch.Tensor]:
 def _save_shards(shards: Path, trainable, optimizer) -> None:
     with full_disk_is_said(shards):
         sharding.save_shards(shards, trainable, optimizer)
-
-
-def all_or_raise(ranks: Ranks, action):
-    """What `action()` returns on this rank. All ranks: contains an all_reduce; where it fails on one rank with
-    `UserError`, all raise."""
-    result = failure = None
-    try:
-        result = action()
-    except UserError as error:
-        failure = error
-    if ranks.any(failure is not None):
-        raise failure or UserError("another rank could not save the checkpoint")
-    return result
 
 
 def resume(folder: Path, model, optimizer, trainable: dict[str, torch.nn.Parameter], config: Config) -> None:

@@ -15,7 +15,8 @@ from batches import last_tokens
 from config import Config
 from errors import UserError
 from family import Family
-from model import base_of, model_inputs
+from model import AnswerLoss, base_of, model_inputs
+from tasks import task_of
 from templates import IGNORE
 
 HEAD_FILE = "cls_head.safetensors"  # weight (num_labels, hidden_size) and bias (num_labels,), float32, always whole
@@ -58,6 +59,11 @@ class ClassLoss(nn.Module):
         return F.cross_entropy(logits, batch["class_labels"], reduction="sum", ignore_index=IGNORE)
 
 
+def make_loss(model: nn.Module, family: Family, config: Config) -> nn.Module:
+    """The loss module of the config's task around a model, with its head where the task has one."""
+    return (ClassLoss if task_of(config).HAS_HEAD else AnswerLoss)(model, family)
+
+
 # ----------------------------------------------------------------------------------------------------------- the file
 
 
@@ -89,14 +95,14 @@ def load_head(model: nn.Module, folder: Path, num_labels: int) -> None:
 def logged_rates(config: Config, rates: list[float]) -> dict[str, float]:
     """What a log row says of a step's rates besides the first group's. rates: of `model.optimizer_groups`, the head's
     first; a backbone at rate 0 has no group."""
-    if config.task != "cls":
+    if not task_of(config).HAS_HEAD:
         return {}
     return {"backbone_learning_rate": 0.0 if config.backbone_learning_rate == 0 else rates[-1]}
 
 
 def notes(config: Config) -> list[str]:
     """What the log says of a classification run before its first step."""
-    if config.task != "cls":
+    if not task_of(config).HAS_HEAD:
         return []
     head = config.learning_rate
     backbone = head if config.backbone_learning_rate is None else config.backbone_learning_rate

@@ -4,12 +4,9 @@ Training, evaluation, `predict.py` and `prepare_data.py` all come here. Coordina
 the upright image; the right and lower edges belong to it.
 """
 
-import json
 import math
 import re
-from pathlib import Path
 
-from config import Config
 from errors import UserError
 from family import Family
 from images import Placement
@@ -18,7 +15,6 @@ from templates import image_paths
 # Thousandths, as in the makers' grounding examples. (Their phone agent's system prompt calls the screen 999×999 and
 # divides by 999; the two differ by at most a thousandth of the side.)
 RELATIVE_UNITS = 1000
-CONVENTION_FILE = "coordinates.json"  # beside the weights of every click run
 COORDINATES = {
     "relative": f"0 to {RELATIVE_UNITS} of the image the model sees",
     "absolute": "pixels of the image the model sees",
@@ -191,41 +187,3 @@ def predicted(answer: str, placement: Placement, family: Family) -> dict:
     prompted = parse_point(answer)
     point = None if prompted is None else [round(value, 2) for value in to_original(prompted, placement, family)]
     return {"predicted_point": point, "image_size": list(placement.original_size)}
-
-
-# --------------------------------------------------------------------------------------------------- the convention
-
-
-def convention(family: Family, config: Config) -> dict:
-    """What a checkpoint's numbers mean: an adapter is worth nothing under another convention, so it is kept with it."""
-    limit = (
-        {"image_size": config.image_size}
-        if config.resize == "letterbox"
-        else {"max_pixels": config.max_pixels or family.max_pixels}
-    )
-    coordinates = COORDINATES.get(family.coordinates, "none")
-    return {"coordinates": coordinates, "resize": config.resize, **limit, "template": config.template}
-
-
-def records(family: Family, config: Config) -> dict[str, dict]:
-    """File name → content, to be kept beside the weights of a run; none for other tasks than click."""
-    return {CONVENTION_FILE: convention(family, config)} if config.task == "click" else {}
-
-
-def check_convention(folder, family: Family, config: Config) -> None:
-    """Errors: `UserError` where the weights in `folder` were trained to speak other coordinates than this run's.
-    folder None: there are none."""
-    if config.task != "click" or folder is None:
-        return
-    path = Path(folder) / CONVENTION_FILE
-    if not path.is_file():
-        return
-    try:
-        trained = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise UserError(f"{path}: not valid JSON ({error}); restore it from the run's other checkpoints") from None
-    now = convention(family, config)
-    differing = [key for key in trained.keys() | now.keys() if trained.get(key) != now.get(key)]
-    if differing:
-        told = "; ".join(f"{key} {trained.get(key)!r}, here {now.get(key)!r}" for key in sorted(differing))
-        raise UserError(f"{folder} was trained with {told}; its points would be misread, so use the settings it had")

@@ -13,7 +13,6 @@ import numpy as np
 import torch
 from torch.utils.data import DataLoader, Dataset
 
-import clicks
 from batches import BatchPlan, Item, collate, passes, weightless
 from config import Config
 from distributed import ignore_stop_signals
@@ -31,17 +30,14 @@ from images import (
     patchify,
     upright_size,
 )
+from tasks import task_of
 from templates import (
     CONVERSATION_TEMPLATE,
     as_conversations,
-    check_template,
-    class_label,
     cut_text,
-    document_messages,
     encode,
     image_paths,
     split_answer,
-    to_messages,
 )
 
 
@@ -153,7 +149,10 @@ class SampleEncoder:
 
     def __init__(self, config: Config, family: Family, tokenizer):
         self.config, self.family, self.tokenizer = config, family, tokenizer
-        check_template(config.template, config.task)
+        self.task = task_of(config)
+        if config.template not in self.task.TEMPLATES:
+            known = ", ".join(self.task.TEMPLATES)
+            raise UserError(f"key 'template' is '{config.template}'; use one of {known} for task '{config.task}'")
         self.image_shown = config.image == "shown" and family.has_vision
 
     def load_image(self, path: str) -> ModelImage:
@@ -164,7 +163,13 @@ class SampleEncoder:
         else:
             image, placement = native_resize(image, *self._native_limits())
         grid = (image.height // family.patch_size, image.width // family.patch_size)
-        return ModelImage(patchify(image, family.patch_size, family.merge_size), grid, placement)
+        return ModelImage(path, patchify(image, family.patch_size, family.merge_size), grid, placement)
+
+    def size_only(self, path: str) -> ModelImage:
+        """The image's grid without its pixels, from the file's header."""
+        placement, patch_size = self.placement(path), self.family.patch_size
+        width, height = placement.model_size
+        return ModelImage(path, None, (height // patch_size, width // patch_size), placement)
 
     def _native_limits(self) -> tuple[int, int, int]:
         limit = self.config.max_pixels or self.family.max_pixels
@@ -178,52 +183,27 @@ class SampleEncoder:
             return letterbox_placement(width, height, self.config.image_size)
         return native_placement(width, height, *self._native_limits())
 
-    def as_prompted(self, sample: dict, placement: Placement | None = None) -> dict:
-        """The sample as `templates.to_messages` takes it: a click's point becomes what the family says of it, which
-        depends on where its image lies. placement: where it is known; else the sample's own image_size is trusted."""
-        if self.config.task != "click":
-            return sample
-        if placement is None:
-            placement = self.placement(clicks.image_of(sample), clicks.stated_size(sample))
-        return clicks.as_question(sample, placement, self.family)
-
-    def messages(self, sample: dict, placement: Placement | None = None) -> list[dict]:
-        """The sample's conversation up to its answer; of a document to be classified, the prompt alone.
-
-        Errors: `UserError` that says what is wrong with the sample."""
-        if self.config.task != "cls":
-            return to_messages(self.as_prompted(sample, placement), self.config.template, self.image_shown)
-        pages = len(self.images_of(sample))
-        if self.image_shown and not pages:
-            raise UserError(
-                f"the sample has no images but model_name is a vision model ({self.family.model_type}); classify texts "
-                "with a text model, give the sample 'images' (prepare_data.py papers --pages), or set image: none"
-            )
-        class_label(sample, self.config.num_labels)
-        return document_messages(sample, self.config.template, pages)
-
     def images_of(self, sample: dict) -> tuple[str, ...]:
-        """Errors: `UserError` where the model cannot see them."""
+        """The paths of the images that the model is shown. Raises: `UserError` where it cannot see them."""
         images = image_paths(sample)
         if images and self.config.image == "shown" and not self.family.has_vision:
             raise UserError(f"the sample has images but model_name is a text model ({self.family.model_type})")
         return tuple(images) if self.image_shown else ()
 
     def encode(self, sample: dict, images: Sequence[ModelImage], generation: bool = False) -> Item:
-        """generation: only the prompt goes in, so the gold answer cannot reach the model.
+        """images: those of `images_of`. generation: only the prompt goes in, so the gold answer cannot reach the model.
 
-        Errors: `UserError` where the sample is longer than max_tokens: neither image nor answer is ever cut, only a
+        Raises: `UserError` where the sample is longer than max_tokens: neither image nor answer is ever cut, only a
         document's text, at its end.
         """
-        family, merge_size = self.family, self.family.merge_size
-        is_document = self.config.task == "cls"
-        messages = self.messages(sample, images[0].placement if images else None)
-        if generation and not is_document:
+        family, merge_size, has_head = self.family, self.family.merge_size, self.task.HAS_HEAD
+        messages, label = self.task.prompt(sample, self, len(images), images[0].placement if images else None)
+        if generation and not has_head:
             messages, _ = split_answer(messages)
         image_tokens = [image.grid[0] * image.grid[1] // merge_size**2 for image in images]
-        encoded = encode(messages, self.tokenizer, image_tokens, family.image_token_id, generation or is_document)
+        encoded = encode(messages, self.tokenizer, image_tokens, family.image_token_id, generation or has_head)
         too_many = max(0, len(encoded.input_ids) - self.config.max_tokens)
-        if too_many and is_document and "text" in sample:
+        if too_many and has_head and "text" in sample:
             encoded = cut_text(encoded, sample["text"], too_many, self.tokenizer)
         elif too_many:
             raise UserError(
@@ -237,9 +217,9 @@ class SampleEncoder:
             input_ids=input_ids,
             labels=np.asarray(encoded.labels),
             position_ids=rope_positions(input_ids, [i.grid for i in images], merge_size, family.image_token_id),
-            images=self.images_of(sample),
+            images=tuple(image.path for image in images),
             last_image_token=int(is_image[-1]) if len(is_image) else -1,
-            class_label=class_label(sample, self.config.num_labels) if is_document else None,
+            class_label=label,
             cut_tokens=too_many,
         )
 

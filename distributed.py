@@ -10,12 +10,12 @@ import multiprocessing
 import os
 import signal
 import sys
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NoReturn
 
 import torch
 import torch.distributed as dist
-from torch.nn.parallel import DistributedDataParallel
 
 from errors import UserError
 
@@ -107,35 +107,73 @@ def start_ranks() -> Ranks:
 
 
 def stop_ranks() -> None:
-    """Leave the process group. No DDP wrapper may outlive this call: with its end the group would end under Python's
-    lock, which one of gloo's threads may just be waiting for to drop a finished barrier, and the process would hang."""
+    """Leave the process group."""
     if dist.is_initialized():
         dist.destroy_process_group()
 
 
-def wrap_ddp(module: torch.nn.Module, ranks: Ranks) -> DistributedDataParallel:
-    """The module whose backward pass averages gradients over the ranks. All ranks: contains all_gathers."""
-    # init_sync would broadcast the frozen base weights too. Every rank has loaded the same ones; what is trained:
-    trained = [parameter for parameter in module.parameters() if parameter.requires_grad]
-    sums = ranks.gather([sum(float(parameter.detach().double().sum()) for parameter in trained)])
+def all_or_raise(ranks: Ranks, action):
+    """What `action()` returns on this rank. All ranks: contains all_gathers.
+
+    Raises: `UserError` on all ranks where it fails so on one, with that rank's message: nobody waits for a rank that
+    has ended."""
+    result, failure = None, []
+    try:
+        result = action()
+    except UserError as error:
+        failure = [str(error)]
+    if failures := ranks.gather(failure):
+        raise UserError(failures[0])
+    return result
+
+
+def check_same_start(trainable: dict[str, torch.nn.Parameter], ranks: Ranks) -> None:
+    """Every rank has loaded the same weights by itself. All ranks: contains all_gathers."""
+    sums = ranks.gather([sum(float(parameter.detach().double().sum()) for parameter in trainable.values())])
     assert len(set(sums)) == 1, f"the ranks start from different weights: {sums}"
-    return DistributedDataParallel(
-        module,
-        device_ids=[ranks.device.index] if ranks.device.type == "cuda" else None,
-        broadcast_buffers=False,
-        gradient_as_bucket_view=True,
-        init_sync=False,
-    )
+
+
+BUCKET_ELEMENTS = 2**26  # 256 MB of float32 gradients travel at a time
+
+
+def sum_gradients(trainable: dict[str, torch.nn.Parameter], present: Sequence[bool]) -> None:
+    """Add up the gradients of all ranks, in place. All ranks: contains all_reduces, the same ones whatever a pass held.
+
+    present: of each parameter, whether any rank has a gradient of it. A rank without one adds zero; where none has one,
+    as of a trained vision tower in a step without images, it stays None, as in one process.
+
+    DDP would do it while the backward pass still runs, but needs a gradient of every parameter in every pass of every
+    rank, and settles its buckets only in the first step, so that a resumed run would add up in another order. These
+    buckets depend on the parameters alone. What DDP's overlap would save is little: an 8B's adapter has 175 MB.
+    """
+    waiting = [parameter for parameter, has_gradient in zip(trainable.values(), present, strict=True) if has_gradient]
+    while waiting:
+        bucket, size = [], 0
+        while waiting and (not bucket or size + waiting[0].numel() <= BUCKET_ELEMENTS):
+            bucket.append(waiting.pop(0))
+            size += bucket[-1].numel()
+        gradients = [torch.zeros_like(p) if p.grad is None else p.grad for p in bucket]
+        flat = torch.cat([gradient.flatten() for gradient in gradients])
+        dist.all_reduce(flat)
+        for parameter, summed in zip(bucket, flat.split([p.numel() for p in bucket]), strict=True):
+            parameter.grad = summed.view_as(parameter)
 
 
 class StopSignal:
-    """SIGUSR1 (Slurm's warning), SIGTERM and Ctrl-C set a flag; the ranks agree on it at the next step boundary.
+    """SIGUSR1 (Slurm's warning), SIGTERM, Ctrl-C and the end of torchrun set a flag; the ranks agree on it at the next
+    step boundary.
 
-    The handler does nothing else: saving inside a handler hangs when the signal arrives inside a collective."""
+    The handler does nothing else: saving inside a handler hangs when the signal arrives inside a collective. SIGTERM
+    and Ctrl-C end the process at once until `ranks_have_met`: a rank that waits for another in the rendezvous runs no
+    handler, and would keep torchrun waiting for 30 s."""
 
     def __init__(self):
         self.name: str | None = None
-        for number in (signal.SIGUSR1, signal.SIGTERM, signal.SIGINT):
+        self._parent = os.getppid()
+        signal.signal(signal.SIGUSR1, self._note)
+
+    def ranks_have_met(self) -> None:
+        for number in (signal.SIGTERM, signal.SIGINT):
             signal.signal(number, self._note)
 
     def _note(self, number, frame) -> None:
@@ -143,6 +181,8 @@ class StopSignal:
 
     @property
     def requested(self) -> bool:
+        if os.getppid() != self._parent:  # torchrun was killed: its workers, in sessions of their own, would train on
+            self.name = self.name or "the end of the process that started it"
         return self.name is not None
 
 

@@ -169,7 +169,8 @@ def unpatchify(patches: np.ndarray, grid: tuple[int, int], patch_size: int, merg
 class ModelImage:
     """One image as it travels to the device."""
 
-    patches: np.ndarray  # uint8 (patches, 3 × patch_size²)
+    path: str  # as in the sample
+    patches: np.ndarray | None  # uint8 (patches, 3 × patch_size²)
     grid: tuple[int, int]  # (height, width) in patches
     placement: Placement
 

@@ -11,7 +11,6 @@ import torch
 from torch import nn
 from tqdm import tqdm
 
-import clicks
 from batches import last_tokens
 from classification import ClassLoss
 from config import Config
@@ -19,9 +18,8 @@ from dataset import EvalDataset, SampleEncoder, SampleList, load
 from distributed import Ranks
 from family import Family
 from model import AnswerLoss, forward_logits, to_device
-from report import metrics
 from runlog import on_terminal
-from templates import CONVERSATION_TEMPLATE, image_paths, split_answer, to_messages
+from templates import CONVERSATION_TEMPLATE
 
 MAX_NEW_TOKENS = 128  # the longest Kvasir-VQA answer, all nine places, has 44
 
@@ -56,63 +54,53 @@ def split_loss(
     return nll / tokens
 
 
-def selection_score(task: str, values: dict[str, float]) -> list[float]:
-    """What decides which checkpoint is the best, of an evaluation on val: the greater list is the better one."""
-    return [values["eval_accuracy"], -values["eval_loss"]] if task == "cls" else [-values["eval_loss"]]
-
-
 def scores_while_training(loss, splits: dict[str, SampleList], encoder: SampleEncoder, ranks: Ranks, stop) -> dict:
     """Loss and accuracy on val (eval_loss, eval_accuracy); for cls on test too (test_loss, test_accuracy).
 
     Questions are answered up to `eval_max_samples`; the losses are of whole splits. All ranks: contains all_reduces."""
     config = encoder.config
-    if config.task == "cls":
+    if encoder.task.HAS_HEAD:
         values = {}
         for split, prefix in (("val", "eval"), ("test", "test")):
             if split in splits:
-                lines = classify_split(loss, splits[split], encoder, ranks, stop)
-                values[f"{prefix}_loss"] = _mean_cross_entropy(lines)
-                values[f"{prefix}_accuracy"] = sum(line["correct"] for line in lines) / len(lines)
+                rows = classify_split(loss, splits[split], encoder, ranks, stop)
+                values[f"{prefix}_loss"] = _mean_cross_entropy(rows)
+                values[f"{prefix}_accuracy"] = sum(row["correct"] for row in rows) / len(rows)
         return values
     values = {"eval_loss": split_loss(loss, splits["val"], encoder, ranks, stop)}
     if config.eval_max_samples:
-        rows = range(min(config.eval_max_samples, len(splits["val"])))
-        lines = answer_split(loss.model, splits["val"], encoder, ranks, rows, stop)
-        values["eval_accuracy"] = sum(line["correct"] for line in lines) / len(lines)
+        chosen = range(min(config.eval_max_samples, len(splits["val"])))
+        rows = answer_split(loss.model, splits["val"], encoder, ranks, chosen, stop)
+        values["eval_accuracy"] = sum(row["correct"] for row in rows) / len(rows)
     return values
+
+
+def predict_split(loss, samples: SampleList, encoder: SampleEncoder, ranks: Ranks) -> list[dict]:
+    """The rows of `generated_predictions.jsonl` of a whole split. All ranks: contains all_gathers."""
+    if encoder.task.HAS_HEAD:
+        return classify_split(loss, samples, encoder, ranks)
+    return answer_split(loss.model, samples, encoder, ranks)
 
 
 @torch.no_grad()
 def classify_split(
     loss: ClassLoss, samples: SampleList, encoder: SampleEncoder, ranks: Ranks, stop=lambda: False
 ) -> list[dict]:
-    """The classes of a split's documents, as lines of `generated_predictions.jsonl` in the order of the file; every
-    rank gets all of them. All ranks: contains all_gathers.
-
-    Each line: id, images, logits, probabilities, predicted_label, true_label, correct, cut_tokens (of its text, at the
-    end), and every other key of the sample."""
+    """The classes of a split's documents, as rows of `tasks.cls.row` in the order of the file; every rank gets all of
+    them. All ranks: contains all_gathers."""
     dataset = EvalDataset(samples, encoder, encoder.config.share_prefix, encoder.config.eval_bs, generation=True)
     found = []
     for batch in _rounds(dataset, encoder.config, ranks, stop, "classes"):
         if batch is not None:
             logits = loss(to_device(batch, ranks.device), only_logits=True)
             found += zip(batch["rows"], logits.tolist(), batch["cut_tokens"].tolist(), strict=True)
-    return [_class_line(samples[row], logits, cut) for row, logits, cut in sorted(map(tuple, ranks.gather(found)))]
+    found = sorted(map(tuple, ranks.gather(found)))
+    return [encoder.task.row(samples[row], encoder, output) for row, *output in found]
 
 
-def _mean_cross_entropy(lines: list[dict]) -> float:
-    logits = torch.tensor([line["logits"] for line in lines], dtype=torch.float64)
-    return float(torch.nn.functional.cross_entropy(logits, torch.tensor([line["true_label"] for line in lines])))
-
-
-def _class_line(sample: dict, logits: list[float], cut_tokens: int) -> dict:
-    probabilities = torch.tensor(logits, dtype=torch.float64).softmax(0).tolist()
-    predicted = max(range(len(logits)), key=lambda label: logits[label])
-    line = {"id": sample["id"], "images": image_paths(sample), "logits": logits, "probabilities": probabilities}
-    line |= {"predicted_label": predicted, "true_label": sample["label"], "correct": predicted == sample["label"]}
-    line["cut_tokens"] = cut_tokens
-    skipped = line.keys() | {"image"}
-    return line | {key: value for key, value in sample.items() if key not in skipped}
+def _mean_cross_entropy(rows: list[dict]) -> float:
+    logits = torch.tensor([row["logits"] for row in rows], dtype=torch.float64)
+    return float(torch.nn.functional.cross_entropy(logits, torch.tensor([row["true_label"] for row in rows])))
 
 
 def answer_split(
@@ -123,17 +111,13 @@ def answer_split(
     rows: Sequence[int] | None = None,
     stop=lambda: False,
 ) -> list[dict]:
-    """Greedy answers of a split, or of some of its rows, as lines of `generated_predictions.jsonl` in the order of the
-    file; every rank gets all of them. All ranks: contains all_gathers.
-
-    Each line: id, images, question, answer (gold), prediction, correct, outside_candidates, cut_off (no end within the
-    token limit), and every other key of the sample.
-    """
+    """Greedy answers of a split, or of some of its rows, as rows of the task in the order of the file; every rank gets
+    all of them. All ranks: contains all_gathers."""
     rows = range(len(samples)) if rows is None else rows
     if encoder.config.template == CONVERSATION_TEMPLATE:
         return _answer_conversations(model, samples, encoder, ranks, rows, stop)
     answers = _answers(model, samples, encoder, ranks, rows, stop)
-    return [prediction_line(samples[row], encoder, text, finished) for row, text, finished in answers]
+    return [encoder.task.row(samples[row], encoder, output) for row, *output in answers]
 
 
 def _answers(model, samples, encoder, ranks, rows, stop) -> list[tuple[int, str, bool]]:
@@ -164,9 +148,9 @@ def _answer_conversations(model, samples, encoder, ranks, rows, stop) -> list[di
         for index, text, finished in _answers(model, prompts, encoder, ranks, range(len(active)), stop):
             given[active[index]].append((text, finished))
     return [
-        prediction_line(question, encoder, text, finished)
+        encoder.task.row(question, encoder, output)
         for row in rows
-        for question, (text, finished) in zip(conversations[row]["turns"], given[row], strict=True)
+        for question, output in zip(conversations[row]["turns"], given[row], strict=True)
     ]
 
 
@@ -176,30 +160,6 @@ def own_answers_only(conversation: dict, own: list[str]) -> dict:
     for turn, text in zip(turns, own, strict=False):
         turn["answer"] = text.replace("<|", "< |")  # a spelt-out control token is text, and must stay so
     return {**conversation, "turns": turns}
-
-
-def prediction_line(sample: dict, encoder: SampleEncoder, prediction: str, finished: bool) -> dict:
-    """One line of `generated_predictions.jsonl`."""
-    prompted = encoder.as_prompted(sample)
-    prompt, gold = split_answer(to_messages(prompted, encoder.config.template))
-    question = prompted.get("question") or _text_of(prompt[-1]["content"])
-    line = {"id": sample["id"], "images": image_paths(sample), "question": question, "answer": gold}
-    line["prediction"] = prediction
-    if encoder.config.task == "click":
-        line |= clicks.predicted(prediction, encoder.placement(line["images"][0]), encoder.family)
-        line["correct"] = metrics.click_correct({**sample, **line})
-    else:
-        line["correct"] = metrics.answer_correct(line)
-        line["outside_candidates"] = metrics.answer_outside_candidates({**sample, **line})
-    line["cut_off"] = not finished
-    skipped = line.keys() | {"image", "messages", "conversations"}
-    return line | {key: value for key, value in sample.items() if key not in skipped}
-
-
-def _text_of(content) -> str:
-    if isinstance(content, str):
-        return content
-    return "".join(part["text"] for part in content if part["type"] == "text").strip()
 
 
 # ------------------------------------------------------------------------------------------------------- greedy answers

@@ -18,6 +18,7 @@ from attention import SharedRows, attention_mask, install_shared_attention, inst
 from config import Config, Lora
 from errors import UserError
 from family import Family
+from tasks import task_of
 from templates import IGNORE
 
 OLDEST_TRANSFORMERS = (5, 23)  # an older one would ignore the images' features that it is given, and say nothing
@@ -219,7 +220,7 @@ def prepare_training(model: nn.Module, config: Config) -> nn.Module:
             model.requires_grad_(False)
         groups = []  # of the model's own parameters
     for name, parameter in model.named_parameters():
-        unused = config.task == "cls" and name == "lm_head.weight"
+        unused = task_of(config).HAS_HEAD and name == "lm_head.weight"
         if group_of(name) in [*groups, HEAD] and not unused:
             parameter.requires_grad_(True)
             parameter.data = parameter.data.float()  # a bfloat16 weight never moves at a rate of 2e-6

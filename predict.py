@@ -18,45 +18,19 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 import torch
 from PIL import Image, ImageDraw
 
-import clicks
-import model as modeling
 from checkpoint import load_trained
-from classification import ClassLoss
-from config import Config, load_config
-from dataset import SampleEncoder, SampleList
+from classification import make_loss
+from config import load_config
+from dataset import SampleList
 from distributed import start_ranks
 from errors import UserError, exit_on_user_error
-from family import load_family
 from images import open_image
-from inference import answer_split, classify_split
-from preflight import check_samples
+from inference import predict_split
+from preflight import check_samples, open_encoder
 from run_folder import config_of, with_own_model
+from tasks import task_of
 
 RED, WHITE = "#e0352b", "#ffffff"
-
-
-def sample_of(config: Config, images: list[Path], prompt: str, candidates: list[str]) -> dict:
-    """The prompt as a sample of the run's task. Its gold answer is a form to be filled: it never enters the prompt."""
-    sample = {"id": "prompt", "images": [str(path) for path in images]}
-    if config.task == "cls":
-        return {**sample, **({"text": prompt} if prompt else {}), "label": 0}
-    if not images or not prompt:
-        raise UserError(f"task '{config.task}' needs both --image and --prompt")
-    if config.task == "click":
-        return {**sample, "instruction": prompt, "point": [0, 0]}
-    return {**sample, "question": prompt, "answer": "-", "candidates": candidates}
-
-
-def encoder_of(config: Config, folder: Path) -> SampleEncoder:
-    """What turns an image and a prompt into tokens, as in training. Errors: `UserError` where the settings are not
-    those that the folder's weights were trained with."""
-    # The images come from anywhere on this machine, one at a time.
-    config = replace(config, data=replace(config.data, image_root="/"), dataloader_num_workers=0)
-    family = load_family(config.model_name)
-    if family.has_vision and config.resize == "letterbox":
-        family.check_image_size(config.image_size, str(folder))
-    clicks.check_convention(folder, family, config)
-    return SampleEncoder(config, family, modeling.load_tokenizer(config.model_name))
 
 
 def draw_point(image: Image.Image, point: tuple[float, float]) -> Image.Image:
@@ -83,26 +57,6 @@ def draw_point(image: Image.Image, point: tuple[float, float]) -> Image.Image:
     return marked
 
 
-def as_pixel(point: list[float], size: list[int]) -> tuple[int, int]:
-    """The pixel (column, row) that a point lies in; the last one for a point on the far edge."""
-    x, y = (min(int(value), side - 1) for value, side in zip(point, size, strict=True))
-    return x, y
-
-
-def describe(line: dict) -> list[str]:
-    """What is printed of an answer."""
-    if "predicted_label" in line:
-        shown = ", ".join(f"{label}: {share:.1%}" for label, share in enumerate(line["probabilities"]))
-        return [f"Label: {line['predicted_label']}", f"Probabilities: {shown}"]
-    told = [f"Answer: {line['prediction']}" + (" ... (cut off)" if line["cut_off"] else "")]
-    if "predicted_point" in line and line["predicted_point"] is None:
-        told.append("Point: none, the answer holds no point")
-    elif "predicted_point" in line:
-        x, y = as_pixel(line["predicted_point"], line["image_size"])
-        told.append(f"Point: {x}, {y} in pixels of the image ({line['image_size'][0]}×{line['image_size'][1]})")
-    return told
-
-
 def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--adapter-path", required=True, type=Path, metavar="DIR",
@@ -124,27 +78,28 @@ def main(arguments: list[str] | None = None) -> None:
         config = with_own_model(load_config(args.config, args.overrides), folder)
     else:
         config = config_of(folder, args.overrides)
-    if args.draw and config.task != "click":
+    if args.draw and not task_of(config).POINTS:
         raise UserError(f"--draw marks clicks, and this model's task is '{config.task}'; leave it out")
     if args.draw and args.draw.suffix.lower() not in (".png", ".jpg", ".jpeg", ".webp"):
         raise UserError(f"--draw {args.draw}: give a file name that ends with .png")
     # Everything that can be wrong comes before the weights: a wrong path costs no minutes.
     original = open_image(args.image[0]) if args.image else None
-    encoder = encoder_of(config, folder)
+    # The images come from anywhere on this machine, one at a time.
+    config = replace(config, data=replace(config.data, image_root="/"), dataloader_num_workers=0)
+    encoder = open_encoder(config, str(folder), folder)
     candidates = [text.strip() for text in args.candidates.split(";") if text.strip()]
-    sample = sample_of(config, [path.resolve() for path in args.image], args.prompt, candidates)
+    images = [path.resolve() for path in args.image]
+    sample = {"id": "prompt", "images": list(map(str, images))}
+    sample |= encoder.task.sample_to_predict(images, args.prompt, candidates)
     samples = SampleList([sample], "--prompt")
     check_samples(samples, encoder)
     ranks = start_ranks()
-    model = load_trained(encoder.config.model_name, folder, ranks.device, config.quantization, config.num_labels).eval()
+    model = load_trained(config.model_name, folder, ranks.device, config.quantization, config.num_labels).eval()
     loaded = time.perf_counter()
     with torch.no_grad():
-        if config.task == "cls":
-            line = classify_split(ClassLoss(model, encoder.family), samples, encoder, ranks)[0]
-        else:
-            line = answer_split(model, samples, encoder, ranks)[0]
+        (line,) = predict_split(make_loss(model, encoder.family, config), samples, encoder, ranks)
     answered = time.perf_counter()
-    print("\n".join(describe(line)))
+    print("\n".join(encoder.task.describe(line)))
     point = line.get("predicted_point")
     if args.draw and point:
         args.draw.parent.mkdir(parents=True, exist_ok=True)

@@ -3,7 +3,6 @@
 `check_samples` is quick and runs before every training; `full_check` is `train.py --check` and decodes every image.
 """
 
-import os
 from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -15,15 +14,30 @@ from classification import attach_head
 from config import Config
 from dataset import BatchPlan, SampleEncoder, SampleList
 from errors import UserError, first_names
-from family import Family
+from family import Family, load_family
 from images import ModelImage, image_path, open_image, unpatchify
-from model import auto_class, parameter_table, prepare_training
+from model import auto_class, load_tokenizer, parameter_table, prepare_training
 from runlog import on_terminal
+from tasks import check_record, task_of
 from templates import IGNORE, image_paths
 
 SHOWN = 10  # problems printed one by one; the rest is counted
+MANY_SAMPLES = 50_000  # to be looked at for more than a few seconds
 TEMPLATE_TOKENS = 300  # more than any template adds to a sample's own text
 STEPS_LOOKED_AT = 20  # by `prefix_sharing`
+
+
+def open_encoder(config: Config, source: str, trained_in=None) -> SampleEncoder:
+    """What turns samples into tokens for a config, as in training; its family and tokenizer are read, no weights.
+
+    source: what messages call the config. trained_in: a folder of weights that were trained before, if any.
+    Raises: `UserError` where the image size does not fit the family, or the weights were trained under other settings.
+    """
+    family = load_family(config.model_name)
+    if family.has_vision and config.resize == "letterbox":
+        family.check_image_size(config.image_size, source)
+    check_record(trained_in, family, config)
+    return SampleEncoder(config, family, load_tokenizer(config.model_name))
 
 
 def check_samples(samples: SampleList, encoder: SampleEncoder) -> None:
@@ -34,24 +48,39 @@ def check_samples(samples: SampleList, encoder: SampleEncoder) -> None:
 def sample_problems(samples: SampleList, encoder: SampleEncoder) -> list[str]:
     """A line for each sample that makes no conversation, exceeds max_tokens, or has an image outside image_root.
 
-    Quick: no text has more tokens than bytes, so that only samples whose bytes might not fit are tokenised.
-    Prints how many documents lose their end to max_tokens.
+    Quick: no text has more tokens than bytes, and an image's tokens follow from its file's header, so that only samples
+    that might not fit are tokenised. Prints how many documents lose their end to max_tokens.
     """
+    config, family = encoder.config, encoder.family
+    most_tokens = 0
+    if family.has_vision:
+        pixels = config.image_size**2 if config.resize == "letterbox" else config.max_pixels or family.max_pixels
+        most_tokens = pixels // family.factor**2
+    sizes: dict[str, ModelImage] = {}
     problems, cut = [], []
-    for row in range(len(samples)):
+    if len(samples) >= MANY_SAMPLES:
+        print(f"Checking {len(samples):,} samples of {samples.source}", flush=True)
+    for row in tqdm(range(len(samples)), "samples", disable=not on_terminal(), leave=False):
         sample = samples[row]
         try:
             paths = encoder.images_of(sample)
             for path in paths:
-                image_path(encoder.config.data.image_root, path)
-            messages = encoder.messages(sample)
+                image_path(config.data.image_root, path)
+            messages, _ = encoder.task.prompt(sample, encoder, len(paths))
             length = sum(len(str(message["content"]).encode()) for message in messages) + TEMPLATE_TOKENS
-            if length + len(paths) * _most_image_tokens(encoder) > encoder.config.max_tokens:
-                item = encoder.encode(sample, [_size_only(encoder, path) for path in paths])
+            if length + len(paths) * most_tokens <= config.max_tokens:
+                continue
+            for path in paths:
+                if path not in sizes:
+                    sizes[path] = encoder.size_only(path)
+            images = [sizes[path] for path in paths]
+            tokens = sum(image.grid[0] * image.grid[1] for image in images) // max(1, family.merge_size**2)
+            if length + tokens > config.max_tokens:
+                item = encoder.encode(sample, images)
                 cut += [item.cut_tokens] * bool(item.cut_tokens)
         except UserError as error:
             problems.append(f"{samples.name(row)}: {error}")
-    if cut and os.environ.get("RANK", "0") == "0":
+    if cut:
         print(
             f"{samples.source}: {len(cut):,} of {len(samples):,} texts are longer than max_tokens and are cut at the "
             f"end, by {sorted(cut)[len(cut) // 2]:,} tokens in the median",
@@ -67,22 +96,6 @@ def report_problems(problems: list[str], shown: int) -> None:
         listed = problems[0] if len(problems) == 1 else "\n  " + "\n  ".join(problems[:shown])
         count = "" if len(problems) == 1 else f"{len(problems)} samples cannot be used:"
         raise UserError(f"{count}{listed}{more}")
-
-
-def _most_image_tokens(encoder: SampleEncoder) -> int:
-    config, family = encoder.config, encoder.family
-    if not family.has_vision:
-        return 0
-    pixels = config.image_size**2 if config.resize == "letterbox" else config.max_pixels or family.max_pixels
-    return pixels // family.factor**2
-
-
-def _size_only(encoder: SampleEncoder, path: str) -> ModelImage:
-    """An image's grid without decoding it."""
-    placement = encoder.placement(path)
-    width, height = placement.model_size
-    patch_size = encoder.family.patch_size
-    return ModelImage(None, (height // patch_size, width // patch_size), placement)
 
 
 def full_check(config: Config, splits: Mapping[str, SampleList], encoder: SampleEncoder, world_size: int) -> None:
@@ -109,7 +122,7 @@ def refuse_leakage(config: Config, splits: Mapping[str, SampleList]) -> dict[str
     import leakage
 
     compared = dict({samples.source: (name, samples) for name, samples in splits.items()}.values())
-    if config.task != "cls":
+    if not task_of(config).HAS_HEAD:
         leakage.refuse_identical(compared, config.data.image_root)
         return compared
     refuse_same_texts(compared)
@@ -143,7 +156,7 @@ def check_leakage(config: Config, splits: Mapping[str, SampleList]) -> None:
     import leakage
 
     compared = refuse_leakage(config, splits)
-    if config.task == "cls":  # pages of text all look alike to a perceptual hash
+    if task_of(config).HAS_HEAD:  # pages of text all look alike to a perceptual hash
         print(f"No document stands in two of {', '.join(compared)}.", flush=True)
         return
     pairs = leakage.find_near_identical(compared, config.data.image_root)
@@ -224,7 +237,7 @@ def count_parameters(config: Config) -> list[str]:
     with torch.device("meta"):
         model = auto_class(model_config).from_config(model_config)
         model.requires_grad_(False)
-        if config.task == "cls":
+        if task_of(config).HAS_HEAD:
             attach_head(model, config.num_labels, config.seed)
         return parameter_table(prepare_training(model, config))
 

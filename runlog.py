@@ -6,6 +6,7 @@ import os
 import resource
 import shutil
 import sys
+import time
 from pathlib import Path
 
 import torch
@@ -47,7 +48,8 @@ class RunLog:
 
     def say(self, text: str = "") -> None:
         if self.active:
-            print(text, flush=True)
+            with contextlib.suppress(OSError):  # a terminal that is gone must not end the run
+                print(text, flush=True)
 
     def record(self, values: dict, prefix: str) -> None:
         """One line in log.jsonl, and its numbers as TensorBoard curves `prefix/key` (eval_ keys: `eval/key`)."""
@@ -114,6 +116,55 @@ def _continue_lines(path: Path, resumed_step: int):
     temporary.write_text("".join(kept), encoding="utf-8")
     temporary.replace(path)
     return open(path, "a", encoding="utf-8")
+
+
+class Meter:
+    """What the log says of an interval: the mean loss of its answer tokens, and rates over the time spent training."""
+
+    def __init__(self, sums: dict[str, float]):
+        """sums: those of an interval that began before the run was stopped; empty otherwise."""
+        self.sums = sums or {"nll": 0, "answer_tokens": 0}
+        self._reset()
+
+    def _reset(self) -> None:
+        self._steps = self._questions = self._tokens = 0
+        self._waited = self._paused = 0.0
+        self._started = time.perf_counter()
+
+    def add(self, step: dict, questions: int) -> None:
+        """step: what `training_step` returns."""
+        if step["finite"]:
+            self.sums["nll"] += step["nll"]
+            self.sums["answer_tokens"] += step["answer_tokens"]
+        self._steps += 1
+        self._questions += questions
+        self._tokens += step["tokens"]
+        self._waited += step["waited"]
+
+    @contextlib.contextmanager
+    def paused(self):
+        """Time that is not spent training: evaluating, saving."""
+        began = time.perf_counter()
+        yield
+        self._paused += time.perf_counter() - began
+
+    @property
+    def has_loss(self) -> bool:
+        return bool(self.sums["answer_tokens"])
+
+    def interval(self) -> tuple[dict[str, float], float]:
+        """(values for the log line, seconds of training) since the last call, which starts the next interval."""
+        seconds = time.perf_counter() - self._started - self._paused
+        values = {
+            "loss": self.sums["nll"] / self.sums["answer_tokens"],
+            "seconds_per_step": seconds / self._steps,
+            "qa_per_second": self._questions / seconds,
+            "tokens_per_second": self._tokens / seconds,
+            "data_share": self._waited / seconds,
+        }
+        self.sums = dict.fromkeys(self.sums, 0)
+        self._reset()
+        return values, seconds
 
 
 def step_line(values: dict, total_steps: int, eta_seconds: float) -> str:

@@ -35,19 +35,6 @@ SYSTEM_PROMPTS = {
 }
 CONVERSATION_TEMPLATE = "sequential_cot"
 
-# template → what the user's turn asks of a document (task cls), after its pages and before its text
-CLASSIFY = {
-    "plain": "Classify this document.",
-    "paper_decision": "This paper was submitted to a scientific conference. Judge whether it was accepted or rejected.",
-}
-
-
-def check_template(template: str, task: str) -> None:
-    """Errors: `UserError` where the task has no template of that name."""
-    known = CLASSIFY if task == "cls" else SYSTEM_PROMPTS
-    if template not in known:
-        raise UserError(f"key 'template' is '{template}'; use one of {', '.join(known)} for task '{task}'")
-
 
 def question_text(sample: dict, template: str) -> str:
     """What the user's turn says after the image. `plain` asks the bare question; the others list the candidates."""
@@ -81,7 +68,7 @@ def to_messages(sample: dict, template: str, image_shown: bool = True) -> list[d
     if SYSTEM_PROMPTS[template] is not None:
         messages.append({"role": "system", "content": SYSTEM_PROMPTS[template]})
     images = count_images(sample) if image_shown else 0
-    messages.append({"role": "user", "content": _with_images(images, question_text(sample, template))})
+    messages.append({"role": "user", "content": with_images(images, question_text(sample, template))})
     messages.append({"role": "assistant", "content": sample["answer"]})
     return messages
 
@@ -118,34 +105,10 @@ def _question_by_question(sample: dict, template: str, image_shown: bool) -> lis
     messages = [{"role": "system", "content": SYSTEM_PROMPTS[template]}]
     images = count_images(sample) if image_shown else 0
     for turn in sample["turns"]:
-        messages.append({"role": "user", "content": _with_images(images, question_text(turn, template))})
+        messages.append({"role": "user", "content": with_images(images, question_text(turn, template))})
         messages.append({"role": "assistant", "content": turn["answer"]})
         images = 0  # shown once, with the first question
     return messages
-
-
-def document_messages(sample: dict, template: str, images: int) -> list[dict]:
-    """The user's turn that shows a document to be classified: its pages, the instruction, its text.
-
-    The text stands last, so that what is cut from a long one is its end. images: how many pages are shown.
-    Errors: `UserError` where there is neither text nor page."""
-    text = sample.get("text")
-    if text is None and not images:
-        raise UserError("the sample has neither 'text' nor 'images'; give it something to classify")
-    if text is not None and (not isinstance(text, str) or not text.strip()):
-        raise UserError("key 'text' is empty or no text; fill it, or drop the sample")
-    said = CLASSIFY[template] if text is None else f"{CLASSIFY[template]}\n\n{text.strip()}"
-    return [{"role": "user", "content": _with_images(images, said)}]
-
-
-def class_label(sample: dict, num_labels: int) -> int:
-    """Errors: `UserError` where the sample's label is none of 0 ... num_labels - 1."""
-    label = sample.get("label")
-    if type(label) is not int or not 0 <= label < num_labels:
-        raise UserError(
-            f"key 'label' is {label!r}, but num_labels {num_labels} allows the numbers 0 to {num_labels - 1}"
-        )
-    return label
 
 
 def count_images(sample: dict) -> int:
@@ -164,7 +127,8 @@ def image_paths(sample: dict) -> list[str]:
     raise UserError("key 'image' or 'images' must be a path or a list of paths")
 
 
-def _with_images(images: int, text: str):
+def with_images(images: int, text: str):
+    """The content of a turn that shows so many images before its text."""
     if not images:
         return text
     return [{"type": "image"}] * images + [{"type": "text", "text": text}]

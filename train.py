@@ -6,31 +6,37 @@ and steps, and exits. The same command again resumes an interrupted run; USR1, T
 """
 
 import argparse
-import contextlib
 import math
 import os
 import time
-import warnings
+from dataclasses import dataclass
 from pathlib import Path
 
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # it warns in every forked data worker otherwise
 
 import torch
-from torch.nn.parallel import DistributedDataParallel
 
 import checkpoint
 import classification
-import clicks
 import model as modeling
 import sharding
+from batches import BatchPlan
 from checkpoint import TrainerState
 from config import Config, check_data_files, load_config, to_dict, to_yaml
-from dataset import SampleEncoder, StepDataset, load, load_split
-from distributed import Ranks, StopSignal, end_process, start_ranks, stop_ranks, wrap_ddp
+from dataset import SampleEncoder, SampleList, StepDataset, load, load_split
+from distributed import (
+    Ranks,
+    StopSignal,
+    all_or_raise,
+    check_same_start,
+    end_process,
+    start_ranks,
+    stop_ranks,
+    sum_gradients,
+)
 from errors import UserError, exit_on_user_error
-from family import load_family
-from files import write_json
-from inference import Stopped, scores_while_training, selection_score
+from files import write_json, write_text
+from inference import Stopped, scores_while_training
 from preflight import (
     batch_arithmetic,
     check_samples,
@@ -38,17 +44,53 @@ from preflight import (
     full_check,
     images_and_text,
     make_plan,
+    open_encoder,
     prefix_sharing,
     refuse_leakage,
 )
 from run_folder import OutputLock, find_resume, rotate
-from runlog import RunLog, git_commit, memory_gb, out_of_memory_message, step_line
-
-# torch 2.13 renames the argument, which 2.11 does not know under its new name.
-warnings.filterwarnings("ignore", message=".*broadcast_buffers` is deprecated.*")
+from runlog import Meter, RunLog, git_commit, memory_gb, out_of_memory_message, step_line
+from tasks import check_record, records
 
 SAMPLES_ON_TENSORBOARD = 4
 MAX_NONFINITE_STEPS = 3  # in a row; then the run stops: it would not recover by itself
+
+
+@dataclass
+class Run:
+    """What the training step and the "once in a while" blocks need; `state` is what a checkpoint keeps of it."""
+
+    config: Config
+    encoder: SampleEncoder
+    splits: dict[str, SampleList]
+    plan: BatchPlan
+    ranks: Ranks
+    stop: StopSignal
+    log: RunLog
+    state: TrainerState
+    model: torch.nn.Module
+    loss: torch.nn.Module  # a collated pass -> its summed negative log-likelihood
+    trainable: dict[str, torch.nn.Parameter]
+    optimizer: torch.optim.Optimizer
+    peak_rates: list[float]  # of the optimizer's groups
+    lock: OutputLock | None  # the first rank's; held until the process ends
+
+    @property
+    def output(self) -> Path:
+        return Path(self.config.output_dir)
+
+    @property
+    def is_done(self) -> bool:
+        return self.state.step == self.plan.total_steps
+
+    def is_due(self, steps: int | str | None) -> bool:
+        """Whether an interval of the config, in steps or 'epoch', ends with the step just done."""
+        return bool(steps) and self.state.step % (self.plan.steps_per_epoch if steps == "epoch" else steps) == 0
+
+    def autocast(self):
+        """bfloat16 products of float32 weights on GPUs; FSDP casts them itself."""
+        float32 = self.config.finetuning == "full" and self.config.parallel == "ddp"
+        return torch.autocast("cuda", torch.bfloat16, enabled=float32 and self.ranks.device.type == "cuda")
 
 
 def learning_rate_factor(kind: str, step: int, warmup_steps: int, total_steps: int) -> float:
@@ -64,60 +106,42 @@ def learning_rate_factor(kind: str, step: int, warmup_steps: int, total_steps: i
     return max(0.0, 0.5 * (1.0 + math.cos(math.pi * ((step - warmup_steps) / decay_steps))))
 
 
-def backward_step(loss, micro_batches: list[dict], ranks: Ranks, autocast) -> dict:
-    """Forward and backward over this rank's micro-batches of one optimizer step.
-
-    The loss is the mean over the supervised tokens of the whole step, on all ranks: each micro-batch adds
-    sum_nll × world_size / tokens_global, and DDP or FSDP averages the gradients over the ranks.
-    Returns tokens_global and this rank's nll (sums). All ranks: contains all_reduces.
-    """
-    tokens_global = ranks.sum(sum(batch["answer_tokens"] for batch in micro_batches))[0]
-    nll = torch.zeros((), dtype=torch.float64, device=ranks.device)
-    for index, batch in enumerate(micro_batches):
-        # Under DDP, gradients travel once, with the last micro-batch. Under FSDP with each: to hold them back, every
-        # rank would have to keep the gradients of the whole model.
-        hold = isinstance(loss, DistributedDataParallel) and index < len(micro_batches) - 1
-        with loss.no_sync() if hold else contextlib.nullcontext(), autocast():
-            batch_nll = loss(modeling.to_device(batch, ranks.device))
-            (batch_nll * (ranks.world_size / tokens_global)).backward()
-        nll += batch_nll.detach()
-    return {"tokens_global": tokens_global, "nll": float(nll)}
+# ------------------------------------------------------------------------------------------------------- set-up
 
 
-def is_due(steps: int | str | None, step: int, steps_per_epoch: int) -> bool:
-    return bool(steps) and step % (steps_per_epoch if steps == "epoch" else steps) == 0
-
-
-def train(config: Config, check_only: bool, source: str) -> None:
-    stop = StopSignal()
-    # --- the config, the data, the ranks: everything that can be wrong is found before weights load ---
+def open_data(config: Config, source: str) -> tuple[SampleEncoder, dict[str, SampleList]]:
+    """The encoder and the splits of a config. Raises: `UserError` where one of them cannot be read."""
     named = [name for name in ("train", "val", "test") if getattr(config.data, name)]
     check_data_files(config, named + ["val"] * bool(config.eval_steps))
-    family = load_family(config.model_name)
-    if family.has_vision and config.resize == "letterbox":
-        family.check_image_size(config.image_size, source)
-    encoder = SampleEncoder(config, family, modeling.load_tokenizer(config.model_name))
-    clicks.check_convention(config.init_adapter, family, config)
-    splits = {name: load_split(config, name) for name in named}
-    train_samples = splits["train"]
-    world_size = int(os.environ.get("WORLD_SIZE", "1"))
-    if check_only:
-        return full_check(config, splits, encoder, world_size) if os.environ.get("RANK", "0") == "0" else None
+    encoder = open_encoder(config, source, config.init_adapter)
+    return encoder, {name: load_split(config, name) for name in named}
+
+
+def find_start(config: Config, encoder: SampleEncoder, splits: dict[str, SampleList], plan: BatchPlan) -> list:
+    """[the checkpoint to go on from or "", lines about it], after everything that can be wrong with data and folder has
+    been looked at. On the first rank, for all: a folder that changes meanwhile could split them."""
     for samples in splits.values():
         check_samples(samples, encoder)
-    plan = make_plan(config, train_samples, encoder, world_size)
+    resume_from, notes = find_resume(config, plan.batch, splits["train"].sha256)
+    check_record(resume_from, encoder.family, config)
+    if not resume_from:
+        refuse_leakage(config, splits)
+    return [str(resume_from or ""), notes]
 
-    output = Path(config.output_dir)
-    resume_from, notes = None, []
-    if int(os.environ.get("RANK", "0")) == 0:
-        lock = OutputLock(output)  # noqa: F841 - held until the process ends
-        resume_from, notes = find_resume(config, plan.batch, train_samples.sha256)
-        clicks.check_convention(resume_from, family, config)
-        if not resume_from:
-            refuse_leakage(config, splits)
+
+def set_up(config: Config, source: str) -> Run | None:
+    """From a config to a run at its first step, or at the step it was stopped. None: it is complete already.
+
+    Everything that can be wrong is found before weights load. All ranks: contains all_gathers and all_reduces."""
+    stop = StopSignal()
+    encoder, splits = open_data(config, source)
     ranks = start_ranks()
-    # Rank 0 has looked; the others follow it, or a folder that changes meanwhile could split them.
-    resume_from, notes = ranks.gather([[str(resume_from or ""), notes]] if ranks.is_first else [])[0]
+    stop.ranks_have_met()
+    plan = make_plan(config, splits["train"], encoder, ranks.world_size)
+    output = Path(config.output_dir)
+    lock = all_or_raise(ranks, lambda: OutputLock(output) if ranks.is_first else None)
+    start = all_or_raise(ranks, lambda: find_start(config, encoder, splits, plan) if ranks.is_first else None)
+    resume_from, notes = ranks.gather([start] if ranks.is_first else [])[0]
     state = checkpoint.read_state(Path(resume_from)) if resume_from else TrainerState()
     if ranks.any(ranks.is_first and checkpoint.has_lost_best(state, resume_from, output)):
         state.best_step = state.best_score = None
@@ -125,25 +149,15 @@ def train(config: Config, check_only: bool, source: str) -> None:
     if state.step == plan.total_steps and checkpoint.is_final(output):
         if ranks.is_first:
             print(f"{config.experiment}: already complete at step {state.step}; the model is in {output}", flush=True)
-        return stop_ranks()
+        stop_ranks()
+        return None
     log = RunLog(config, ranks, state.step)
     if ranks.is_first:
         (output / checkpoint.MARKER).unlink(missing_ok=True)
-        (output / "config.yaml").write_text(to_yaml(config), encoding="utf-8")
+        write_text(output / "config.yaml", to_yaml(config))
 
-    # --- model, optimizer ---
-    on_gpu = ranks.device.type == "cuda"
     started = time.perf_counter()
-    dtype = torch.bfloat16 if on_gpu else torch.float32
-    base = modeling.load_base(config.model_name, dtype, config.quantization)
-    if config.task == "cls":
-        classification.attach_head(base, config.num_labels, config.seed)
-    model = modeling.prepare_training(base, config)
-    module = (classification.ClassLoss if config.task == "cls" else modeling.AnswerLoss)(model, family)
-    if config.parallel == "fsdp":
-        sharding.shard(module, ranks)
-    else:
-        module.to(ranks.device)
+    model, loss = load_model(config, encoder, ranks)
     trainable = modeling.trainable_parameters(model)
     if config.init_adapter and not resume_from:
         notes.append(checkpoint.load_initial(model, config.init_adapter, config))
@@ -153,191 +167,274 @@ def train(config: Config, check_only: bool, source: str) -> None:
     peak_rates = [group["lr"] for group in optimizer.param_groups]
     if resume_from:
         checkpoint.resume(Path(resume_from), model, optimizer, trainable, config)
-    loss = module
-    if ranks.world_size > 1 and config.parallel == "ddp":
-        loss = wrap_ddp(module, ranks)
-
-    def autocast():  # of float32 weights; fsdp casts them itself
-        float32 = config.finetuning == "full" and config.parallel == "ddp"
-        return torch.autocast("cuda", torch.bfloat16, enabled=on_gpu and float32)
-
-    # --- describe the run ---
-    log.say("✓ TF32 enabled" if on_gpu else "✓ float32 on CPU")
-    log.say(ranks.describe())
-    log.say(describe_images(config, family))
-    log.say(config.experiment)
+    if config.parallel == "ddp":
+        check_same_start(trainable, ranks)
     seconds = time.perf_counter() - started
-    log.say(f"Model {config.model_name} ({family.model_type}), ready in {seconds:.1f} s; commit {git_commit()}")
-    arithmetic = batch_arithmetic(config, plan, world_size) + prefix_sharing(
-        config, plan, train_samples, encoder, world_size
+    ready = f"Model {config.model_name} ({encoder.family.model_type}), ready in {seconds:.1f} s; commit {git_commit()}"
+    run = Run(
+        config, encoder, splits, plan, ranks, stop, log, state, model, loss, trainable, optimizer, peak_rates, lock
     )
-    for line in [*modeling.parameter_table(model), *arithmetic, *classification.notes(config), *notes]:
+    describe(run, resume_from, ready, notes)
+    return run
+
+
+def load_model(config: Config, encoder: SampleEncoder, ranks: Ranks) -> tuple[torch.nn.Module, torch.nn.Module]:
+    """The base with what is trained on top, and its loss module, on this rank's device. All ranks: contains all_gathers
+    under fsdp."""
+    dtype = torch.bfloat16 if ranks.device.type == "cuda" else torch.float32
+    base = modeling.load_base(config.model_name, dtype, config.quantization)
+    if encoder.task.HAS_HEAD:
+        classification.attach_head(base, config.num_labels, config.seed)
+    model = modeling.prepare_training(base, config)
+    loss = classification.make_loss(model, encoder.family, config)
+    if config.parallel == "fsdp":
+        sharding.shard(loss, ranks)
+    else:
+        loss.to(ranks.device)
+    return model, loss
+
+
+def describe(run: Run, resume_from: str, ready: str, notes: list[str]) -> None:
+    """The head of the log: sizes, trainable parameters per group, batch arithmetic; samples to TensorBoard."""
+    config, log, train_samples, encoder = run.config, run.log, run.splits["train"], run.encoder
+    log.say("✓ TF32 enabled" if run.ranks.device.type == "cuda" else "✓ float32 on CPU")
+    log.say(run.ranks.describe())
+    log.say(describe_images(config, encoder.family))
+    log.say(config.experiment)
+    log.say(ready)
+    world_size = run.ranks.world_size
+    arithmetic = batch_arithmetic(config, run.plan, world_size)
+    arithmetic += prefix_sharing(config, run.plan, train_samples, encoder, world_size)
+    for line in [*modeling.parameter_table(run.model), *arithmetic, *classification.notes(config), *notes]:
         log.say(line)
-    if not resume_from and ranks.is_first:
+    if resume_from:
+        log.say(f"Resuming from {resume_from}: step {run.state.step}/{run.plan.total_steps}")
+    elif run.ranks.is_first:
         for row in range(min(SAMPLES_ON_TENSORBOARD, len(train_samples))):
             log.sample(row, *images_and_text(train_samples[row], encoder))
-    if resume_from:
-        log.say(f"Resuming from {resume_from}: step {state.step}/{plan.total_steps}")
 
-    # --- the loop ---
-    records = clicks.records(family, config)  # kept beside the weights
-    trained: list = []  # [step, sample ids of this rank], until written out
 
-    def save(reason: str = "") -> None:
-        """All ranks: contains all_gathers and all_reduces."""
-        log.order(ranks.gather(trained))
-        trained.clear()
-        state.config, state.global_batch, state.ranks = to_dict(config), plan.batch, ranks.world_size
-        state.train_data = train_samples.sha256
-        size, seconds = checkpoint.save(output, model, optimizer, trainable, state, config, records, ranks)
-        log.say(f"Saved checkpoint-{state.step} ({size / 1e6:.1f} MB in {seconds:.2f} s){reason}")
-        if ranks.is_first:
-            rotate(output, config.save_total_limit, state.best_step)
+# ----------------------------------------------------------------------------------------------------- the step
 
-    def evaluate() -> None:
-        """All ranks: contains all_reduces. Raises `Stopped`."""
-        state.evaluation_due = True
-        began = time.perf_counter()
-        model.eval()
-        with sharding.unsharded(module), autocast():
-            values = scores_while_training(module, splits, encoder, ranks, lambda: stop.requested)
-        model.train()
-        state.evaluation_due = False
-        values["eval_seconds"] = time.perf_counter() - began
-        log.record({"step": state.step, "epoch": plan.epoch_at(state.step), **values}, "eval")
-        log.say("eval " + " | ".join(f"{key.removeprefix('eval_')} {value:.4f}" for key, value in values.items()))
-        # The best is only worth keeping where there is a checkpoint of it. For cls one is made, as its result.
-        saved = is_due(config.save_steps, state.step, plan.steps_per_epoch) or state.step == plan.total_steps
-        better = state.best_score is None or selection_score(config.task, values) > state.best_score
-        if better and (saved or config.task == "cls"):
-            state.best_score, state.best_step = selection_score(config.task, values), state.step
 
+def training_step(run: Run, micro_batches: list[dict], waited: float) -> dict:
+    """One optimizer step over this rank's passes. All ranks: contains all_reduces.
+
+    The loss is the mean over the supervised tokens of the whole step, on all ranks: each pass adds
+    sum_nll / answer_tokens of the step, and the gradients are added up over the ranks.
+    waited: seconds for the data, on this rank. Returns nll, answer_tokens, tokens (laid out) and questions of the step
+    over all ranks, waited (mean), grad_norm, learning_rates, finite (where not, nothing was updated), stop (whether any
+    rank was asked to).
+    """
+    config, ranks, step = run.config, run.ranks, run.state.step
+    torch.manual_seed(((config.seed * 1_000_003 + step) * 4_099 + ranks.rank) % 2**63)  # dropout
+    try:
+        nll, answer_tokens = backward(run.loss, micro_batches, ranks, config.parallel, run.autocast)
+    except torch.OutOfMemoryError:
+        raise UserError(out_of_memory_message(micro_batches, config)) from None
+    tokens = sum(int((batch["segments"] >= 0).sum()) for batch in micro_batches)
+    has_gradient = [parameter.grad is not None for parameter in run.trainable.values()]
+    sums = ranks.sum(nll, tokens, run.stop.requested, waited, *has_gradient)
+    total_nll, total_tokens, stop_wanted, total_waited, *present = sums
+    if config.parallel == "ddp" and ranks.world_size > 1:
+        sum_gradients(run.trainable, [count > 0 for count in present])
+    grad_norm = torch.nn.utils.clip_grad_norm_(run.trainable.values(), config.max_grad_norm)
+    grad_norm = float(sharding.full_tensor(grad_norm))
+    finite = math.isfinite(total_nll) and math.isfinite(grad_norm)  # the same numbers on all ranks
+    factor = learning_rate_factor(config.lr_scheduler_type, step, config.warmup_steps, run.plan.total_steps)
+    for group, peak in zip(run.optimizer.param_groups, run.peak_rates, strict=True):
+        group["lr"] = peak * factor
+    if finite:
+        run.optimizer.step()
+    run.optimizer.zero_grad(set_to_none=True)
+    run.state.step += 1
+    run.state.nonfinite_in_a_row = 0 if finite else run.state.nonfinite_in_a_row + 1
+    return {
+        "nll": total_nll,
+        "own_nll": nll,
+        "answer_tokens": answer_tokens,
+        "tokens": total_tokens,
+        "waited": total_waited / ranks.world_size,
+        "grad_norm": grad_norm,
+        "learning_rates": [group["lr"] for group in run.optimizer.param_groups],
+        "finite": finite,
+        "stop": bool(stop_wanted),
+    }
+
+
+def backward(loss, micro_batches: list[dict], ranks: Ranks, parallel: str, autocast) -> tuple[float, int]:
+    """Forward and backward over this rank's passes of one step. All ranks: contains an all_reduce.
+
+    Returns the summed negative log-likelihood of this rank, and the step's supervised tokens on all ranks."""
+    answer_tokens = ranks.sum(sum(batch["answer_tokens"] for batch in micro_batches))[0]
+    scale = (ranks.world_size if parallel == "fsdp" else 1) / answer_tokens  # FSDP averages the gradients of the ranks
+    nll = torch.zeros((), dtype=torch.float64, device=ranks.device)
+    for batch in micro_batches:
+        with autocast():
+            batch_nll = loss(modeling.to_device(batch, ranks.device))
+            (batch_nll * scale).backward()
+        nll += batch_nll.detach()
+    return float(nll), int(answer_tokens)
+
+
+# ------------------------------------------------------------------------------------------------- once in a while
+
+
+def report_nonfinite(run: Run, step: dict, micro_batches: list[dict]) -> None:
+    """All ranks: contains an all_gather. Raises: `UserError` after several in a row."""
+    concerned = [] if math.isfinite(step["own_nll"]) else [f for batch in micro_batches for f in batch["sample_ids"]]
+    ids, number = run.ranks.gather(concerned), run.state.step
+    run.log.say(
+        f"step {number}: loss {step['nll'] / step['answer_tokens']}, grad_norm {step['grad_norm']}: not finite, no "
+        f"update. Samples of the ranks concerned: {', '.join(ids) or 'none (the gradient overflowed)'}"
+    )
+    if run.state.nonfinite_in_a_row >= MAX_NONFINITE_STEPS:
+        raise UserError(
+            f"{MAX_NONFINITE_STEPS} steps in a row without a finite loss, the last at step {number}; lower "
+            "learning_rate or look at the samples named above. The checkpoint before is intact"
+        )
+
+
+def log_interval(run: Run, meter: Meter, step: dict) -> None:
+    interval, seconds = meter.interval()
+    rates = step["learning_rates"]
+    values = {
+        "step": run.state.step,
+        "epoch": run.plan.epoch_at(run.state.step),
+        "loss": interval.pop("loss"),
+        "grad_norm": step["grad_norm"],
+        "learning_rate": rates[0],
+        **classification.logged_rates(run.config, rates),
+        **interval,
+        "memory_gb": memory_gb(run.ranks.device),
+    }
+    run.state.train_seconds += seconds
+    run.log.record(values, "train")
+    eta = (run.plan.total_steps - run.state.step) * values["seconds_per_step"]
+    run.log.say(step_line(values, run.plan.total_steps, eta))
+
+
+def evaluate(run: Run) -> None:
+    """All ranks: contains all_reduces. Raises: `Stopped`."""
+    state, task = run.state, run.encoder.task
+    state.evaluation_due = True
+    began = time.perf_counter()
+    run.model.eval()
+    with sharding.unsharded(run.loss), run.autocast():
+        values = scores_while_training(run.loss, run.splits, run.encoder, run.ranks, lambda: run.stop.requested)
+    run.model.train()
+    state.evaluation_due = False
+    values["eval_seconds"] = time.perf_counter() - began
+    run.log.record({"step": state.step, "epoch": run.plan.epoch_at(state.step), **values}, "eval")
+    run.log.say("eval " + " | ".join(f"{key.removeprefix('eval_')} {value:.4f}" for key, value in values.items()))
+    # The best is only worth keeping where there is a checkpoint of it. Where it is the result, one is made.
+    saved = run.is_due(run.config.save_steps) or run.is_done
+    score = task.selection_score(values)
+    if (state.best_score is None or score > state.best_score) and (saved or task.BEST_IS_RESULT):
+        state.best_score, state.best_step = score, state.step
+
+
+def save(run: Run, trained: list, reason: str = "") -> None:
+    """trained: [step, sample ids of this rank] since the last save. All ranks: contains all_gathers and all_reduces."""
+    run.log.order(run.ranks.gather(trained))
+    trained.clear()
+    run.state.config, run.state.global_batch, run.state.ranks = (
+        to_dict(run.config),
+        run.plan.batch,
+        run.ranks.world_size,
+    )
+    run.state.train_data = run.splits["train"].sha256
+    kept = records(run.encoder.family, run.config)
+    size, seconds = checkpoint.save(
+        run.output, run.model, run.optimizer, run.trainable, run.state, run.config, kept, run.ranks
+    )
+    run.log.say(f"Saved checkpoint-{run.state.step} ({size / 1e6:.1f} MB in {seconds:.2f} s){reason}")
+    if run.ranks.is_first:
+        rotate(run.output, run.config.save_total_limit, run.state.best_step)
+
+
+# ----------------------------------------------------------------------------------------------------- the loop
+
+
+def train(config: Config, source: str) -> None:
+    run = set_up(config, source)
+    if run is None:
+        return
+    state, plan, ranks = run.state, run.plan, run.ranks
     dataset = StepDataset(
-        train_samples, encoder, config.share_prefix, plan, config.train_bs, ranks.rank, ranks.world_size
+        run.splits["train"], run.encoder, config.share_prefix, plan, config.train_bs, ranks.rank, ranks.world_size
     )
     steps = load(dataset, range(state.step, plan.total_steps), config.dataloader_num_workers, ranks.device)
-    interval = state.interval or dict.fromkeys(("nll", "answer_tokens"), 0)
-    clock = dict.fromkeys(("steps", "questions", "tokens", "waited"), 0.0)  # since the last line, this process
-    clock_started = time.perf_counter()
-    model.train()
+    meter = Meter(state.interval)
+    trained: list = []  # [step, sample ids of this rank], until written out
     stopped = False
+    run.model.train()
     try:
         if state.evaluation_due:
-            evaluate()
-            if config.task == "cls" and state.best_step == state.step:
-                save()  # where the folder it was resumed from is another one
-        while state.step < plan.total_steps:
+            evaluate(run)
+            if run.encoder.task.BEST_IS_RESULT and state.best_step == state.step:
+                save(run, trained)  # where the folder it was resumed from is another one
+        while not run.is_done and not stopped:
             # ---- the training step ----
             began = time.perf_counter()
             loaded = next(steps)
-            micro_batches = loaded["micro_batches"]
-            waited = time.perf_counter() - began
+            micro_batches, waited = loaded["micro_batches"], time.perf_counter() - began
             if config.parallel == "fsdp":
                 micro_batches = sharding.pad_micro_batches(micro_batches, ranks)
-            torch.manual_seed(((config.seed * 1_000_003 + state.step) * 4_099 + ranks.rank) % 2**63)  # dropout
-            try:
-                sums = backward_step(loss, micro_batches, ranks, autocast)
-            except torch.OutOfMemoryError:
-                raise UserError(out_of_memory_message(micro_batches, config)) from None
-            grad_norm = torch.nn.utils.clip_grad_norm_(trainable.values(), config.max_grad_norm)
-            grad_norm = float(sharding.full_tensor(grad_norm))
-            laid_out = sum(int((batch["segments"] >= 0).sum()) for batch in micro_batches)
-            total_nll, total_laid_out, stop_wanted, total_waited = ranks.sum(
-                sums["nll"], laid_out, stop.requested, waited
-            )
-            rates = [
-                rate * learning_rate_factor(config.lr_scheduler_type, state.step, config.warmup_steps, plan.total_steps)
-                for rate in peak_rates
-            ]
-            for group, rate in zip(optimizer.param_groups, rates, strict=True):
-                group["lr"] = rate
-            finite = math.isfinite(total_nll) and math.isfinite(grad_norm)  # the same numbers on all ranks
-            if finite:
-                optimizer.step()
-            optimizer.zero_grad(set_to_none=True)
-            state.step += 1
+            step = training_step(run, micro_batches, waited)
             trained.append([state.step, loaded["sample_ids"]])
+            meter.add(step, len(plan.questions(state.step - 1)))
 
-            # ---- once in a while: a loss that is no number ----
-            state.nonfinite_in_a_row = 0 if finite else state.nonfinite_in_a_row + 1
-            if not finite:
-                ids = ranks.gather(
-                    [f for b in micro_batches for f in b["sample_ids"]] if not math.isfinite(sums["nll"]) else []
-                )
-                log.say(
-                    f"step {state.step}: loss {total_nll / sums['tokens_global']}, grad_norm {grad_norm}: not finite, "
-                    f"no update. Samples of the ranks concerned: {', '.join(ids) or 'none (the gradient overflowed)'}"
-                )
-                if state.nonfinite_in_a_row >= MAX_NONFINITE_STEPS:
-                    raise UserError(
-                        f"{MAX_NONFINITE_STEPS} steps in a row without a finite loss, the last at step {state.step}; "
-                        "lower learning_rate or look at the samples named above. The checkpoint before is intact"
-                    )
+            # ---- once in a while: a loss that is not finite ----
+            if not step["finite"]:
+                report_nonfinite(run, step, micro_batches)
 
             # ---- once in a while: log ----
-            if finite:
-                interval["nll"] += total_nll
-                interval["answer_tokens"] += sums["tokens_global"]
-            clock["steps"] += 1
-            clock["questions"] += len(plan.questions(state.step - 1))
-            clock["tokens"] += total_laid_out
-            clock["waited"] += total_waited / ranks.world_size
-            done = state.step == plan.total_steps
-            if (is_due(config.logging_steps, state.step, plan.steps_per_epoch) or done) and interval["answer_tokens"]:
-                seconds = time.perf_counter() - clock_started
-                values = {
-                    "step": state.step,
-                    "epoch": plan.epoch_at(state.step),
-                    "loss": interval["nll"] / interval["answer_tokens"],
-                    "grad_norm": grad_norm,
-                    "learning_rate": rates[0],
-                    **classification.logged_rates(config, rates),
-                    "seconds_per_step": seconds / clock["steps"],
-                    "qa_per_second": clock["questions"] / seconds,
-                    "tokens_per_second": clock["tokens"] / seconds,
-                    "data_share": clock["waited"] / seconds,
-                    "memory_gb": memory_gb(ranks.device),
-                }
-                log.record(values, "train")
-                eta = (plan.total_steps - state.step) * values["seconds_per_step"]
-                log.say(step_line(values, plan.total_steps, eta))
-                interval = dict.fromkeys(interval, 0)
-                clock = dict.fromkeys(clock, 0.0)
-                state.train_seconds += seconds
-                clock_started = time.perf_counter()
-            state.interval = interval
+            if (run.is_due(config.logging_steps) or run.is_done) and meter.has_loss:
+                log_interval(run, meter, step)
+            state.interval = meter.sums
 
             # ---- once in a while: evaluate, save, stop ----
-            paused = time.perf_counter()
-            if config.eval_steps and (is_due(config.eval_steps, state.step, plan.steps_per_epoch) or done):
-                evaluate()
-            best = config.task == "cls" and state.best_step == state.step
-            if is_due(config.save_steps, state.step, plan.steps_per_epoch) or done or best:
-                save()
-            elif stop_wanted:
-                save(" before stopping")
-            clock_started += time.perf_counter() - paused  # seconds_per_step counts training only
-            if stop_wanted and not done:
-                stopped = True
-                break
+            with meter.paused():
+                if config.eval_steps and (run.is_due(config.eval_steps) or run.is_done):
+                    evaluate(run)
+                is_best = run.encoder.task.BEST_IS_RESULT and state.best_step == state.step
+                if run.is_due(config.save_steps) or run.is_done or is_best:
+                    save(run, trained)
+                elif step["stop"]:
+                    save(run, trained, " before stopping")
+            stopped = step["stop"] and not run.is_done
     except Stopped:
         stopped = True
-        save(" before stopping, its evaluation still due")
+        save(run, trained, " before stopping, its evaluation still due")
+    finish(run, stopped)
+
+
+def finish(run: Run, stopped: bool) -> None:
+    """The final save, or the mark of a run that goes on later. All ranks: contains all_gathers under fsdp."""
+    config, state, log, ranks = run.config, run.state, run.log, run.ranks
     if stopped:
         if ranks.is_first:
-            write_json(output / checkpoint.MARKER, {"step": state.step, "signal": stop.name})
-        log.say(f"Stopped at step {state.step}/{plan.total_steps} on request; the same command goes on from here")
+            write_json(run.output / checkpoint.MARKER, {"step": state.step, "signal": run.stop.name})
+        log.say(f"Stopped at step {state.step}/{run.plan.total_steps} on request; the same command goes on from here")
     else:
-        if config.task == "cls" and state.best_step not in (None, state.step):
-            checkpoint.load_best(output / f"checkpoint-{state.best_step}", model, trainable, config)
+        if run.encoder.task.BEST_IS_RESULT and state.best_step not in (None, state.step):
+            checkpoint.load_best(run.output / f"checkpoint-{state.best_step}", run.model, run.trainable, config)
             log.say(f"The best on val was step {state.best_step}, accuracy {state.best_score[0]:.4f}: it is the result")
-        checkpoint.save_final(output, model, config, records, ranks)
+        checkpoint.save_final(run.output, run.model, config, records(run.encoder.family, config), ranks)
         minutes = state.train_seconds / 60
-        log.say(f"Done: {plan.total_steps} steps in {minutes:.1f} min of training; the model is in {output}")
+        log.say(f"Done: {run.plan.total_steps} steps in {minutes:.1f} min of training; the model is in {run.output}")
     log.close()
     ranks.barrier()
-    del loss  # see stop_ranks
     stop_ranks()
+
+
+def check(config: Config, source: str) -> None:
+    """--check: everything that can be found without training, by the first rank alone."""
+    if os.environ.get("RANK", "0") != "0":
+        return
+    encoder, splits = open_data(config, source)
+    full_check(config, splits, encoder, int(os.environ.get("WORLD_SIZE", "1")))
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -346,7 +443,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--check", action="store_true", help="validate everything and exit without training")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="override any config key, e.g. lora.r=32")
     args = parser.parse_intermixed_args(arguments)
-    train(load_config(args.config, args.overrides), args.check, args.config)
+    (check if args.check else train)(load_config(args.config, args.overrides), args.config)
 
 
 if __name__ == "__main__":

@@ -1,5 +1,6 @@
 """The results folders of experiments, read and checked: whatever cannot be compared is refused in one line."""
 
+import contextlib
 import json
 import os
 from dataclasses import dataclass
@@ -153,3 +154,20 @@ def check_same_test(results: list[Results]) -> None:
                     f"{first.name} and {other.name} disagree on the {key} of {_some(differing)}: "
                     "their test files differ; evaluate both on the same file"
                 )
+
+
+def read_log(output_dir) -> list[dict]:
+    """The lines of the run's log.jsonl."""
+    path = Path(output_dir) / "log.jsonl"
+    if not path.exists():
+        return []
+    rows = []
+    for line in path.read_text(encoding="utf-8").splitlines():
+        with contextlib.suppress(ValueError):  # the last line of a killed run may be cut
+            rows.append(json.loads(line))
+    return rows
+
+
+def run_history(output_dir) -> list[dict]:
+    """Every evaluation line of the run's log.jsonl."""
+    return [row for row in read_log(output_dir) if any(key.startswith("eval_") for key in row)]

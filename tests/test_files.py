@@ -29,7 +29,7 @@ def test_json_that_cannot_be_read_is_one_line_with_file_line_and_cure(tmp_path, 
 
 def test_a_missing_json_file_or_a_folder_in_its_place_is_one_line(tmp_path):
     for path in (tmp_path / "missing.json", tmp_path):
-        with pytest.raises(UserError, match="cannot be read .*; do this"):
+        with pytest.raises(UserError, match=r"cannot be read .*; do this"):
             read_json(path, "do this")
 
 
@@ -38,7 +38,7 @@ def test_json_lines_keep_their_numbers_over_blank_lines_and_unicode_line_ends(tm
     path.write_bytes('\ufeff{"a": "x\u2028y"}\n\n[2]\r\n'.encode())
     assert read_json_lines(path, "") == [(1, {"a": "x\u2028y"}), (3, [2])]
     path.write_text('{"a": 1}\n\n' + "[" * 100_000 + "\n")
-    with pytest.raises(UserError, match="rows.jsonl line 3: not valid JSON"):
+    with pytest.raises(UserError, match=r"rows\.jsonl line 3: not valid JSON"):
         read_json_lines(path, "mend it")
 
 
