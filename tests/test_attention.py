@@ -3,7 +3,7 @@
 import pytest
 import torch
 import torch.nn.functional as F
-from tiny_runs import FAMILIES, build_items, tiny_run, vqa_samples
+from support.tiny_runs import FAMILIES, build_items, tiny_run, vqa_samples
 
 import attention
 from attention import SharedRows, attention_mask, masked, two_part, varlen, varlen_layout

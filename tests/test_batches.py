@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import shared_data
-from tiny_runs import END, FAMILIES, TinyRun, build_items, supervised_text, tiny_run, vqa_samples, write_images
+from support.tiny_runs import END, FAMILIES, TinyRun, build_items, supervised_text, tiny_run, vqa_samples, write_images
 
 from batches import BatchPlan, Item, collate, passes
 from dataset import SampleEncoder

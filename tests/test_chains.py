@@ -7,9 +7,9 @@ import subprocess
 import pytest
 import yaml
 from conftest import shared_data
-from headless_browser import headless_browser
-from run_helpers import write_samples
-from slurm_cluster import Job
+from support.headless_browser import headless_browser
+from support.run_helpers import write_samples
+from support.slurm_cluster import Job
 from test_slurm import cluster, real_repo, slurm  # noqa: F401 - fixtures
 
 import compare

@@ -6,10 +6,10 @@ import shutil
 
 import pytest
 import torch
-from document_runs import COLOURS, document_config, losses, predictions, write_documents
 from PIL import Image, ImageDraw
-from run_helpers import REPO, finish, log_rows, start
 from safetensors.torch import load_file
+from support.document_runs import COLOURS, document_config, losses, predictions, write_documents
+from support.run_helpers import REPO, finish, log_rows, start
 
 import classification
 import evaluate

@@ -8,9 +8,9 @@ import sys
 import numpy as np
 import pytest
 from conftest import REPO_ROOT
-from headless_browser import headless_browser
 from PIL import Image
 from scipy import stats
+from support.headless_browser import headless_browser
 
 import compare
 from errors import UserError

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import shared_data
-from tiny_runs import FAMILIES, TinyRun, build_items, tiny_run, vqa_samples, write_images
+from support.tiny_runs import FAMILIES, TinyRun, build_items, tiny_run, vqa_samples, write_images
 from transformers import AutoImageProcessor
 
 from batches import BatchPlan, collate

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from tiny_runs import REPO_ROOT, run_script, short_answers, tiny_run, vqa_samples, write_config, write_images
+from support.tiny_runs import REPO_ROOT, run_script, short_answers, tiny_run, vqa_samples, write_config, write_images
 
 import evaluate
 from checkpoint import save_adapter

@@ -4,7 +4,7 @@ import math
 
 import pytest
 import torch
-from tiny_runs import END, FAMILIES, build_items, short_answers, tiny_run, vqa_samples
+from support.tiny_runs import END, FAMILIES, build_items, short_answers, tiny_run, vqa_samples
 
 import inference
 from batches import collate

@@ -6,8 +6,8 @@ import json
 
 import pytest
 import torch
-from run_helpers import REPO, finish, log_rows, order, start, write_config, write_samples
 from safetensors.torch import load_file
+from support.run_helpers import REPO, finish, log_rows, order, start, write_config, write_samples
 
 import inference
 import train

@@ -5,7 +5,7 @@ import shutil
 
 import pytest
 from conftest import shared_data
-from tiny_runs import FAMILIES
+from support.tiny_runs import FAMILIES
 
 from errors import UserError
 from family import COORDINATES, load_family

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from tiny_runs import END, FAMILIES, build_items, calls_to, tiny_run, vqa_samples
+from support.tiny_runs import END, FAMILIES, build_items, calls_to, tiny_run, vqa_samples
 from transformers import AutoImageProcessor
 
 from batches import collate

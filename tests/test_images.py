@@ -10,7 +10,7 @@ import pytest
 import torch
 from conftest import shared_data
 from PIL import Image
-from tiny_runs import FAMILIES, IMAGE_SIZE
+from support.tiny_runs import FAMILIES, IMAGE_SIZE
 from transformers import AutoImageProcessor
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import smart_resize
 

@@ -6,12 +6,11 @@ import shutil
 import subprocess
 import sys
 
-import click_runs
 import pytest
-import tiny_runs
 import torch
 from safetensors.torch import load_file, save_file
-from stand_in_hub import StandInHub
+from support import click_runs, tiny_runs
+from support.stand_in_hub import StandInHub
 
 import clicks
 import merge

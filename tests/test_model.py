@@ -8,7 +8,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
-from tiny_runs import (
+from support.tiny_runs import (
     FAMILIES,
     build_items,
     calls_to,

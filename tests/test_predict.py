@@ -5,12 +5,11 @@ import json
 import re
 import shutil
 
-import click_runs
 import numpy as np
 import pytest
-import tiny_runs
 from conftest import shared_data
 from PIL import Image
+from support import click_runs, tiny_runs
 
 import dataset
 import evaluate

@@ -9,11 +9,11 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
-import yaml
 from conftest import REPO_ROOT
 from PIL import Image
+from support.configs import write_values
+from support.tiny_runs import FAMILIES, build_items, config_values, run_script, tiny_run, vqa_samples, write_images
 from test_images import BAD_FILES
-from tiny_runs import FAMILIES, build_items, config_values, run_script, tiny_run, vqa_samples, write_images
 
 import model as modeling
 from batches import BatchPlan
@@ -42,11 +42,10 @@ def command(data, tiny_models, monkeypatch):
     def no_weights(*_):
         raise AssertionError("weights were about to load")
 
-    def run(script="train.py", family="qwen3_vl", arguments=(), text=None, **changes):
+    def run(script="train.py", family="qwen3_vl", arguments=(), **changes):
         values = config_values(data, tiny_models[family], family, **changes)
         values["data"].pop("val")
-        path = data / "c.yaml"
-        path.write_text(text or yaml.safe_dump(values), encoding="utf-8")
+        path = write_values(data / "c.yaml", values)
         started = time.perf_counter()
         code, out, err = run_script(script, "--config", path, *arguments)
         assert time.perf_counter() - started < 30
@@ -132,7 +131,7 @@ def test_many_bad_samples_are_counted_and_the_first_ten_listed(command, data):
 
 def test_as_a_process_of_its_own_it_exits_with_2_and_one_line_in_seconds(data, tiny_models):
     """The same without the shortcuts of these tests."""
-    (data / "c.yaml").write_text(yaml.safe_dump(config_values(data, tiny_models["qwen2_5_vl"], image_size=768)))
+    write_values(data / "c.yaml", config_values(data, tiny_models["qwen2_5_vl"], image_size=768))
     (data / "val.json").write_text("[]")
     ended = subprocess.run(
         [sys.executable, "train.py", "--config", data / "c.yaml"], cwd=REPO_ROOT, capture_output=True, text=True
@@ -254,8 +253,7 @@ def test_a_text_model_needs_no_image_size(command, data):
 
 def test_the_plan_of_exp2_is_printed_as_the_arithmetic_of_its_batches(tiny_models, tmp_path):
     values = config_values(tmp_path, tiny_models["qwen3_vl"], train_bs=4, grad_accum=8, num_train_epochs=3)
-    (tmp_path / "c.yaml").write_text(yaml.safe_dump(values))
-    config = load_config(tmp_path / "c.yaml")
+    config = load_config(write_values(tmp_path / "c.yaml", values))
     plan = BatchPlan(41_079, config.train_bs * config.grad_accum * 2, config.num_train_epochs, config.order, 42)
     assert batch_arithmetic(config, plan, 2) == [
         "Batch: 4 questions × 8 micro-steps × 2 ranks = 64 a step",

@@ -6,12 +6,12 @@ from dataclasses import replace
 
 import pytest
 import torch
-from document_runs import document_config, losses, predictions, write_documents
-from run_helpers import REPO, children, finish, history, log_rows, send, start, wait_for_step
-from run_helpers import write_config as question_config
-from run_helpers import write_samples as write_questions
 from safetensors.torch import load_file
-from tiny_runs import tiny_run, vqa_samples
+from support.document_runs import document_config, losses, predictions, write_documents
+from support.run_helpers import REPO, children, finish, history, log_rows, send, start, wait_for_step
+from support.run_helpers import write_config as question_config
+from support.run_helpers import write_samples as write_questions
+from support.tiny_runs import tiny_run, vqa_samples
 
 import evaluate
 import model as modeling
@@ -116,7 +116,7 @@ def test_one_process_goes_on_from_the_shares_of_two(config, tmp_path):
 @pytest.mark.slow
 def test_where_one_rank_cannot_write_all_end_and_the_checkpoint_before_stays(config, tmp_path):
     path = config("out", parallel="fsdp")
-    wrapped = REPO / "tests" / "wrapped_sharding.py"
+    wrapped = REPO / "tests" / "support" / "wrapped_sharding.py"
     code, text = finish(start(path, ranks=2, script=wrapped, environment={"FAULT_STEP": "10"}))
     assert code != 0 and "No space left on device" in text and "GB are free there" in text, text
     folders = {file.name for file in (tmp_path / "out").iterdir() if "checkpoint" in file.name}

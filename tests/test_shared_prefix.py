@@ -3,7 +3,7 @@
 import pytest
 import torch
 import torch.nn.functional as F
-from tiny_runs import (
+from support.tiny_runs import (
     FAMILIES,
     build_items,
     largest_relative_difference,

@@ -1,4 +1,4 @@
-"""The shipped job files on a real Slurm (see slurm_cluster.py), with a stand-in for the training itself."""
+"""The shipped job files on a real Slurm (see support/slurm_cluster.py), with a stand-in for the training itself."""
 
 import json
 import os
@@ -9,8 +9,8 @@ from pathlib import Path
 
 import pytest
 from conftest import REPO_ROOT
-from run_helpers import log_rows, weights, write_samples
-from slurm_cluster import SlurmCluster, find, why_unavailable
+from support.run_helpers import log_rows, weights, write_samples
+from support.slurm_cluster import SlurmCluster, find, why_unavailable
 
 JOB_FILES = sorted((REPO_ROOT / "slurm").glob("*.slurm"))
 
@@ -41,7 +41,7 @@ def repo(tmp_path, monkeypatch):
     """A scratch repo with the shipped job files and config.py, a small config for each of them, and the stand-in."""
     copy_repo(tmp_path, monkeypatch, ["config.py"])
     for script in ("train.py", "evaluate.py"):
-        shutil.copy(Path(__file__).with_name("stand_in_train.py"), tmp_path / script)
+        shutil.copy(Path(__file__).parent / "support" / "stand_in_train.py", tmp_path / script)
     (tmp_path / "configs").mkdir()
     for name in config_names():
         (tmp_path / "configs" / f"{name}.yaml").write_text(

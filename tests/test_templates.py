@@ -4,7 +4,7 @@ import json
 
 import pytest
 from conftest import shared_data
-from tiny_runs import END, FAMILIES
+from support.tiny_runs import END, FAMILIES
 from transformers import AutoTokenizer
 
 from errors import UserError

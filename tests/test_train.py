@@ -10,7 +10,7 @@ import weakref
 
 import pytest
 import torch
-from run_helpers import (
+from support.run_helpers import (
     REPO,
     children,
     finish,
@@ -32,7 +32,7 @@ from distributed import Ranks
 from errors import UserError
 from run_folder import OutputLock
 
-WRAPPED = REPO / "tests" / "wrapped_train.py"
+WRAPPED = REPO / "tests" / "support" / "wrapped_train.py"
 
 
 @pytest.fixture(scope="session")

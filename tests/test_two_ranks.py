@@ -11,7 +11,7 @@ import pytest
 import torch
 from conftest import REPO_ROOT
 from safetensors.torch import load_file
-from tiny_runs import (
+from support.tiny_runs import (
     build_items,
     largest_relative_difference,
     loss_and_gradients,
@@ -40,7 +40,7 @@ def two_ranks(tiny_models, tmp_path_factory) -> list[dict]:
         port = free.getsockname()[1]
     path = os.pathsep.join([str(REPO_ROOT), str(REPO_ROOT / "tests")])
     address = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": "2", "PYTHONPATH": path}
-    worker = Path(__file__).with_name("two_ranks_worker.py")
+    worker = Path(__file__).parent / "support" / "two_ranks_worker.py"
     processes = [
         subprocess.Popen(
             [sys.executable, worker, tiny_models["qwen3_vl"], results],

@@ -3,9 +3,10 @@
 import json
 import random
 
-import yaml
 from PIL import Image, ImageDraw
-from run_helpers import log_rows
+
+from support import configs
+from support.run_helpers import log_rows
 
 WORDS = "the and of to in is it that for on with as was paper title small number".split()
 LABEL_WORDS = ("reject", "accept")
@@ -42,35 +43,26 @@ def write_documents(folder, train=96, val=24, test=24):
 
 def document_config(documents, model, output, kind="text", family="qwen2", **changes):
     """A config of the documents; returns its path. kind: text or page."""
-    splits = {split: str(documents / f"{kind}_{split}.json") for split in ("train", "val", "test")}
-    values = {
-        "experiment": "DOCUMENTS",
-        "model_name": str(model),
+    defaults = {
         "task": "cls",
+        "template": None,
         "num_labels": 2,
         "finetuning": "full",
-        "data": {**splits, "image_root": str(documents)},
-        "output_dir": str(output),
-        "results_dir": f"{output}_results",
+        "data": {split: str(documents / f"{kind}_{split}.json") for split in ("train", "val", "test")},
         "learning_rate": 3e-3,
         "backbone_learning_rate": 2e-3,
-        "lora": {"r": 8, "alpha": 16, "dropout": 0.1},
         "max_tokens": 512,
         "train_bs": 4,
-        "grad_accum": 2,
         "num_train_epochs": 1,
         "warmup_steps": 2,
         "order": "random",
         "logging_steps": 1,
         "eval_steps": "epoch",
         "save_steps": "epoch",
-        "dataloader_num_workers": 0,
-        **({"image_size": IMAGE_SIZE[family]} if kind == "page" else {}),
-        **changes,
+        "image_size": IMAGE_SIZE[family] if kind == "page" else None,
     }
-    path = output.parent / f"{output.name}.yaml"
-    path.write_text(yaml.safe_dump({key: value for key, value in values.items() if value is not None}))
-    return path
+    values = configs.config_values(documents, model, output, **{**defaults, **changes})
+    return configs.write_values(output.parent / f"{output.name}.yaml", values)
 
 
 def losses(output):

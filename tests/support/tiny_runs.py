@@ -13,7 +13,6 @@ from unittest import mock
 
 import numpy as np
 import torch
-import yaml
 from conftest import REPO_ROOT
 from PIL import Image
 
@@ -23,10 +22,11 @@ from config import load_config
 from dataset import SampleEncoder, SampleList, StepDataset
 from family import Family, load_family
 from model import LANGUAGE, AnswerLoss, attach_lora, load_base, load_tokenizer
+from support import configs
+from support.configs import IMAGE_SIZE  # noqa: F401 - for the tests
 from templates import IGNORE
 
 FAMILIES = ["qwen2_vl", "qwen2_5_vl", "qwen3_vl"]
-IMAGE_SIZE = {"qwen2_vl": 112, "qwen2_5_vl": 112, "qwen3_vl": 128}  # pixels a side; 16 image tokens each
 END = "<|im_end|>"
 
 
@@ -62,32 +62,21 @@ def vqa_samples(images=3, questions=4, images_each=1) -> list[dict]:
 
 
 def config_values(folder: Path, model, family: str = "qwen3_vl", **changes) -> dict:
-    """The values of a small run's YAML file; its data lie in `folder`. `data` changes are merged."""
-    data = {"train": "train.json", "val": "val.json", "test": "test.json"}
-    values = {
-        "experiment": "A SMALL RUN",
-        "model_name": str(model),
-        "task": "vqa",
-        "data": {name: str(folder / file) for name, file in data.items()} | {"image_root": str(folder)},
-        "output_dir": str(folder / "out"),
+    """The values of a small run's YAML file; its data lie in `folder`."""
+    data = {name: str(folder / f"{name}.json") for name in ("train", "val", "test")}
+    defaults = {
         "results_dir": str(folder / "results"),
         "learning_rate": 1e-3,
         "lora": {"r": 4, "alpha": 8, "dropout": 0.0},
-        "template": "ultra_condensed",
-        "image_size": IMAGE_SIZE.get(family),
-        "train_bs": 2,
-        "grad_accum": 2,
-        "max_tokens": 1000,
-        "dataloader_num_workers": 0,
+        "image_size": configs.IMAGE_SIZE.get(family),
+        **changes,
+        "data": {**data, **changes.get("data", {})},
     }
-    values["data"] |= changes.pop("data", {})
-    return {key: value for key, value in {**values, **changes}.items() if value is not None}
+    return configs.config_values(folder, model, folder / "out", **defaults)
 
 
 def write_config(folder: Path, model, family: str = "qwen3_vl", **changes) -> Path:
-    path = folder / "config.yaml"
-    path.write_text(yaml.safe_dump(config_values(folder, model, family, **changes)), encoding="utf-8")
-    return path
+    return configs.write_values(folder / "config.yaml", config_values(folder, model, family, **changes))
 
 
 class TinyRun:

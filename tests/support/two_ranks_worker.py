@@ -10,13 +10,13 @@ from pathlib import Path
 
 import torch
 from safetensors.torch import save_file
-from tiny_runs import TinyRun, short_answers, step_gradients, steps_to_compare, vqa_samples
 from torch.nn.parallel import DistributedDataParallel
 
 from dataset import SampleList
 from distributed import end_process, start_ranks, stop_ranks
 from inference import Stopped, answer_split, split_loss
 from model import AnswerLoss
+from support.tiny_runs import TinyRun, short_answers, step_gradients, steps_to_compare, vqa_samples
 
 
 def main(model_folder: Path, results: Path) -> None:

@@ -10,10 +10,11 @@ import time
 from pathlib import Path
 
 import numpy as np
-import yaml
 from PIL import Image
 
-REPO = Path(__file__).resolve().parent.parent
+from support import configs
+
+REPO = Path(__file__).resolve().parents[2]
 
 
 def write_samples(folder, images=3, questions=5):
@@ -42,32 +43,18 @@ def write_samples(folder, images=3, questions=5):
 
 
 def write_config(folder, model, output, **changes):
-    """A config of the samples in `folder`; returns its path. Nested keys by a dict."""
-    values = {
-        "experiment": "TEST RUN",
-        "model_name": str(model),
-        "task": "vqa",
-        "template": "ultra_condensed",
-        "data": {**dict.fromkeys(("train", "val", "test"), str(folder / "samples.json")), "image_root": str(folder)},
-        "output_dir": str(output),
-        "results_dir": f"{output}_results",
-        "learning_rate": 1e-2,
-        "lora": {"r": 8, "alpha": 16, "dropout": 0.1},
+    """A config of the samples in `folder`; returns its path."""
+    defaults = {
+        "data": dict.fromkeys(("train", "val", "test"), str(folder / "samples.json")),
         "image_size": 64,
-        "max_tokens": 1000,
-        "train_bs": 2,
-        "grad_accum": 2,
         "num_train_epochs": 4,
         "warmup_steps": 2,
         "order": "random",
         "logging_steps": 1,
         "save_steps": 4,
-        "dataloader_num_workers": 0,
-        **changes,
     }
-    path = folder / f"{Path(output).name}.yaml"
-    path.write_text(yaml.safe_dump(values))
-    return path
+    values = configs.config_values(folder, model, output, **{**defaults, **changes})
+    return configs.write_values(folder / f"{Path(output).name}.yaml", values)
 
 
 def log_rows(output, key="loss"):

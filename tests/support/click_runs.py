@@ -4,9 +4,9 @@ import functools
 import json
 from pathlib import Path
 
-import tiny_runs
-import yaml
 from PIL import Image, ImageDraw
+
+from support import configs, tiny_runs
 
 # (width, height) of the screen, and the box of its button; aspect ratios differ, so that every placement does
 SCREENS = {
@@ -45,9 +45,8 @@ def write_config(folder: Path, model, family: str, **changes) -> Path:
         "data": dict.fromkeys(("train", "val", "test"), str(folder / "all.json")),
         **changes,
     }
-    path = folder / "run.yaml"
-    path.write_text(yaml.safe_dump(tiny_runs.config_values(folder, model, family, **settings)), encoding="utf-8")
-    return path
+    values = tiny_runs.config_values(folder, model, family, **settings)
+    return configs.write_values(folder / "run.yaml", values)
 
 
 @functools.cache
