@@ -22,7 +22,6 @@ from PIL import Image, ImageDraw
 from safetensors import safe_open
 from safetensors.torch import load_file
 
-import clicks
 import model as modeling
 import publish
 import sharding
@@ -33,6 +32,7 @@ from errors import UserError, exit_on_user_error
 from family import Family, load_family
 from files import save_atomically, write_json
 from run_folder import MERGED_CONFIG_FILE, config_of, with_own_model
+from tasks import check_record, records
 from templates import IGNORE
 
 SHARD_SIZE = "5GB"
@@ -199,7 +199,7 @@ def write_model(model: torch.nn.Module, config: Config, family: Family, temporar
     kept = json.loads(generation.read_text(encoding="utf-8")) if generation.is_file() else {}
     kept = {key: value for key, value in kept.items() if key not in SAMPLING}
     write_json(generation, {**kept, "do_sample": False})  # as evaluate.py answers
-    for name, content in clicks.records(family, config).items():
+    for name, content in records(family, config).items():
         write_json(temporary / name, content)
     text = "# The run's config, without folders of the machine it ran on.\n" + to_yaml(publish.public_config(config))
     (temporary / MERGED_CONFIG_FILE).write_text(text, encoding="utf-8")
@@ -223,7 +223,7 @@ def merge(config: Config, folder: Path, out: Path, name: str) -> None:
     family = load_family(config.model_name)
     if family.has_vision and config.resize == "letterbox":
         family.check_image_size(config.image_size, str(folder))
-    clicks.check_convention(folder, family, config)
+    check_record(folder, family, config)
     encoder = SampleEncoder(config, family, modeling.load_tokenizer(config.model_name))
     with tempfile.TemporaryDirectory() as scratch:
         samples, encoder, what = inputs_to_check(config, encoder, Path(scratch))

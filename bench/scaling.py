@@ -21,7 +21,6 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
-from torch.nn.parallel import DistributedDataParallel
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # the modules at the root
 
@@ -30,10 +29,10 @@ import workload as work
 from batches import BatchPlan
 from config import Lora
 from dataset import StepDataset
-from distributed import Ranks, end_process, stop_ranks
+from distributed import Ranks, end_process, stop_ranks, sum_gradients
 from errors import exit_on_user_error
 from model import AnswerLoss, optimizer_groups, trainable_parameters
-from train import backward_step
+from train import backward
 
 WORLD = 2
 
@@ -48,16 +47,17 @@ def worker(rank: int, folder: Path, args: argparse.Namespace) -> None:
         folder / "model", folder / f"data-{rank}", per_step, args.image_tokens, args.rounds + 1, 0, lora, args.seed
     )
     model = work.adapted(work.build_base(folder / "model", device, args.seed), lora, args.seed, stock=False).train()
-    alone = AnswerLoss(model, setting.family)
-    together = DistributedDataParallel(alone, broadcast_buffers=False, gradient_as_bucket_view=True, init_sync=False)
+    loss, trainable = AnswerLoss(model, setting.family), trainable_parameters(model)
     optimizer = torch.optim.AdamW(optimizer_groups(model, setting.config))
     plan = BatchPlan(len(setting.samples), setting.questions, 1, "sequential", 0)
     dataset = StepDataset(setting.samples, setting.encoder, True, plan, setting.questions, 0, 1)
 
-    def step(loss, micro_batches, ranks: Ranks) -> float:
+    def step(micro_batches, ranks: Ranks) -> float:
         began = time.perf_counter()
-        backward_step(loss, micro_batches, ranks, contextlib.nullcontext)
-        torch.nn.utils.clip_grad_norm_(trainable_parameters(model).values(), 1.0)
+        backward(loss, micro_batches, ranks, "ddp", contextlib.nullcontext)
+        if ranks.world_size > 1:
+            sum_gradients(trainable, [True] * len(trainable))
+        torch.nn.utils.clip_grad_norm_(trainable.values(), 1.0)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
         return time.perf_counter() - began
@@ -66,16 +66,15 @@ def worker(rank: int, folder: Path, args: argparse.Namespace) -> None:
     for index in range(args.rounds + 1):
         micro_batches = dataset[index]["micro_batches"]
         dist.barrier()
-        one = step(alone, micro_batches, Ranks(0, 1, device)) if rank == 0 else 0.0
+        one = step(micro_batches, Ranks(0, 1, device)) if rank == 0 else 0.0
         dist.barrier()
-        both = step(together, micro_batches, Ranks(rank, WORLD, device))
+        both = step(micro_batches, Ranks(rank, WORLD, device))
         if rank == 0 and index:  # the first round warms up
             ratios.append(WORLD * one / both)
             print(f"one process {setting.questions / one:.3g} questions/s, two {WORLD * setting.questions / both:.3g}, "
                   f"ratio {ratios[-1]:.2f}", flush=True)  # fmt: skip
     if rank == 0:
         print(f"median ratio of {args.rounds} rounds: {statistics.median(ratios):.2f}")
-    del together  # see stop_ranks
     stop_ranks()
     end_process()
 

@@ -41,7 +41,7 @@ from distributed import Ranks
 from errors import UserError, exit_on_user_error
 from model import AnswerLoss, forward_logits, optimizer_groups, to_device, trainable_parameters
 from templates import IGNORE
-from train import backward_step
+from train import backward
 
 warnings.filterwarnings("ignore", message=".*is_gradient_checkpointing` is deprecated.*")
 TITLES = {
@@ -100,7 +100,7 @@ class Ours:
 
     def backward(self, micro_batches: list[dict]) -> None:
         with self.path():
-            backward_step(self.loss, micro_batches, Ranks(0, 1, self.device), contextlib.nullcontext)
+            backward(self.loss, micro_batches, Ranks(0, 1, self.device), "ddp", contextlib.nullcontext)
 
     def gradients(self, rows: list[int]) -> dict:
         plan = types.SimpleNamespace(rank_questions=lambda step, rank, ranks: rows)

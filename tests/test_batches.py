@@ -279,7 +279,7 @@ def test_rows_of_like_length_fill_a_pass_together_and_unlike_ones_stand_apart():
     for device, expected in (("cpu", ["a", "c", "b", "d", "e", "f"]), ("cuda", ["ac", "bd", "ef"])):
         parts = passes(items, True, device)
         assert ["".join(dict.fromkeys(item.sample_id[0] for item in part)) for part in parts] == expected
-    images = {name: ModelImage(np.zeros((1, 3), dtype=np.uint8), (2, 2), None) for name in "abcdef"}
+    images = {name: ModelImage(name, np.zeros((1, 3), dtype=np.uint8), (2, 2), None) for name in "abcdef"}
     for part in passes(items, True, "cuda"):
         assert (collate(part, images, True, 0)["segments"] < 0).float().mean() < 0.02
     short = long_items({"a": [60, 60], "b": [2, 2]})  # 1,020 and 904 tokens

@@ -15,6 +15,7 @@ import classification
 import evaluate
 import inference
 import sharding
+import tasks
 import train
 from batches import collate
 from checkpoint import TrainerState, has_lost_best, load_trained
@@ -468,7 +469,7 @@ def test_a_long_text_loses_its_end_and_never_the_instruction(documents, tiny_mod
     model = with_random_head(tiny_models["qwen2"])
     rows = classify_split(ClassLoss(model, encoder.family), SampleList(samples, "s"), encoder, ALONE)
     assert [row["cut_tokens"] for row in rows] == [0, item.cut_tokens]
-    assert evaluate.score([{**row, "probabilities": [0.5, 0.5]} for row in rows], encoder.config)["cut_texts"] == 1
+    assert tasks.cls.score([{**row, "probabilities": [0.5, 0.5]} for row in rows], encoder.config)["cut_texts"] == 1
 
 
 def test_pages_are_never_cut_and_neither_is_the_instruction(documents, tiny_models, tmp_path):

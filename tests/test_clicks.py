@@ -8,6 +8,7 @@ import pytest
 from conftest import shared_data
 
 import clicks
+import tasks
 from config import Config, Data
 from errors import UserError
 from family import COORDINATES, Family
@@ -230,14 +231,14 @@ def test_a_text_model_cannot_click():
 
 
 def write_convention(folder, one, values):
-    for name, content in clicks.records(one, values).items():
+    for name, content in tasks.records(one, values).items():
         (folder / name).write_text(json.dumps(content))
 
 
 def test_the_convention_is_kept_for_clicks_only_and_names_what_the_numbers_mean():
     one = family("qwen2_5_vl")
-    assert clicks.records(one, config(task="vqa")) == {}
-    kept = clicks.records(one, config(image_size=None, resize="native"))["coordinates.json"]
+    assert tasks.records(one, config(task="vqa")) == {}
+    kept = tasks.records(one, config(image_size=None, resize="native"))["coordinates.json"]
     assert kept == {
         "coordinates": "pixels of the image the model sees",
         "resize": "native",
@@ -257,21 +258,21 @@ def test_the_convention_is_kept_for_clicks_only_and_names_what_the_numbers_mean(
 def test_other_settings_than_the_trained_ones_are_refused_with_both_named(tmp_path, changes, named):
     one = family("qwen3_vl")
     write_convention(tmp_path, one, config())
-    clicks.check_convention(tmp_path, one, config())
+    tasks.check_record(tmp_path, one, config())
     with pytest.raises(UserError, match=named):
-        clicks.check_convention(tmp_path, one, config(**changes))
+        tasks.check_record(tmp_path, one, config(**changes))
 
 
 def test_a_model_that_speaks_other_coordinates_is_refused(tmp_path):
     write_convention(tmp_path, family("qwen3_vl"), config())
     with pytest.raises(UserError, match=r"0 to 1000 .* here 'pixels"):
-        clicks.check_convention(tmp_path, family("qwen2_5_vl"), config())
+        tasks.check_record(tmp_path, family("qwen2_5_vl"), config())
 
 
 def test_the_native_limit_is_compared_as_it_works_out_not_as_it_is_written(tmp_path):
     one = family("qwen3_vl")
     native = {"resize": "native", "image_size": None}
     write_convention(tmp_path, one, config(**native))
-    clicks.check_convention(tmp_path, one, config(**native, max_pixels=one.max_pixels))
+    tasks.check_record(tmp_path, one, config(**native, max_pixels=one.max_pixels))
     with pytest.raises(UserError, match="max_pixels"):
-        clicks.check_convention(tmp_path, replace(one, max_pixels=1024), config(**native))
+        tasks.check_record(tmp_path, replace(one, max_pixels=1024), config(**native))

@@ -12,7 +12,7 @@ import prepare_data
 from errors import UserError
 from images import open_image
 from prepare import giveaways, pages
-from templates import document_messages
+from tasks.cls import document_messages
 
 SPLITS = ("train", "val", "test")
 SECRET = "REVIEW-SECRET"

@@ -7,10 +7,11 @@ import torch
 from support.tiny_runs import END, FAMILIES, build_items, short_answers, tiny_run, vqa_samples
 
 import inference
+import tasks
 from batches import collate
 from dataset import SampleList
 from distributed import Ranks
-from inference import Stopped, answer_split, prediction_line, split_loss
+from inference import Stopped, answer_split, split_loss
 from model import AnswerLoss
 
 ALONE = Ranks(0, 1, torch.device("cpu"))
@@ -181,5 +182,5 @@ def test_without_the_image_the_same_questions_are_asked_in_words_alone(run, say,
 
 
 def test_a_prediction_line_does_not_need_the_model(run):
-    line = prediction_line(vqa_samples(1, 1)[0], run.encoder(), "red", finished=True)
+    line = tasks.vqa.row(vqa_samples(1, 1)[0], run.encoder(), ("red", True))
     assert line["correct"] and list(line)[:5] == ["id", "images", "question", "answer", "prediction"]

@@ -15,6 +15,7 @@ import dataset
 import evaluate
 import predict
 import prepare_data
+import tasks
 import train
 from config import load_config
 from errors import UserError
@@ -133,14 +134,15 @@ def test_a_mark_is_visible_on_any_background_and_at_any_edge(background, point):
     assert (np.abs(np.asarray(before).astype(int) - np.asarray(after)).sum(-1) > 150).sum() > 20
 
 
-def test_a_point_on_the_far_edge_is_printed_as_the_last_pixel():
-    assert predict.as_pixel([300.0, 200.0], [300, 200]) == (299, 199)
-    assert predict.as_pixel([0.0, 99.99], [300, 200]) == (0, 99)
+@pytest.mark.parametrize(("point", "pixel"), [([300.0, 200.0], "299, 199"), ([0.0, 99.99], "0, 99")])
+def test_a_point_on_the_far_edge_is_printed_as_the_last_pixel(point, pixel):
+    row = {"prediction": "", "cut_off": False, "predicted_point": point, "image_size": [300, 200]}
+    assert tasks.click.describe(row)[1].startswith(f"Point: {pixel} in pixels")
 
 
 def test_an_answer_without_a_point_is_said_nothing_is_drawn_and_the_exit_code_tells(run, capsys, monkeypatch, tmp_path):
     line = {"prediction": "I see no button", "cut_off": True, "predicted_point": None, "image_size": [300, 200]}
-    monkeypatch.setattr(predict, "answer_split", lambda *_: [line])
+    monkeypatch.setattr(predict, "predict_split", lambda *_: [line])
     with pytest.raises(SystemExit) as end:
         ask(capsys, *red(run), "--draw", tmp_path / "mark.png")
     assert end.value.code == 1

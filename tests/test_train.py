@@ -6,7 +6,6 @@ import signal
 import subprocess
 import sys
 import time
-import weakref
 
 import pytest
 import torch
@@ -28,7 +27,6 @@ from support.run_helpers import (
 import inference
 import run_folder
 import train
-from distributed import Ranks
 from errors import UserError
 from run_folder import OutputLock
 
@@ -132,43 +130,6 @@ def test_a_run_goes_on_under_another_number_of_ranks_with_the_same_batches_and_l
     assert order(mixed) == order(one)  # no sample twice, none missing
     for mine, theirs in zip(history(mixed), history(one), strict=True):
         assert mine == pytest.approx(theirs, rel=2e-4)
-
-
-def test_the_ddp_wrapper_is_gone_when_the_ranks_part(run, monkeypatch):
-    """Else two processes sometimes hang at the end of a run that has done everything."""
-
-    class OneOfTwo(Ranks):
-        def sum(self, *values):
-            return list(values)
-
-        def gather(self, rows):
-            return rows
-
-        def barrier(self):
-            pass
-
-        def describe(self):
-            return "one of two"
-
-    class Wrapper(torch.nn.Module):
-        def __init__(self, module):
-            super().__init__()
-            self.module = module
-
-        def forward(self, batch):
-            return self.module(batch)
-
-    def wrap(module, ranks):
-        wrapper = Wrapper(module)
-        wrappers.append(weakref.ref(wrapper))
-        return wrapper
-
-    wrappers, left = [], []
-    monkeypatch.setattr(train, "start_ranks", lambda: OneOfTwo(0, 2, torch.device("cpu")))
-    monkeypatch.setattr(train, "wrap_ddp", wrap)
-    monkeypatch.setattr(train, "stop_ranks", lambda: left.append(wrappers[0]()))
-    run("out")
-    assert left == [None]
 
 
 @pytest.mark.parametrize("number", [signal.SIGUSR1, signal.SIGTERM, signal.SIGINT])

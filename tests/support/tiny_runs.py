@@ -169,18 +169,22 @@ def steps_to_compare() -> dict[str, tuple[list[dict], int]]:
     }
 
 
-def step_gradients(run: TinyRun, samples, train_bs: int, ranks, wrap=lambda loss: loss) -> tuple[dict, dict]:
-    """(what `train.backward_step` returns, gradients) of one step in float64. wrap: puts the loss into DDP."""
-    from train import backward_step
+def step_gradients(run: TinyRun, samples, train_bs: int, ranks) -> tuple[dict, dict]:
+    """({"nll" of this rank, "answer_tokens" of the step}, gradients over all ranks) of one step in float64."""
+    from distributed import sum_gradients
+    from train import backward
 
     plan = BatchPlan(len(samples), len(samples), 1, "sequential", 0)
     dataset = StepDataset(SampleList(samples, "s"), run.encoder(), True, plan, train_bs, ranks.rank, ranks.world_size)
     loss = AnswerLoss(run.model(torch.float64), run.family)
     loss.zero_grad()
-    sums = backward_step(wrap(loss), dataset[0]["micro_batches"], ranks, contextlib.nullcontext)
+    nll, tokens = backward(loss, dataset[0]["micro_batches"], ranks, "ddp", contextlib.nullcontext)
+    if ranks.world_size > 1:
+        trained = {name: p for name, p in loss.model.named_parameters() if p.requires_grad}
+        sum_gradients(trained, [count > 0 for count in ranks.sum(*(p.grad is not None for p in trained.values()))])
     gradients = {name: p.grad.clone() for name, p in loss.model.named_parameters() if p.grad is not None}
     loss.zero_grad()
-    return sums, gradients
+    return {"nll": nll, "answer_tokens": tokens}, gradients
 
 
 def largest_relative_difference(first: dict, second: dict) -> float:

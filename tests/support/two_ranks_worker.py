@@ -10,7 +10,6 @@ from pathlib import Path
 
 import torch
 from safetensors.torch import save_file
-from torch.nn.parallel import DistributedDataParallel
 
 from dataset import SampleList
 from distributed import end_process, start_ranks, stop_ranks
@@ -32,14 +31,10 @@ def main(model_folder: Path, results: Path) -> None:
     found["gather_from_one"] = ranks.gather([] if ranks.is_first else ["only rank 1"])
     found["gather_nothing"] = ranks.gather([])
 
-    def wrap(loss: AnswerLoss):
-        # as train.py does
-        return DistributedDataParallel(loss, broadcast_buffers=False, gradient_as_bucket_view=True, init_sync=False)
-
     found["losses"] = {}
     for name, (samples, train_bs) in steps_to_compare().items():
-        sums, gradients = step_gradients(run, samples, train_bs, ranks, wrap)
-        found["losses"][name] = [sums["nll"], sums["tokens_global"]]
+        sums, gradients = step_gradients(run, samples, train_bs, ranks)
+        found["losses"][name] = [sums["nll"], sums["answer_tokens"]]
         save_file(gradients, results / f"{name}-rank{ranks.rank}.safetensors")
 
     samples = SampleList(vqa_samples(3, 3), "samples")
