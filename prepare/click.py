@@ -1,8 +1,6 @@
 """Screenshots with instructions and points or boxes → samples by split and a report. `prepare_data.py click` calls
 `prepare`."""
 
-import json
-import os
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
@@ -12,7 +10,8 @@ import errors
 import leakage
 from errors import UserError, first_names
 from images import image_path, upright_size
-from prepare import splits
+from prepare import splits, tables
+from prepare.rows import RowProblems, read_rows, refuse_lone_surrogates
 from prepare.splits import SPLITS
 from report.metrics import target_size
 from templates import image_paths
@@ -30,27 +29,23 @@ def prepare(source: str, out: str, image_root: str | None, coordinates: str, box
     source = Path(source)
     image_root = Path(image_root) if image_root else source.parent
     rows = read_rows(source)
-    problems, targets, counts = [], [], Counter()
+    problems, targets, counts = RowProblems(source), [], Counter()
     for number, row in enumerate(rows, 1):
-        try:
+        with problems.of_row(number):
+            refuse_lone_surrogates(row)
             image_path(image_root, clicks.image_of(row))
             targets += [{**target, "row": number} for target in targets_of(row, boxes, counts)]
-        except UserError as error:
-            problems.append(f"{source} row {number}: {error}")
-    _report(problems)
+    problems.refuse()
     refuse_wrong_units(targets, coordinates, source)
-    prints, sizes = look_at_images(dict.fromkeys(target["image"] for target in targets), image_root)
+    hashes, sizes = look_at_images(dict.fromkeys(target["image"] for target in targets), image_root)
 
     samples = {}
     for target in targets:
-        try:
-            sample = to_sample(target, sizes[target["image"]], prints[target["image"]], coordinates)
-        except UserError as error:
-            problems.append(f"{source} row {target['row']}: {error}")
-            continue
-        # Exact repeats of a click, on the same file or a copy of it, are kept once.
-        samples.setdefault((sample["group"], sample["instruction"], *sample["point"]), sample)
-    _report(problems)
+        with problems.of_row(target["row"]):
+            sample = to_sample(target, sizes[target["image"]], hashes[target["image"]], coordinates)
+            # Exact repeats of a click, on the same file or a copy of it, are kept once.
+            samples.setdefault((sample["group"], sample["instruction"], *sample["point"]), sample)
+    problems.refuse()
     samples = list(samples.values())
     name_samples(samples)
     groups = Counter(sample["group"] for sample in samples)
@@ -70,53 +65,22 @@ def prepare(source: str, out: str, image_root: str | None, coordinates: str, box
         "image files": len(sizes),
         "distinct images": len(groups),
     }
-    table = click_table(by_split)
+    found = {target_size(sample) for sample in samples}
+    kinds = {kind: kind or "no box" for kind in ("small", "medium", "large", None) if kind in found}
+    table = tables.split_table("target", by_split, target_size, kinds)
     told = [f"coordinates {coordinates}", f"boxes {boxes}", f"seed {seed}", f"split {split}"]
     files = {f"{name}.json": splits.json_list(by_split[name]) for name in SPLITS}
     files["report.md"] = report(source, told, table, counted, sizes)
     splits.write_whole(Path(out), files)
-    _print_summary(Path(out), image_root, table, counted, files)
-
-
-def _report(problems: list[str]) -> None:
-    if problems:
-        more = f"\n  ... and {len(problems) - errors.NAMES_SHOWN:,} more" if len(problems) > errors.NAMES_SHOWN else ""
-        listed = "\n  ".join(["", *problems[: errors.NAMES_SHOWN]]) if len(problems) > 1 else f" {problems[0]}"
-        raise UserError(f"{len(problems):,} row(s) cannot be used, nothing was written:{listed}{more}")
+    tables.print_summary(table, counted, (), Path(out), files, image_root)
 
 
 # ------------------------------------------------------------------------------------------------------ the source
 
 
-def read_rows(source: Path) -> list[dict]:
-    """The objects of a .jsonl file, or of a .json file with a list of them. Errors: `UserError` with the line."""
-    try:
-        text = source.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"--source {source} cannot be read ({error}); give a .jsonl or .json file") from None
-    line_number = 0
-    try:
-        if source.suffix == ".json":
-            rows = json.loads(text)
-        else:
-            rows = []
-            for line_number, line in enumerate(text.split("\n"), 1):  # noqa: B007 - the error names it
-                if line.strip():
-                    rows.append(json.loads(line))
-    except json.JSONDecodeError as error:
-        raise UserError(f"{source} line {line_number or error.lineno}: not valid JSON ({error.msg})") from None
-    if not isinstance(rows, list) or not rows or not all(isinstance(row, dict) for row in rows):
-        raise UserError(f"{source}: expected one JSON object a line, or a list of objects; found none")
-    return rows
-
-
 def targets_of(row: dict, boxes: str, counts: Counter) -> Iterator[dict]:
     """The clicks of a row, as it states them: image, instruction, numbers (x, y) or None, box (x0, y0, x1, y1) or None,
     and rest, its other keys. `counts` gathers what is left out. Errors: `UserError` without the row's name."""
-    try:
-        json.dumps(row, ensure_ascii=False).encode()
-    except UnicodeEncodeError:
-        raise UserError("its text holds half a character (a lone surrogate); mend it") from None
     image = clicks.image_of(row)
     if "messages" in row or "conversations" in row:
         yield from _conversation_targets(row, image, counts)
@@ -260,18 +224,6 @@ def ambiguous(samples: list[dict]) -> int:
 # ------------------------------------------------------------------------------------------------------- the report
 
 
-def click_table(by_split: dict[str, list[dict]]) -> list[list[str]]:
-    """Header, a line for each size of target that occurs, and the totals, as texts."""
-    kinds = {name: Counter(target_size(sample) or "no box" for sample in found) for name, found in by_split.items()}
-    lines = [["target", *SPLITS, "all"]]
-    for kind in ("small", "medium", "large", "no box"):
-        numbers = [kinds[name][kind] for name in SPLITS]
-        if any(numbers):
-            lines.append([kind, *(f"{number:,}" for number in (*numbers, sum(numbers)))])
-    totals = [len(by_split[name]) for name in SPLITS]
-    return [*lines, ["all", *(f"{number:,}" for number in (*totals, sum(totals)))]]
-
-
 def report(source, told, table, counted, sizes) -> str:
     """`report.md`: clicks by target size and split, everything that was counted, and the images' sizes."""
     size_lines = [["width × height", "image files"]]
@@ -287,34 +239,16 @@ Points and boxes are in pixels of the original image, upright, from its upper le
 
 ## Clicks by size of the target and split
 
-{_markdown(table)}
+{tables.markdown(table)}
 
 ## Counted
 
-{_markdown([["what", "count"], *([what, f"{number:,}"] for what, number in counted.items())])}
+{tables.markdown(tables.count_table(counted))}
 
 Files of identical content stay in one split. Screenshots of one app look alike by nature, so that images that are
 only similar are not reported here; `train.py --check` lists them.
 
 ## Images
 
-{_markdown(size_lines)}{more}
+{tables.markdown(size_lines)}{more}
 """
-
-
-def _markdown(lines: list[list[str]]) -> str:
-    rows = [f"| {' | '.join(cell.replace('|', chr(92) + '|') for cell in line)} |" for line in lines]
-    return "\n".join([rows[0], f"|{' --- |' + ' ---: |' * (len(lines[0]) - 1)}", *rows[1:]])
-
-
-def _print_summary(out: Path, image_root: Path, table, counted, files) -> None:
-    for line in table:
-        print(line[0].ljust(8) + "".join(cell.rjust(9) for cell in line[1:]))
-    print()
-    for what, number in counted.items():
-        print(f"{number:9,} {what}")
-    print(f"\nwritten to {out}: {', '.join(files)}")
-    print("for the config:\n  data:")
-    for name in SPLITS:
-        print(f"    {name}: {os.path.join(out, f'{name}.json')}")
-    print(f"    image_root: {image_root}")

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import leakage
 from errors import UserError, first_names
-from prepare import kvasir_source, splits
+from prepare import kvasir_source, splits, tables
 from prepare import stager as stagers
 from prepare.splits import SPLITS
 
@@ -37,7 +37,8 @@ def prepare(source: str, out: str, order: str, stager: str, seed: int, split: st
         hashes = {images[img_id]: prints[img_id].phash for img_id in images}
         pairs = leakage.find_near_identical(by_split, raw.folder, hashes=hashes)
 
-        table = stage_table(by_split)
+        stages = {number: f"{number} {name}" for number, name in stagers.STAGES.items()}
+        table = tables.split_table("stage", by_split, lambda sample: sample["stage"], stages)
         counts["images (img_id)"] = len(images)
         counts["images no row asks about, left alone"] = raw.unused_images
         counts["distinct files"] = len(sizes)
@@ -53,7 +54,15 @@ def prepare(source: str, out: str, order: str, stager: str, seed: int, split: st
         files[NEAR_IDENTICAL] = leakage.side_by_side(pairs, raw.folder) if pairs else None
         files["report.md"] = report(source, told, table, counts, questions, stage_of, by_hand, entries)
         splits.write_whole(out, files, before_renaming=raw.move_images)
-    _print_summary(out, raw.image_root, table, counts, by_hand, entries, files)
+    notes = []
+    if by_hand:
+        notes.append(f"{len(by_hand)} question(s) kept as stages.json had them: {first_names(by_hand)}")
+    if review := _to_review(entries, by_hand):
+        notes.append(
+            f"{len(review)} question(s) to review in stages.json, their scores were close: {first_names(review)}"
+        )
+    written = [name for name, text in files.items() if text is not None]
+    tables.print_summary(table, counts, notes, out, written, raw.image_root)
 
 
 def _fingerprints(images: Mapping[str, str], folder: Path) -> dict[str, leakage.Fingerprint]:
@@ -182,17 +191,6 @@ def _by_image(samples: list[dict], seed: int, salt: str) -> list[dict]:
     return sorted(samples, key=lambda sample: (place[sample["image"]], sample["stage"]))
 
 
-def stage_table(by_split: Mapping[str, list[dict]]) -> list[list[str]]:
-    """Header, one line a stage and the totals, as texts."""
-    counts = {split: Counter(sample["stage"] for sample in samples) for split, samples in by_split.items()}
-    lines = [["stage", *SPLITS, "all"]]
-    for stage, name in stagers.STAGES.items():
-        numbers = [counts[split][stage] for split in SPLITS]
-        lines.append([f"{stage} {name}", *(f"{number:,}" for number in (*numbers, sum(numbers)))])
-    totals = [counts[split].total() for split in SPLITS]
-    return [*lines, ["all", *(f"{number:,}" for number in (*totals, sum(totals)))]]
-
-
 def report(source, told, table, counts, questions, stage_of, by_hand, entries) -> str:
     """`report.md`: the stage table, everything that was counted, and each question with its stage and candidates."""
     question_lines = [
@@ -216,8 +214,7 @@ def report(source, told, table, counts, questions, stage_of, by_hand, entries) -
             ]
         )
     outside = {split: sum(about["outside"][split] for about in questions.values()) for split in ("val", "test")}
-    counted = [["what", "count"], *([what, f"{number:,}"] for what, number in counts.items())]
-    counted += [[f"{split} answers outside the training candidates", f"{outside[split]:,}"] for split in outside]
+    counts = counts | {f"{split} answers outside the training candidates": outside[split] for split in outside}
     near = counts["near-identical pairs of images across splits"]
     judge = f"Near-identical images are not moved: look at {NEAR_IDENTICAL} and judge." if near else ""
     return f"""# Kvasir-VQA, prepared
@@ -226,17 +223,17 @@ Source: {source}; {"; ".join(told)}.
 
 ## Questions by stage and split
 
-{_markdown(table)}
+{tables.markdown(table)}
 
 ## Counted
 
-{_markdown(counted)}
+{tables.markdown(tables.count_table(counts))}
 
 Files of identical content stay in one split. Candidates come from the training split only. {judge}
 
 ## Questions
 
-{_markdown(question_lines)}
+{tables.markdown(question_lines)}
 
 To move a question to another stage, change its number in stages.json and run the command again. An entry marked
 `"review": true` had scores too close to call: set it to `false` to settle it.
@@ -246,30 +243,3 @@ To move a question to another stage, change its number in stages.json and run th
 def _to_review(entries: Mapping[str, object], by_hand: list[str]) -> list[str]:
     marked = (question for question, entry in entries.items() if isinstance(entry, dict) and entry.get("review"))
     return [question for question in marked if question not in by_hand]
-
-
-def _markdown(lines: list[list[str]]) -> str:
-    escaped = [[cell.replace("|", r"\|") for cell in line] for line in lines]
-    escaped.insert(
-        1, ["---" if not lines[1][column].replace(",", "").isdecimal() else "---:" for column in range(len(lines[0]))]
-    )
-    return "\n".join(f"| {' | '.join(line)} |" for line in escaped)
-
-
-def _print_summary(out, image_root, table, counts, by_hand, entries, files) -> None:
-    width = max(len(line[0]) for line in table)
-    for line in table:
-        print(line[0].ljust(width) + "".join(cell.rjust(9) for cell in line[1:]))
-    print()
-    for what, number in counts.items():
-        print(f"{number:9,} {what}")
-    if by_hand:
-        print(f"\n{len(by_hand)} question(s) kept as stages.json had them: {first_names(by_hand)}")
-    review = _to_review(entries, by_hand)
-    if review:
-        print(f"\n{len(review)} question(s) to review in stages.json, their scores were close: {first_names(review)}")
-    print(f"\nwritten to {out}: {', '.join(name for name, text in files.items() if text is not None)}")
-    print("for the config:\n  data:")
-    for split in SPLITS:
-        print(f"    {split}: {out / f'{split}.json'}")
-    print(f"    image_root: {image_root}")

@@ -9,9 +9,9 @@ from pathlib import Path
 
 from errors import UserError, first_names
 from images import image_path, open_image
-from prepare import pages, splits
-from prepare.click import read_rows
+from prepare import pages, splits, tables
 from prepare.giveaways import STAMP, uneven_forms, without_stamps
+from prepare.rows import RowProblems, read_rows, refuse_lone_surrogates
 from prepare.splits import SPLITS
 from templates import image_paths
 
@@ -45,13 +45,15 @@ def prepare(source: str, out: str, train_agreeing: bool, as_pages: bool, seed: i
     shown = [paper for found in by_split.values() for paper in found]
     files_of_pages = pages.lay_out(shown, out, TITLE, counts) if as_pages else {}
     samples = {name: [to_sample(paper) for paper in found] for name, found in by_split.items()}
-    table = paper_table(samples)
+    labels = {label: f"{label} {name}" for label, name in enumerate(LABELS)}
+    table = tables.split_table("label", samples, lambda sample: sample["label"], labels)
     files = {f"{name}.json": splits.json_list(samples[name]) for name in SPLITS}
     forms = {"page images of their own": "source_pages"} if as_pages else {}
     warnings = uneven_forms(shown, forms | {"their full text": "body_shown"})
     files["report.md"] = report(source, told, table, counts, rule, warnings)
     splits.write_whole(out, files, before_renaming=lambda: pages.write(out, files_of_pages))
-    _print_summary(out, table, counts, rule, files, files_of_pages)
+    written = [*files, *(["pages/"] if files_of_pages else [])]
+    tables.print_summary(table, counts, [rule] if rule else [], out, written, out)
     print("".join(f"\n{warning}" for warning in warnings), end="")
 
 
@@ -60,10 +62,10 @@ def prepare(source: str, out: str, train_agreeing: bool, as_pages: bool, seed: i
 
 def read_papers(rows: list[dict], source: Path, as_pages: bool) -> tuple[list[dict], dict[str, int]]:
     """The papers with an accept or a reject, and what was found, in words. Errors: `UserError` naming the row."""
-    problems, papers, undecided, seen = [], [], Counter(), set()
+    problems, papers, undecided, seen = RowProblems(source), [], Counter(), set()
     counts = {"rows read": len(rows), "exact repeats, dropped": 0}
     for number, row in enumerate(rows, 1):
-        try:
+        with problems.of_row(number):
             line = json.dumps(row, sort_keys=True)
             if line in seen:
                 counts["exact repeats, dropped"] += 1
@@ -74,11 +76,7 @@ def read_papers(rows: list[dict], source: Path, as_pages: bool) -> tuple[list[di
                 undecided[" ".join((row["decision"] or "no decision").split())] += 1
                 continue
             papers.append(to_paper(row, number, label, source.parent, as_pages))
-        except UserError as error:
-            problems.append(f"{source} row {number}: {error}")
-    if problems:
-        more = f" (and {len(problems) - 1:,} more rows that cannot be used)" if len(problems) > 1 else ""
-        raise UserError(f"{problems[0]}{more}; nothing was written")
+    problems.refuse()
     repeated = [identity for identity, count in Counter(paper["id"] for paper in papers).items() if count > 1]
     if repeated:
         raise UserError(f"{source}: {len(repeated)} id(s) stand for different rows: {first_names(repeated)}; mend them")
@@ -110,10 +108,7 @@ def to_paper(row: dict, number: int, label: int, folder: Path, as_pages: bool) -
     """What is used of a row. The text is made of title, abstract, keywords and body alone: no other key can reach it.
 
     folder: what the paths of page images are relative to. Errors: `UserError` without the row's name."""
-    try:
-        json.dumps(row, ensure_ascii=False).encode()
-    except UnicodeEncodeError:
-        raise UserError("its text holds half a character (a lone surrogate); mend it") from None
+    refuse_lone_surrogates(row)
     source_pages = [image_path(folder, page) for page in image_paths(row)]
     title, abstract, body = _text(row, "title"), _text(row, "abstract"), _text(row, *BODY_KEYS)
     if not title:
@@ -277,19 +272,8 @@ def to_sample(paper: dict) -> dict:
 # ------------------------------------------------------------------------------------------------------- the report
 
 
-def paper_table(samples: dict[str, list[dict]]) -> list[list[str]]:
-    """Header, a line for each label and the totals, as texts."""
-    lines = [["label", *SPLITS, "all"]]
-    for label, name in enumerate(LABELS):
-        numbers = [sum(sample["label"] == label for sample in samples[split]) for split in SPLITS]
-        lines.append([f"{label} {name}", *(f"{number:,}" for number in (*numbers, sum(numbers)))])
-    totals = [len(samples[split]) for split in SPLITS]
-    return [*lines, ["all", *(f"{number:,}" for number in (*totals, sum(totals)))]]
-
-
 def report(source, told, table, counts, rule, warnings) -> str:
     """`report.md`: papers by label and split, everything that was counted, and the rules."""
-    counted = [["what", "count"], *([what, f"{number:,}"] for what, number in counts.items())]
     own_pages = (
         "\n\nPage images of the source are shown as they are: look whether a header of theirs tells the decision."
         if counts.get("papers shown by their own page images")
@@ -301,11 +285,11 @@ Source: {source}; {"; ".join(told)}.
 
 ## Papers by label and split
 
-{_markdown(table)}
+{tables.markdown(table)}
 
 ## Counted
 
-{_markdown(counted)}
+{tables.markdown(tables.count_table(counts))}
 
 Label 1 is any kind of accept, 0 a reject. Every split has as many of the one as of the other, and papers with the same
 title or text stay in one split. The model is shown title, abstract, keywords and full text, where there are any;
@@ -316,23 +300,3 @@ decision are cut out; names and acknowledgments, which only final versions have,
 
 {rule or "None: all its papers are kept (--train-agreeing keeps those whose ratings agree with the decision)."}
 """
-
-
-def _markdown(lines: list[list[str]]) -> str:
-    rows = [f"| {' | '.join(cell.replace('|', chr(92) + '|') for cell in line)} |" for line in lines]
-    return "\n".join([rows[0], f"|{' --- |' + ' ---: |' * (len(lines[0]) - 1)}", *rows[1:]])
-
-
-def _print_summary(out: Path, table, counts, rule, files, files_of_pages) -> None:
-    for line in table:
-        print(line[0].ljust(9) + "".join(cell.rjust(9) for cell in line[1:]))
-    print()
-    for what, number in counts.items():
-        print(f"{number:9,} {what}")
-    if rule:
-        print(f"\n{rule}")
-    print(f"\nwritten to {out}: {', '.join([*files, *(['pages/'] if files_of_pages else [])])}")
-    print("for the config:\n  data:")
-    for name in SPLITS:
-        print(f"    {name}: {out / f'{name}.json'}")
-    print(f"    image_root: {out}")
