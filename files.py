@@ -3,6 +3,7 @@ And JSON read with errors that name file and line."""
 
 import contextlib
 import json
+import math
 import os
 import shutil
 import time
@@ -90,6 +91,22 @@ def written_beside(*paths: Path) -> Iterator[list[Path]]:
                 path.unlink()
 
 
+@contextlib.contextmanager
+def folder_beside(folder: Path) -> Iterator[Path]:
+    """A temporary folder beside `folder`, to be filled instead of it. At the end it takes the place of what was there;
+    where anything raises, what was there before stays, and nothing is left."""
+    temporary, old = (folder.with_name(f".{folder.name}.{kind}-{os.getpid()}") for kind in ("tmp", "old"))
+    try:
+        temporary.mkdir(parents=True)
+        yield temporary
+        if folder.exists():
+            folder.rename(old)
+        temporary.rename(folder)
+    finally:
+        for leftover in (temporary, old):
+            shutil.rmtree(leftover, ignore_errors=True)
+
+
 def write_text(path: Path, text: str) -> None:
     """Write beside, rename last."""
     with written_beside(path) as (temporary,):
@@ -134,8 +151,8 @@ def _parse(text: str, where: str, first_line: int, what_to_do: str):
         line, reason = first_line + error.lineno - 1, error.msg
     except RecursionError:
         reason = "nested too deeply"
-    except ValueError as error:  # NaN, or a number of thousands of digits
-        reason = str(error).partition(";")[0]
+    except ValueError as error:  # NaN, or a number that no float can hold: arithmetic would fail far from here
+        reason = str(error)
     raise UserError(f"{where}{line}: not valid JSON ({reason}); {what_to_do}")
 
 
@@ -143,4 +160,17 @@ def _refuse_constant(name: str):
     raise ValueError(f"{name} is no JSON number")
 
 
-_DECODER = json.JSONDecoder(parse_constant=_refuse_constant)
+def _int(digits: str) -> int:
+    if len(digits) > 300:
+        raise ValueError(f"a number of {len(digits):,} digits")
+    return int(digits)
+
+
+def _float(digits: str) -> float:
+    value = float(digits)
+    if math.isinf(value):
+        raise ValueError(f"the number {digits[:20]} is too large")
+    return value
+
+
+_DECODER = json.JSONDecoder(parse_constant=_refuse_constant, parse_int=_int, parse_float=_float)

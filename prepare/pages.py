@@ -1,7 +1,5 @@
 """Papers → a folder of page images: their own, or their text drawn with Pillow and the font that comes with it."""
 
-import contextlib
-import os
 import re
 import shutil
 import unicodedata
@@ -10,6 +8,7 @@ from pathlib import Path
 from PIL import Image, ImageDraw, ImageFont
 
 from errors import UserError
+from files import folder_beside
 
 # In pixels. About A4, in sides that are multiples of 28; letters of 24 stay readable at a quarter of the page's pixels.
 PAGE_SIZE = (1232, 1736)
@@ -131,19 +130,10 @@ def write(out: Path, files: dict[str, Path | list[str]]) -> None:
     """Fill a new `pages` folder with what `lay_out` returned and put it in the place of the old one."""
     if not files:
         return
-    folder, partial, old = out / "pages", out / f".pages.partial-{os.getpid()}", out / f".pages.old-{os.getpid()}"
-    try:
-        partial.mkdir()
+    with folder_beside(out / "pages") as folder:
         for name, content in files.items():
-            target = partial / Path(name).name
+            target = folder / Path(name).name
             if isinstance(content, Path):
                 shutil.copyfile(content, target)
             else:
                 draw(content).save(target)
-        if folder.exists():
-            os.replace(folder, old)
-        os.replace(partial, folder)
-    finally:
-        for leftover in (partial, old):
-            with contextlib.suppress(OSError):
-                shutil.rmtree(leftover)

@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from errors import UserError, first_names
+from files import read_json, read_json_lines
 
 
 def read_rows(source: Path) -> list[dict]:
@@ -13,23 +14,11 @@ def read_rows(source: Path) -> list[dict]:
 
     Raises: `UserError` with the line.
     """
-    try:
-        text = source.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"--source {source} cannot be read ({error}); give a .jsonl or .json file") from None
-    line_number = 0
-    try:
-        if source.suffix == ".json":
-            rows = json.loads(text)
-        else:
-            rows = []
-            for line_number, line in enumerate(text.split("\n"), 1):  # noqa: B007 - the error names it
-                if line.strip():
-                    rows.append(json.loads(line))
-    except json.JSONDecodeError as error:
-        raise UserError(f"{source} line {line_number or error.lineno}: not valid JSON ({error.msg})") from None
+    cure = "give a .jsonl or .json file with one object for each sample"
+    is_list = source.suffix == ".json"
+    rows = read_json(source, cure) if is_list else [row for _, row in read_json_lines(source, cure)]
     if not isinstance(rows, list) or not rows or not all(isinstance(row, dict) for row in rows):
-        raise UserError(f"{source}: expected one JSON object a line, or a list of objects; found none")
+        raise UserError(f"{source}: expected one JSON object a line, or a list of objects; {cure}")
     return rows
 
 

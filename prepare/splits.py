@@ -7,11 +7,11 @@ version, whatever order the rows were read in.
 import contextlib
 import hashlib
 import json
-import os
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 
 from errors import UserError
+from files import flush, written_beside
 
 SPLITS = ("train", "val", "test")
 
@@ -72,26 +72,19 @@ def write_whole(
     """
     folder = Path(folder)
     is_new = not folder.exists()
-    partial = {name: folder / f".{name}.partial-{os.getpid()}" for name, text in files.items() if text is not None}
+    texts = {folder / name: text for name, text in files.items() if text is not None}
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        for name, path in partial.items():
-            with open(path, "w", encoding="utf-8", newline="\n") as file:
-                file.write(files[name])
-                file.flush()
-                os.fsync(file.fileno())
-        before_renaming()
-        for name in files:
-            if name in partial:
-                os.replace(partial[name], folder / name)
-            else:
-                (folder / name).unlink(missing_ok=True)
+        with written_beside(*texts) as temporary:
+            for path, text in zip(temporary, texts.values(), strict=True):
+                path.write_text(text, encoding="utf-8", newline="\n")
+                flush(path)
+            before_renaming()
+        for name in files.keys() - {path.name for path in texts}:
+            (folder / name).unlink(missing_ok=True)
     except OSError as error:
         raise UserError(f"{folder}: cannot write the data set there ({error}); free the place and run again") from None
     finally:
-        for path in partial.values():  # those not renamed
-            with contextlib.suppress(OSError):
-                path.unlink()
         if is_new:
             with contextlib.suppress(OSError):
                 folder.rmdir()  # works only while it is empty, that is, when nothing came of it

@@ -14,6 +14,7 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 from errors import UserError, first_names
+from files import read_json
 
 STAGES = {1: "initial assessment", 2: "findings", 3: "clinical context"}
 
@@ -61,12 +62,7 @@ def load_stages(path: Path) -> dict:
     path = Path(path)
     if not path.exists():
         return {}
-    try:
-        entries = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:  # bad JSON and bad UTF-8 are ValueErrors
-        raise UserError(
-            f"{path}: not readable as JSON ({error}); repair it, or delete it to have it made anew"
-        ) from None
+    entries = read_json(path, "correct it, or delete it to have it made anew")
     if not isinstance(entries, dict):
         raise UserError(f'{path}: must be an object of lines such as "Is there text?": 1')
     wrong = [question for question, entry in entries.items() if _stage(entry) not in STAGES]

@@ -5,7 +5,6 @@ because Pillow's lines have no soft edges.
 """
 
 import math
-import os
 import re
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -13,6 +12,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
+from files import written_beside
 from images import open_image
 from report.metrics import CALIBRATION_BINS, calibration_bins, click_correct, click_distance
 
@@ -64,12 +64,11 @@ class _Canvas:
         self.image.paste(image.resize(size, Image.Resampling.LANCZOS), (round(left * OVERSIZE), round(top * OVERSIZE)))
 
     def save(self, path) -> None:
-        """Scaled down, written beside and renamed, so that nobody reads half an image."""
+        """Write it, scaled down to its final size."""
         path = Path(path)
         path.parent.mkdir(parents=True, exist_ok=True)
-        temporary = path.with_name(f".{path.name}.{os.getpid()}")
-        self.image.resize(self.size, Image.Resampling.LANCZOS).save(temporary, "PNG", optimize=True)
-        os.replace(temporary, path)
+        with written_beside(path) as (temporary,):
+            self.image.resize(self.size, Image.Resampling.LANCZOS).save(temporary, "PNG", optimize=True)
 
 
 def _font(pixels: int, text: str):

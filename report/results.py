@@ -9,8 +9,10 @@ from pathlib import Path
 import numpy as np
 
 from errors import UserError
+from files import read_json, read_json_lines
 
 PREDICTIONS, SCORES = "generated_predictions.jsonl", "predict_results.json"
+AGAIN = "run evaluate.py again"
 
 REQUIRED_KEYS = {
     "vqa": ("id", "question", "answer", "prediction"),
@@ -74,48 +76,31 @@ def _read_folder(folder: Path) -> tuple[dict[str, dict], dict]:
     for name in (PREDICTIONS, SCORES):
         if not (folder / name).is_file():
             raise UserError(f"{folder / name}: missing; run evaluate.py for this experiment first")
-    try:
-        scores = json.loads((folder / SCORES).read_text(encoding="utf-8"), parse_constant=_refuse_nan)
-    except ValueError as error:
-        raise UserError(f"{folder / SCORES}: not JSON ({error}); run evaluate.py again") from None
+    scores = read_json(folder / SCORES, AGAIN)
     if not isinstance(scores, dict):
-        raise UserError(f"{folder / SCORES}: holds no table of scores; run evaluate.py again")
+        raise UserError(f"{folder / SCORES}: holds no table of scores; {AGAIN}")
     rows: dict[str, dict] = {}
-    try:
-        lines = (
-            (folder / PREDICTIONS).read_text(encoding="utf-8").removesuffix("\n").split("\n")
-        )  # a text may hold U+2028
-    except UnicodeDecodeError as error:
-        raise UserError(f"{folder / PREDICTIONS}: not UTF-8 text ({error}); run evaluate.py again") from None
-    for number, line in enumerate(lines, start=1):
-        where = f"{folder / PREDICTIONS}, line {number}"
-        try:
-            row = json.loads(line)
-        except ValueError as error:
-            raise UserError(f"{where}: not JSON ({error}); run evaluate.py again") from None
+    for number, row in read_json_lines(folder / PREDICTIONS, AGAIN):
+        where = f"{folder / PREDICTIONS} line {number}"
         if not isinstance(row, dict) or "id" not in row:
-            raise UserError(f"{where}: not a sample with an id; run evaluate.py again")
+            raise UserError(f"{where}: not a sample with an id; {AGAIN}")
         if str(row["id"]) in rows:
             raise UserError(f"{where}: id {row['id']!r} is there twice; ids must tell samples apart")
         rows[str(row["id"])] = row
     if not rows:
-        raise UserError(f"{folder / PREDICTIONS}: empty; run evaluate.py again")
+        raise UserError(f"{folder / PREDICTIONS}: empty; {AGAIN}")
     if scores.get("predict_samples", len(rows)) != len(rows):
         raise UserError(
             f"{folder}: {PREDICTIONS} holds {len(rows)} samples, {SCORES} speaks of {scores['predict_samples']}; "
-            "they are of different runs, or one was cut off: run evaluate.py again"
+            f"they are of different runs, or one was cut off: {AGAIN}"
         )
     return rows, scores
-
-
-def _refuse_nan(name: str):
-    raise ValueError(f"{name} is no JSON")
 
 
 def _task_of(row: dict, folder: str) -> str:
     task = "cls" if "predicted_label" in row else "click" if "predicted_point" in row else "vqa"
     if missing := [key for key in REQUIRED_KEYS[task] if key not in row]:
-        raise UserError(f"{folder}: sample {row['id']!r} lacks {', '.join(missing)}; run evaluate.py again")
+        raise UserError(f"{folder}: sample {row['id']!r} lacks {', '.join(missing)}; {AGAIN}")
     return task
 
 

@@ -3,20 +3,21 @@
 import pytest
 
 from errors import UserError
-from files import read_json, read_json_lines, write_text, written_beside
+from files import folder_beside, read_json, read_json_lines, write_text, written_beside
 
 
 @pytest.mark.parametrize(
     ("text", "told"),
     [
         (b'{"a": 1,\n "b": }', "line 2: not valid JSON"),
-        (b"9" * 5000, "line 1: not valid JSON"),
+        (b"9" * 5000, "line 1: not valid JSON (a number of 5,000 digits)"),
+        (b"-1e999", "line 1: not valid JSON (the number -1e999 is too large)"),
         (b"[" * 100_000, "line 1: not valid JSON (nested too deeply)"),
         (b"[\xff]", "line 1: not UTF-8"),
         (b'{"score": NaN}', "NaN is no JSON number"),
         (b"", "line 1: not valid JSON"),
     ],
-    ids=["syntax", "digits", "brackets", "encoding", "nan", "empty"],
+    ids=["syntax", "digits", "infinite", "brackets", "encoding", "nan", "empty"],
 )
 def test_json_that_cannot_be_read_is_one_line_with_file_line_and_cure(tmp_path, text, told):
     path = tmp_path / "scores.json"
@@ -48,3 +49,17 @@ def test_of_files_written_together_none_changes_when_one_fails(tmp_path):
     with pytest.raises(OSError), written_beside(first, second) as (one, _):
         one.write_text("after")  # the second is never written
     assert first.read_text() == "before" and [path.name for path in tmp_path.iterdir()] == ["a.txt"]
+
+
+def test_a_folder_written_beside_replaces_the_old_one_whole_or_not_at_all(tmp_path):
+    def write(name, fails=False):
+        with folder_beside(tmp_path / "pages") as folder:
+            (folder / name).write_text(name)
+            assert not fails
+
+    write("old.png")
+    with pytest.raises(AssertionError):
+        write("half.png", fails=True)
+    assert [path.relative_to(tmp_path).as_posix() for path in tmp_path.rglob("*.*")] == ["pages/old.png"]
+    write("new.png")
+    assert [path.relative_to(tmp_path).as_posix() for path in tmp_path.rglob("*.*")] == ["pages/new.png"]

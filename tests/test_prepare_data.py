@@ -13,6 +13,7 @@ import pytest
 from conftest import REPO_ROOT, shared_data
 from PIL import Image
 
+import files
 import prepare_data
 from errors import UserError
 from prepare import kvasir_source, splits
@@ -352,7 +353,7 @@ def test_a_full_disk_leaves_the_older_files_and_no_stumps(tmp_path, monkeypatch)
         if len(calls) > 2:
             raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(splits.os, "fsync", full_after_two)
+    monkeypatch.setattr(files.os, "fsync", full_after_two)
     with pytest.raises(UserError, match="No space left"):
         prepare(raw, data, "--seed", "7")
     assert content(data) == before

@@ -83,7 +83,7 @@ def test_stages_are_written_one_question_a_line_by_stage(tmp_path):
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("{", "not readable as JSON"),
+        ("{", "not valid JSON"),
         ("[1]", "must be an object"),
         ('{"a?": 4}', "1, 2 or 3 for: a?"),
         ('{"a?": true}', "a?"),

@@ -3,11 +3,11 @@
 import csv
 import math
 import random
-import shutil
-import uuid
 from pathlib import Path
 
 from PIL import Image, ImageDraw, ImageFilter
+
+from files import folder_beside
 
 WIDTH, HEIGHT = 224, 204  # pixels; not square, so that the letterbox has something to do
 PROCEDURES = {  # name → tissue in the light, tissue in the depth of the lumen
@@ -130,9 +130,8 @@ def write_endoscopy_set(folder, images=1000, seed=0):
         raise ValueError(f"{folder} exists; delete it or choose another folder")
     rng = random.Random(seed)
     procedures, numbers, colors = dealt(PROCEDURES, rng), dealt((1, 2, 3), rng), dealt(COLORS, rng)
-    partial = folder.with_name(f".{folder.name}.{uuid.uuid4().hex[:8]}")
-    (partial / "images").mkdir(parents=True)
-    try:
+    with folder_beside(folder) as partial:
+        (partial / "images").mkdir()
         with open(partial / "metadata.csv", "w", newline="", encoding="utf-8") as file:
             table = csv.writer(file)
             table.writerow(["source", "question", "answer", "img_id"])
@@ -151,8 +150,4 @@ def write_endoscopy_set(folder, images=1000, seed=0):
                     PLACE: "; ".join(sorted(places)),
                 }
                 table.writerows(["Drawn", question, answer, img_id] for question, answer in answers.items())
-        partial.rename(folder)
-    except BaseException:
-        shutil.rmtree(partial, ignore_errors=True)
-        raise
     return folder

@@ -5,8 +5,9 @@ and text-only Qwen2. The demo trains one, the tests and the benchmark build thei
 import json
 import math
 import shutil
-import uuid
 from pathlib import Path
+
+from files import folder_beside, write_json
 
 # Qwen's own pre-tokenizer: contractions, words with one leading mark, single digits, punctuation, line ends, spaces.
 QWEN_SPLIT = (
@@ -87,11 +88,6 @@ def chat_template(family):
         )
     ask = "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
     return say + "{% for message in messages %}" + turn + "{% endfor %}" + ask
-
-
-def write_json(path, content):
-    """Write JSON as the hub's folders have it: two spaces, UTF-8, a final newline."""
-    Path(path).write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
 def write_tokenizer(folder, family, tokenizer_from=None):
@@ -319,9 +315,7 @@ def write_tiny_model(
     if folder.exists():
         raise ValueError(f"{folder} exists; delete it or choose another folder")
     dtype = getattr(torch, dtype) if isinstance(dtype, str) else dtype
-    partial = folder.with_name(f".{folder.name}.{uuid.uuid4().hex[:8]}")
-    partial.mkdir(parents=True)
-    try:
+    with folder_beside(folder) as partial:
         token_ids = write_tokenizer(partial, family, tokenizer_from)
         config = model_config(family, token_ids, dtype, sizes)
         write_json(partial / "config.json", config)
@@ -343,8 +337,4 @@ def write_tiny_model(
         if family != "qwen2":
             default_min, default_max = (64 * 64, 16777216) if family == "qwen3_vl" else (56 * 56, 12845056)
             write_processors(partial, family, min_pixels or default_min, max_pixels or default_max)
-        partial.rename(folder)
-    except BaseException:
-        shutil.rmtree(partial, ignore_errors=True)
-        raise
     return folder
