@@ -8,7 +8,7 @@ import argparse
 from pathlib import Path
 
 from errors import UserError, exit_on_user_error
-from files import write_json, write_text
+from files import refuse_unusable_folder, write_json, write_text
 from report import page as compare_page
 from report.comparison import compare
 from report.results import check_same_test, read_results
@@ -25,6 +25,9 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--image-root", type=Path, help="where the images lie (default: as the results say)")
     parser.add_argument("--pictures", type=int, default=200, help="at most so many images on the page (default: 200)")
     arguments = parser.parse_args(argv)
+    refuse_unusable_folder(arguments.out, "--out")
+    if arguments.pictures < 0:
+        raise UserError(f"--pictures {arguments.pictures}: give a number of images, 0 or more")
     if len(arguments.results) < 2:
         raise UserError("nothing to compare: name at least two results folders")
     results = [read_results(argument) for argument in arguments.results]

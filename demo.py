@@ -6,23 +6,17 @@ there. --summary reads the results of configs/demo.yaml, shows them, and says wh
 """
 
 import argparse
-import json
 import sys
-from collections import Counter
 from pathlib import Path
 
+from errors import exit_on_user_error
+from files import read_json, read_json_lines
+from report.metrics import majority_answers
 from toy.endoscopy import NUMBER, write_endoscopy_set
 from toy.tiny_model import write_tiny_model
 
+CURE = "run make demo first"
 PROMISED_RATIO = 2.5  # test accuracy over the majority answer's
-
-
-def majority_answers(samples):
-    """question → its most frequent answer."""
-    answers = {}
-    for sample in samples:
-        answers.setdefault(sample["question"], Counter())[sample["answer"]] += 1
-    return {question: counts.most_common(1)[0][0] for question, counts in answers.items()}
 
 
 def summarise(config="configs/demo.yaml"):
@@ -31,10 +25,9 @@ def summarise(config="configs/demo.yaml"):
     Returns whether the test accuracy is at least PROMISED_RATIO times that of always giving the majority answer.
     """
     results, output = Path("results/demo"), Path("outputs/demo")
-    scores = json.loads((results / "predict_results.json").read_text(encoding="utf-8"))
-    lines = (results / "generated_predictions.jsonl").read_text(encoding="utf-8").splitlines()
-    rows = [json.loads(line) for line in lines]
-    majority = majority_answers(json.loads(Path("demo/data/train.json").read_text(encoding="utf-8")))
+    scores = read_json(results / "predict_results.json", CURE)
+    rows = [row for _, row in read_json_lines(results / "generated_predictions.jsonl", CURE)]
+    majority = majority_answers(read_json(Path("demo/data/train.json"), CURE))
     width = max(map(len, majority)) + 2
     print(f"\n{'test accuracy, in per cent':<{width}}  majority answer   trained model   questions")
     for question in majority:
@@ -70,11 +63,7 @@ def main(arguments=None):
     parser.add_argument("--summary", action="store_true", help="show the results of configs/demo.yaml")
     args = parser.parse_args(arguments)
     if args.summary:
-        try:
-            return 0 if summarise() else 1
-        except FileNotFoundError as error:
-            print(f"error: {error.filename} is not there; run make demo first", file=sys.stderr)
-            return 2
+        return 0 if summarise() else 1
     for folder, write in (("demo/model", write_demo_model), ("demo/raw", write_endoscopy_set)):
         if Path(folder).exists():
             print(f"{folder} is there already; delete it to have it made anew")
@@ -90,4 +79,5 @@ def write_demo_model(folder):
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    with exit_on_user_error():
+        sys.exit(main())

@@ -2,6 +2,7 @@
 
 import contextlib
 import os
+import signal
 import sys
 import time
 from collections.abc import Iterable
@@ -15,15 +16,23 @@ class UserError(ValueError):
 
 @contextlib.contextmanager
 def exit_on_user_error():
-    """Turn a `UserError` into one line on stderr and exit code 2; anything else keeps its traceback."""
+    """Turn a `UserError` into one line on stderr and exit code 2; anything else keeps its traceback.
+
+    Where nobody reads stdout any more (`| head -1`), end with the exit code of a process that SIGPIPE has ended."""
     try:
-        yield
-    except UserError as error:
-        rank = int(os.environ.get("RANK", "0"))
-        if rank > 0:
-            time.sleep(2)  # every rank meets the same bad config: rank 0 speaks, and torchrun ends the others meanwhile
-        print(f"error: {error}" if rank == 0 else f"error (rank {rank}): {error}", file=sys.stderr, flush=True)
-        raise SystemExit(2) from None
+        try:
+            yield
+        except UserError as error:
+            rank = int(os.environ.get("RANK", "0"))
+            if rank > 0:
+                time.sleep(2)  # every rank meets the same bad config: rank 0 speaks, torchrun ends the others meanwhile
+            print(f"error: {error}" if rank == 0 else f"error (rank {rank}): {error}", file=sys.stderr, flush=True)
+            raise SystemExit(2) from None
+        finally:
+            sys.stdout.flush()  # a closed pipe is met here, not at the interpreter's exit
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for the flush at exit
+        raise SystemExit(128 + signal.SIGPIPE) from None
 
 
 def first_names(names: Iterable) -> str:

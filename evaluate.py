@@ -23,6 +23,7 @@ from distributed import all_or_raise, end_process, start_ranks, stop_ranks
 from errors import exit_on_user_error
 from files import write_json, write_text
 from inference import predict_split
+from leakage import file_sha256
 from preflight import check_samples, open_encoder
 from report.results import run_history
 
@@ -49,6 +50,11 @@ def table(scores: dict) -> list[str]:
         lines.append(
             f"  {'outside_candidates':<28}{scores['outside_candidates']:6d} of {scores['predict_samples']} answers"
         )
+    if scores.get("majority_unseen"):
+        lines.append(
+            f"  {'majority_unseen':<28}{scores['majority_unseen']:6d} questions that training never asks; the majority "
+            "answer counts as wrong there"
+        )
     if scores.get("unparsable"):
         lines.append(f"  {'unparsable':<28}{scores['unparsable']:6d} answers without a point, counted as wrong")
     if scores.get("cut_texts"):
@@ -66,12 +72,16 @@ def evaluate(config: Config, checkpoint: str | None, split: str, source: str) ->
     encoder = open_encoder(config, source, trained or config.model_name)
     task, family = encoder.task, encoder.family
     samples = load_split(config, split)
+    files = [getattr(config.data, name) for name in ("train", split)]
+    is_training_file = len({file_sha256(path) for path in files}) == 1
     ranks = start_ranks()
     all_or_raise(ranks, lambda: ranks.is_first and check_samples(samples, encoder))
     started = time.perf_counter()
     model = load_trained(config.model_name, trained, ranks.device, config.quantization, config.num_labels)
     model.eval()
     if ranks.is_first:
+        if is_training_file and split != "train":
+            print(f"WARNING: {split} is the file that training reads: these scores measure memory, not skill")
         print(f"Answering {len(samples):,} samples of {samples.source} with {checkpoint or folder}", flush=True)
     loaded = time.perf_counter()
     rows = predict_split(make_loss(model, family, config), samples, encoder, ranks)
@@ -82,6 +92,7 @@ def evaluate(config: Config, checkpoint: str | None, split: str, source: str) ->
         "task": config.task,
         "checkpoint": str(checkpoint or folder),
         "split": split,
+        "split_is_training_file": is_training_file,
         "image": config.image,
         "image_root": config.data.image_root,
         "load_seconds": loaded - started,

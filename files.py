@@ -107,6 +107,17 @@ def folder_beside(folder: Path) -> Iterator[Path]:
             shutil.rmtree(leftover, ignore_errors=True)
 
 
+def refuse_unusable_folder(folder: Path, name: str) -> None:
+    """Raises: `UserError` where no file could be written into `folder`, or no folder be made there. name: what the user
+    calls it, such as --out."""
+    nearest = next(path for path in [folder.absolute(), *folder.absolute().parents] if os.path.lexists(path))
+    if not nearest.is_dir():
+        kind = "a link to nothing" if nearest.is_symlink() and not nearest.exists() else "no folder"
+        raise UserError(f"{name} {folder}: {nearest} is {kind}; give another place")
+    if not os.access(nearest, os.W_OK | os.X_OK):
+        raise UserError(f"{name} {folder}: {nearest} is not writable; give another place")
+
+
 def write_text(path: Path, text: str) -> None:
     """Write beside, rename last."""
     with written_beside(path) as (temporary,):
@@ -120,17 +131,19 @@ def write_json(path: Path, value) -> None:
 # ------------------------------------------------------------------------------------------------------------- reading
 
 
-def read_json(path: Path, what_to_do: str):
+def read_json(path: Path, what_to_do: str, nan_allowed: bool = False):
     """The value in a JSON file. what_to_do: the cure that the message ends with, such as "run evaluate.py again".
+    nan_allowed: for files of others, in which pandas writes it for a missing value.
 
     Raises: `UserError` with file, line and cure where it cannot be read or is not JSON (NaN is not)."""
-    return _parse(_read_text(path, what_to_do), f"{path} line ", 1, what_to_do)
+    return _parse(_read_text(path, what_to_do), f"{path} line ", 1, what_to_do, nan_allowed)
 
 
-def read_json_lines(path: Path, what_to_do: str) -> list[tuple[int, object]]:
+def read_json_lines(path: Path, what_to_do: str, nan_allowed: bool = False) -> list[tuple[int, object]]:
     """(line number, value) of each line of a .jsonl file that is not blank. Raises: as `read_json`."""
     lines = enumerate(_read_text(path, what_to_do).split("\n"), 1)  # not splitlines: a text may hold U+2028
-    return [(number, _parse(line, f"{path} line ", number, what_to_do)) for number, line in lines if line.strip()]
+    lines = [(number, line) for number, line in lines if line.strip()]
+    return [(number, _parse(line, f"{path} line ", number, what_to_do, nan_allowed)) for number, line in lines]
 
 
 def _read_text(path: Path, what_to_do: str) -> str:
@@ -143,10 +156,10 @@ def _read_text(path: Path, what_to_do: str) -> str:
         raise UserError(f"{path} line {number}: not UTF-8 text ({error.reason}); {what_to_do}") from None
 
 
-def _parse(text: str, where: str, first_line: int, what_to_do: str):
+def _parse(text: str, where: str, first_line: int, what_to_do: str, nan_allowed: bool):
     line = first_line
     try:
-        return _DECODER.decode(text)
+        return (_LENIENT if nan_allowed else _STRICT).decode(text)
     except json.JSONDecodeError as error:
         line, reason = first_line + error.lineno - 1, error.msg
     except RecursionError:
@@ -173,4 +186,5 @@ def _float(digits: str) -> float:
     return value
 
 
-_DECODER = json.JSONDecoder(parse_constant=_refuse_constant, parse_int=_int, parse_float=_float)
+_LENIENT = json.JSONDecoder(parse_int=_int, parse_float=_float)
+_STRICT = json.JSONDecoder(parse_constant=_refuse_constant, parse_int=_int, parse_float=_float)

@@ -17,6 +17,7 @@ from errors import UserError, first_names
 from family import Family, load_family
 from images import ModelImage, image_path, open_image, unpatchify
 from model import auto_class, load_tokenizer, parameter_table, prepare_training
+from report.metrics import answer_outside_candidates
 from runlog import on_terminal
 from tasks import check_record, task_of
 from templates import IGNORE, image_paths
@@ -89,6 +90,14 @@ def sample_problems(samples: SampleList, encoder: SampleEncoder) -> list[str]:
     return problems
 
 
+def missing_candidates(samples: SampleList) -> list[str]:
+    """A line that counts the samples whose candidate list lacks their own answer; no line where there is none."""
+    turns = (turn for sample in samples for turn in sample.get("turns", [sample]))
+    listed = (turn for turn in turns if "answer" in turn and isinstance(turn.get("candidates"), list))
+    count = sum(answer_outside_candidates(turn, "answer") for turn in listed)
+    return [f"WARNING: {count:,} answers of {samples.source} are not in their own candidate list"] if count else []
+
+
 def report_problems(problems: list[str], shown: int) -> None:
     """Errors: `UserError` that counts them and lists the first ones."""
     if problems:
@@ -108,6 +117,7 @@ def full_check(config: Config, splits: Mapping[str, SampleList], encoder: Sample
     if encoder.family.has_vision:
         print("Every image decodes.", flush=True)
     check_leakage(config, splits)
+    print("".join(f"{line}\n" for line in missing_candidates(splits["train"])), end="")
     show_sample(splits["train"][0], encoder)
     print("\n".join(["Parameters:", *count_parameters(config)]))
     plan = make_plan(config, splits["train"], encoder, world_size)

@@ -5,8 +5,10 @@ all of it can be.
 """
 
 import argparse
+from pathlib import Path
 
 from errors import exit_on_user_error
+from files import refuse_unusable_folder
 
 KVASIR = """python prepare_data.py kvasir --source RAW_DIR --out DATA_DIR
 
@@ -136,6 +138,7 @@ def prepare_papers(options: argparse.Namespace) -> None:
 
 def main(arguments: list[str] | None = None) -> None:
     options = parse_arguments(arguments)
+    refuse_unusable_folder(Path(options.out), "--out")
     options.function(options)
 
 

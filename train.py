@@ -44,6 +44,7 @@ from preflight import (
     full_check,
     images_and_text,
     make_plan,
+    missing_candidates,
     open_encoder,
     prefix_sharing,
     refuse_leakage,
@@ -126,7 +127,7 @@ def find_start(config: Config, encoder: SampleEncoder, splits: dict[str, SampleL
     check_record(resume_from, encoder.family, config)
     if not resume_from:
         refuse_leakage(config, splits)
-    return [str(resume_from or ""), notes]
+    return [str(resume_from or ""), notes + missing_candidates(splits["train"])]
 
 
 def set_up(config: Config, source: str) -> Run | None:

@@ -15,8 +15,10 @@ def read_rows(source: Path) -> list[dict]:
     Raises: `UserError` with the line.
     """
     cure = "give a .jsonl or .json file with one object for each sample"
-    is_list = source.suffix == ".json"
-    rows = read_json(source, cure) if is_list else [row for _, row in read_json_lines(source, cure)]
+    if source.suffix == ".json":
+        rows = read_json(source, cure, nan_allowed=True)
+    else:
+        rows = [row for _, row in read_json_lines(source, cure, nan_allowed=True)]
     if not isinstance(rows, list) or not rows or not all(isinstance(row, dict) for row in rows):
         raise UserError(f"{source}: expected one JSON object a line, or a list of objects; {cure}")
     return rows
@@ -49,4 +51,4 @@ def refuse_lone_surrogates(row: dict) -> None:
     try:
         json.dumps(row, ensure_ascii=False).encode()
     except UnicodeEncodeError:
-        raise UserError("a text holds a lone surrogate (half of a character); correct it") from None
+        raise UserError("a text holds a lone surrogate (invalid Unicode); correct it") from None

@@ -6,11 +6,13 @@ F1 without multi-label questions, is None, so that the files hold null and never
 
 from collections import Counter, defaultdict
 from collections.abc import Callable, Hashable, Iterable, Sequence
+from functools import lru_cache
 from math import hypot
 
 import numpy as np
 
 from report.resampling import bootstrap, cluster_numbers
+from templates import image_paths
 
 CALIBRATION_BINS = 15
 
@@ -26,8 +28,7 @@ SMALL_BELOW, LARGE_FROM = 0.002, 0.02
 
 def image_key(row: dict) -> Hashable:
     """What ties samples together: the row's group, else its first image, else (text only) its own id."""
-    images = row.get("images") or [row.get("image")]
-    return row.get("group") or images[0] or row["id"]
+    return row.get("group") or next(iter(image_paths(row)), row["id"])
 
 
 def _weighted_means(columns: np.ndarray) -> Callable[[np.ndarray], np.ndarray]:
@@ -72,10 +73,15 @@ def answer_correct(row: dict) -> bool:
     return answer_items(row["prediction"]) == answer_items(row["answer"])
 
 
-def answer_outside_candidates(row: dict) -> bool:
-    """Whether the answer holds an item that is not in the row's candidate list; False where there is no list."""
-    candidates = {item for candidate in row.get("candidates") or () for item in answer_items(candidate)}
-    return bool(candidates) and not answer_items(row["prediction"]) <= candidates
+def answer_outside_candidates(row: dict, key: str = "prediction") -> bool:
+    """Whether the answer under `key` holds an item that is not in the row's candidate list; False without a list."""
+    candidates = _items_of_all(tuple(map(str, row.get("candidates") or ())))
+    return bool(candidates) and not answer_items(row[key]) <= candidates
+
+
+@lru_cache(maxsize=256)  # a question's list comes again with each of its samples
+def _items_of_all(candidates: tuple[str, ...]) -> frozenset[str]:
+    return frozenset(item for candidate in candidates for item in answer_items(candidate))
 
 
 def majority_answers(train_samples: Iterable[dict]) -> dict[str, str]:
@@ -105,6 +111,7 @@ def score_vqa(rows: Sequence[dict], train_majority: dict[str, str]) -> dict:
         P and G the predicted and the gold items; None where no question is multi-label.
     majority_accuracy: the accuracy of always giving train_majority's answer (majority_answers); a question that it
         lacks counts as wrong; None when train_majority is empty.
+    majority_unseen: how many samples ask a question that train_majority lacks; None when it is empty.
     outside_candidates: how many answers hold an item outside their candidate list; None when no row has a list.
     predict_samples, predict_by_question {question: {accuracy, samples}}.
     """
@@ -144,6 +151,8 @@ def score_vqa(rows: Sequence[dict], train_majority: dict[str, str]) -> dict:
     values, intervals = bootstrap(statistic, cluster_numbers([image_key(row) for row in rows]))
     scores = _with_intervals([*columns, "predict_accuracy_macro"], values, intervals)
     has_candidates = any(row.get("candidates") for row in rows)
+    unseen = sum(row["question"] not in majority for row in rows)
+    scores["majority_unseen"] = unseen if majority else None
     scores["outside_candidates"] = sum(map(answer_outside_candidates, rows)) if has_candidates else None
     scores["predict_samples"] = len(rows)
     by_question = defaultdict(list)

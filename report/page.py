@@ -12,6 +12,7 @@ from pathlib import Path
 from errors import UserError
 from images import image_path, open_image
 from report.metrics import answer_correct, answer_items, click_correct, click_distance
+from templates import image_paths
 
 TEMPLATE = Path(__file__).with_name("page.html")
 THUMBNAIL_SIDE = 320  # pixels
@@ -76,9 +77,7 @@ def _disagreements(task: str, results: list) -> list[dict]:
     for sample_id in results[0].rows:
         rows = [result.rows[sample_id] for result in results]
         if len({_verdict(task, rows[n]) for n in voters}) > 1:
-            images = next(
-                (row.get("images") or [row["image"]] for row in rows if row.get("images") or row.get("image")), []
-            )
+            images = next(filter(None, map(image_paths, rows)), [])
             key = tuple(images) if task == "vqa" and images else sample_id
             card = cards.setdefault(key, {"images": images, "items": []})
             card["items"].append(_item(task, rows))

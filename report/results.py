@@ -10,6 +10,7 @@ import numpy as np
 
 from errors import UserError
 from files import read_json, read_json_lines
+from templates import image_paths
 
 PREDICTIONS, SCORES = "generated_predictions.jsonl", "predict_results.json"
 AGAIN = "run evaluate.py again"
@@ -86,6 +87,10 @@ def _read_folder(folder: Path) -> tuple[dict[str, dict], dict]:
             raise UserError(f"{where}: not a sample with an id; {AGAIN}")
         if str(row["id"]) in rows:
             raise UserError(f"{where}: id {row['id']!r} is there twice; ids must tell samples apart")
+        try:
+            image_paths(row)
+        except UserError as error:
+            raise UserError(f"{where}: {error}; {AGAIN}") from None
         rows[str(row["id"])] = row
     if not rows:
         raise UserError(f"{folder / PREDICTIONS}: empty; {AGAIN}")

@@ -275,6 +275,9 @@ def test_another_gold_answer_or_question_under_the_same_id_is_refused(two, tmp_p
         ("generated_predictions.jsonl", "[1]\n", "line 1: not a sample with an id"),
         ("generated_predictions.jsonl", '{"id": "1"}\n{"id": 1}\n', "line 2: id 1 is there twice"),
         ("generated_predictions.jsonl", b"\xff\xfe", "not UTF-8"),
+        ("generated_predictions.jsonl", '{"id": "1", "images": 5}', "line 1: key 'image' or 'images' must be a path"),
+        ("generated_predictions.jsonl", '{"id": ' + "9" * 5000 + "}", "line 1: not valid JSON"),
+        ("predict_results.json", "[" * 100_000, "line 1: not valid JSON"),
         ("predict_results.json", "", "not valid JSON"),
         ("predict_results.json", '{"predict_accuracy": NaN}', "NaN is no JSON number"),
         ("predict_results.json", "[]", "no table of scores"),
@@ -298,6 +301,31 @@ def test_rows_without_what_their_task_needs_are_refused(two, tmp_path):
         "".join(json.dumps({k: v for k, v in row.items() if k != "prediction"}) + "\n" for row in rows)
     )
     assert "sample '0-0' lacks prediction" in refused(two[0], other, out=tmp_path / "out")
+
+
+@pytest.mark.parametrize("images", [4, 350])
+def test_a_score_file_that_is_off_by_one_answer_is_noticed(tmp_path, images):
+    rows = vqa_rows(0.7, 2, images)
+    right = sum(row["prediction"] != "no" for row in rows)
+    first = write_results(tmp_path / "exp1", rows)
+    stale = write_results(tmp_path / "exp2", rows, predict_accuracy=(right - 1) / len(rows))
+    assert "of different runs" in refused(first, stale, out=tmp_path / "out")
+    exact = write_results(tmp_path / "exp3", rows, predict_accuracy=right / len(rows))
+    run(first, exact, out=tmp_path / "out")
+
+
+def test_one_path_as_text_is_one_image_and_not_its_first_letter(tmp_path):
+    rows = [{**row, "images": row["images"][0], "group": None} for row in vqa_rows(0.7, 2)]
+    folders = [write_results(tmp_path / name, rows) for name in ("exp1", "exp2")]
+    assert run(*folders, out=tmp_path / "out")["clusters"] == 24
+
+
+def test_options_that_cannot_be_meant_are_refused_before_anything_is_read(two, tmp_path):
+    assert "--pictures -5" in refused(*two, "--pictures", "-5", out=tmp_path / "out")
+    (tmp_path / "file").write_text("kept")
+    for out in (tmp_path / "file", tmp_path / "file" / "under"):
+        with pytest.raises(UserError, match=r"--out .*file is no folder"):
+            compare.main([*two, "--out", str(out)])
 
 
 def test_one_folder_two_of_one_name_two_tasks_and_overlapping_parts_are_refused(two, tmp_path):

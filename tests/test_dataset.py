@@ -13,7 +13,7 @@ from support.tiny_runs import FAMILIES, TinyRun, build_items, tiny_run, vqa_samp
 from transformers import AutoImageProcessor
 
 from batches import BatchPlan, collate
-from dataset import EvalDataset, SampleList, StepDataset, load, load_samples
+from dataset import EvalDataset, SampleList, StepDataset, load, load_samples, load_split
 from errors import UserError
 from templates import IGNORE, ULTRA_CONDENSED, as_conversations
 
@@ -61,6 +61,9 @@ def test_max_samples_takes_the_first_ones(tmp_path):
         ("", "t.json", "line 1: not valid JSON"),
         ('[{"id": 1},\n{"id": }]', "t.json", "line 2: not valid JSON"),
         ('{"id": 1}\n\n{"id" 2}\n', "t.jsonl", "line 3: not valid JSON"),
+        ("9" * 5000, "t.json", "line 1: not valid JSON"),
+        ('{"id": 1}\n' + "[" * 100_000, "t.jsonl", "line 2: not valid JSON"),
+        ('[{"id": 1, "point": [1e999, 0]}]', "t.json", "line 1: not valid JSON"),
         ('{"id": 1}', "t.json", "expected a list of samples, found dict"),
         ('[{"id": 1}, [2]]', "t.json", "row 2: expected an object, found list"),
         ('[{"id": 1}, {"question": "half an emoji \\ud83d"}]', "t.json", "row 2"),
@@ -317,3 +320,20 @@ def test_the_collator_ships_bytes_for_pixels(tiny_models):
     items, images = build_items(tiny_run(tiny_models, "qwen3_vl").encoder(), vqa_samples(2, 2))
     batch = collate(items, images, True, 0)
     assert batch["patches"].dtype == torch.uint8 and batch["patches"].numel() == 2 * 128 * 128 * 3
+
+
+def test_max_samples_cuts_training_and_neither_val_nor_test(tiny_models, tmp_path):
+    config = tiny_run(tiny_models, "qwen3_vl").config
+    path = written(tmp_path, [{"id": i} for i in range(5)])
+    config = replace(config, max_samples=2, data=replace(config.data, train=path, val=path, test=path))
+    assert [len(load_split(config, split)) for split in ("train", "val", "test")] == [2, 5, 5]
+
+
+def test_an_id_that_repeats_is_refused_in_val_and_test_and_allowed_in_training(tiny_models, tmp_path):
+    config = tiny_run(tiny_models, "qwen3_vl").config
+    path = written(tmp_path, [{"id": "a"}, {"id": 7}, {"id": "7"}, {"id": "b"}])
+    config = replace(config, data=replace(config.data, train=path, val=path, test=path))
+    assert len(load_split(config, "train")) == 4  # published training files name several samples after one image
+    for split in ("val", "test"):
+        with pytest.raises(UserError, match=r"t\.json.*: 1 id\(s\) repeat: 7; make them distinct"):
+            load_split(config, split)

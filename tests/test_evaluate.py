@@ -67,6 +67,19 @@ def test_the_baseline_and_other_splits_have_results_folders_of_their_own(setup):
     assert not (folder / "results").exists()
 
 
+def test_the_training_file_as_test_split_is_warned_of_and_recorded(setup):
+    folder, config = setup
+    other = vqa_samples(3, 2)[:3]
+    found = []
+    for samples in (vqa_samples(3, 2), other):
+        (folder / "test.json").write_text(json.dumps(samples))
+        with short_answers(2):
+            _, out, _ = run_script("evaluate.py", "--config", config)
+        scores = results(folder / "results")[1]
+        found.append((out.count("WARNING: test is the file that training reads"), scores["split_is_training_file"]))
+    assert found == [(1, True), (0, False)]
+
+
 def test_the_base_a_checkpoint_and_the_final_adapter_can_be_evaluated_and_differ(setup):
     folder, config = setup
     (folder / "out").rename(folder / "checkpoint-7")

@@ -3,7 +3,7 @@
 import pytest
 
 from errors import UserError
-from files import folder_beside, read_json, read_json_lines, write_text, written_beside
+from files import folder_beside, read_json, read_json_lines, refuse_unusable_folder, write_text, written_beside
 
 
 @pytest.mark.parametrize(
@@ -63,3 +63,22 @@ def test_a_folder_written_beside_replaces_the_old_one_whole_or_not_at_all(tmp_pa
     assert [path.relative_to(tmp_path).as_posix() for path in tmp_path.rglob("*.*")] == ["pages/old.png"]
     write("new.png")
     assert [path.relative_to(tmp_path).as_posix() for path in tmp_path.rglob("*.*")] == ["pages/new.png"]
+
+
+def test_a_place_where_no_folder_can_be_is_told_with_what_is_there(tmp_path):
+    (tmp_path / "file").write_text("kept")
+    (tmp_path / "link").symlink_to(tmp_path / "nothing")
+    (tmp_path / "loop").symlink_to(tmp_path / "loop")
+    for name, told in (("file", "no folder"), ("file/under/it", "file is no folder"), ("link", "a link to nothing"),
+                       ("link/under", "link is a link to nothing"), ("loop", "a link to nothing")):  # fmt: skip
+        with pytest.raises(UserError, match=f"--out .*{name}: .*{told}; give another place"):
+            refuse_unusable_folder(tmp_path / name, "--out")
+    for name in (".", "new", "new/deep"):
+        refuse_unusable_folder(tmp_path / name, "--out")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["file", "link", "loop"]
+
+
+def test_a_folder_that_may_not_be_written_is_refused(tmp_path, monkeypatch):
+    monkeypatch.setattr("files.os.access", lambda path, mode: path != tmp_path)
+    with pytest.raises(UserError, match="is not writable"):
+        refuse_unusable_folder(tmp_path / "new", "--out")

@@ -165,3 +165,15 @@ def test_the_page_is_self_contained_and_shows_both_images_of_the_nearest_pairs(t
     assert page.count('src="data:image/jpeg;base64,') == page.count("<img") == 4
     assert not re.search(r"""(src|href)=["'](?!data:)|url\(|<script""", page)
     assert "4 bits: train a&lt;b&gt;.png – test a&lt;b&gt;.png" in page and "a<b>" not in page
+
+
+def test_every_image_of_a_sample_is_compared_and_not_only_its_first(tmp_path):
+    for name, number in (("a", 1), ("b", 2), ("c", 3), ("d", 2)):
+        noise(number).save(tmp_path / f"{name}.png")
+    noise(2).save(tmp_path / "like_b.jpg", quality=90)
+    train = [{"id": "x", "images": ["a.png", "b.png"]}]
+    same, alike = ([{"id": "y", "images": ["c.png", second]}] for second in ("d.png", "like_b.jpg"))
+    with pytest.raises(UserError, match=r"train:b\.png = test:d\.png"):
+        leakage.refuse_identical({"train": train, "test": same}, tmp_path)
+    (pair,) = leakage.find_near_identical({"train": train, "test": alike}, tmp_path)
+    assert (pair.image_a, pair.image_b) == ("b.png", "like_b.jpg")

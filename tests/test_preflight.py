@@ -22,7 +22,16 @@ from dataset import SampleEncoder, SampleList
 from errors import UserError
 from family import load_family
 from model import load_base, parameter_table, prepare_training
-from preflight import batch_arithmetic, check_samples, count_parameters, make_plan, marked_text, prefix_sharing
+from preflight import (
+    batch_arithmetic,
+    check_samples,
+    count_parameters,
+    make_plan,
+    marked_text,
+    missing_candidates,
+    prefix_sharing,
+)
+from templates import as_conversations
 
 
 @pytest.fixture
@@ -44,7 +53,8 @@ def command(data, tiny_models, monkeypatch):
 
     def run(script="train.py", family="qwen3_vl", arguments=(), **changes):
         values = config_values(data, tiny_models[family], family, **changes)
-        values["data"].pop("val")
+        if "val" not in changes.get("data", {}):
+            values["data"].pop("val")
         path = write_values(data / "c.yaml", values)
         started = time.perf_counter()
         code, out, err = run_script(script, "--config", path, *arguments)
@@ -119,6 +129,27 @@ def test_a_mistake_in_the_data_ends_training_with_code_2_and_names_file_and_row(
     code, _, err = command()
     assert code == 2 and err.startswith("error: ") and "Traceback" not in err
     assert all(words in err for words in told), err
+
+
+@pytest.mark.parametrize("split", ["val", "test"])
+def test_a_bad_row_of_val_or_test_ends_training_before_it_starts(command, data, split):
+    samples = vqa_samples(3, 2)[4:]
+    for name in ("val", "test"):
+        bad = {"answer": "red; " * 999} if name == split else {}
+        (data / f"{name}.json").write_text(json.dumps([samples[0], samples[1] | bad]))
+    code, _, err = command(data={"val": str(data / "val.json")})
+    assert code == 2 and f"{split}.json row 2 (id p2q1)" in err and "exceed max_tokens" in err
+
+
+def test_answers_that_their_own_candidate_list_lacks_are_counted_before_training(command, data, capsys):
+    samples = SampleList(vqa_samples(3, 4), "train.json")  # every third answer: places, not colours
+    assert missing_candidates(samples) == ["WARNING: 3 answers of train.json are not in their own candidate list"]
+    turns = SampleList(as_conversations(list(samples)), "train.json")
+    assert missing_candidates(turns) == missing_candidates(samples)
+    bare = SampleList([{**sample, "candidates": None} for sample in samples], "train.json")
+    assert missing_candidates(bare) == missing_candidates(SampleList([{"id": "x", "messages": []}], "t")) == []
+    spoil(data, 2, answer="Green; purple")
+    assert "WARNING: 1 answers of" in command(arguments=["--check"])[1]
 
 
 def test_many_bad_samples_are_counted_and_the_first_ten_listed(command, data):

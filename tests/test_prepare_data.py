@@ -128,6 +128,17 @@ def test_candidates_are_the_items_of_the_training_answers(real):
             assert set(sample["candidates"]) == expected and len(sample["candidates"]) == len(expected)
 
 
+def test_a_question_is_multi_label_when_any_answer_of_any_split_holds_several_items(tmp_path):
+    from prepare.kvasir import describe_questions
+
+    rows = [{"img_id": f"{split}-{q}", "question": q, "answer": "red; blue" if split == q else "red"}
+            for split in SPLITS for q in (*SPLITS, "never")]  # fmt: skip
+    described = describe_questions(rows, {row["img_id"]: row["img_id"].split("-")[0] for row in rows})
+    assert {q: about["multi_label"] for q, about in described.items()} == {
+        "train": True, "val": True, "test": True, "never": False}  # fmt: skip
+    assert described["test"]["candidates"] == ["red"] and described["train"]["candidates"] == ["blue", "red"]
+
+
 def test_answers_outside_the_candidates_are_counted(tmp_path):
     raw = small_raw(tmp_path / "raw")
     by_split = prepare(raw, tmp_path / "data")
@@ -475,3 +486,12 @@ def test_rows_name_their_line_in_the_file(tmp_path):
     raw = small_raw(tmp_path / "raw")
     with kvasir_source.opened(str(raw), tmp_path / "data") as read:
         assert [row["row"] for row in read.rows] == list(range(2, 32))
+
+
+@pytest.mark.parametrize("family", ["kvasir", "click", "papers"])
+def test_an_out_that_is_no_folder_is_refused_before_the_source_is_read(tmp_path, family):
+    (tmp_path / "file").write_text("kept")
+    for out in ("file", "file/under"):
+        with pytest.raises(UserError, match=r"--out .*file is no folder"):
+            prepare_data.main([family, "--source", str(tmp_path / "none.jsonl"), "--out", str(tmp_path / out)])
+    assert (tmp_path / "file").read_text() == "kept"

@@ -84,6 +84,8 @@ def test_stages_are_written_one_question_a_line_by_stage(tmp_path):
     ("text", "message"),
     [
         ("{", "not valid JSON"),
+        ('{"a?": ' + "9" * 5000 + "}", "not valid JSON"),
+        ("[" * 100_000, "not valid JSON"),
         ("[1]", "must be an object"),
         ('{"a?": 4}', "1, 2 or 3 for: a?"),
         ('{"a?": true}', "a?"),

@@ -101,7 +101,7 @@ def test_images_stand_before_the_question_as_many_as_the_sample_has():
     several = {**SAMPLE, "image": ["a.jpg", "b.jpg"]}
     assert [part["type"] for part in to_messages(several, "plain")[0]["content"]] == ["image", "image", "text"]
     assert to_messages({**SAMPLE, "image": None}, "plain")[0]["content"] == SAMPLE["question"]
-    assert image_paths({"images": ["a", "b"], "image": "c"}) == ["a", "b"]
+    assert image_paths({"images": ["a", "b"]}) == ["a", "b"]
 
 
 def test_the_question_only_baseline_shows_no_image_in_any_form():
@@ -174,6 +174,24 @@ def chat(*turns, **others) -> dict:
         ({"question": "Q?", "answer": "A", "candidates": "a; b"}, "'candidates'"),
         (chat("<image>Who?", "me"), "1 <image> placeholders but 0 images"),
         (chat("Who?", "me", images=["a.jpg"]), "0 <image> placeholders but 1 images"),
+        (chat("Who?", " \n"), "an assistant turn is empty"),
+        (chat("<image>Who?", "", "Where?", "here", images=["a.jpg"]), "an assistant turn is empty"),
+        (
+            {
+                "conversations": [
+                    {"from": "gpt", "value": "Hi"},
+                    {"from": "human", "value": "Who?"},
+                    {"from": "gpt", "value": "me"},
+                ]
+            },
+            "starts with an assistant turn",
+        ),
+        (
+            {"system": "Be brief.", "messages": [{"role": "assistant", "content": "Hi"}]},
+            "starts with an assistant turn",
+        ),
+        ({"question": "Q?", "answer": "A", "image": "a.jpg", "images": ["b.jpg"]}, "name different files"),
+        ({"question": "Q?", "answer": "A", "image": "a.jpg", "images": []}, "name different files"),
         (chat("Who?"), "does not end with an assistant turn"),
         ({"messages": []}, "empty or no list"),
         ({"conversations": "hello"}, "empty or no list"),
@@ -264,3 +282,8 @@ def test_a_chat_template_that_rewrites_earlier_turns_is_refused(tiny_models):
     tokenizer.chat_template = "{{ messages | length }} messages"
     with pytest.raises(AssertionError, match="rewrites earlier turns"):
         encode(to_messages(chat("a", "b", "c", "d"), "plain"), tokenizer, [], 0, generation=False)
+
+
+def test_one_image_under_both_names_is_one_image():
+    assert image_paths({"image": "a.jpg", "images": ["a.jpg"]}) == ["a.jpg"]
+    assert image_paths({"image": None, "images": ["a.jpg", "b.jpg"]}) == ["a.jpg", "b.jpg"]
