@@ -6,6 +6,7 @@ the step. Which questions those are, and how they are laid out, is decided in `b
 
 import hashlib
 import json
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
@@ -16,8 +17,9 @@ from torch.utils.data import DataLoader, Dataset
 from batches import BatchPlan, Item, collate, passes, weightless
 from config import Config
 from distributed import ignore_stop_signals
-from errors import UserError
+from errors import UserError, first_names
 from family import Family
+from files import read_json, read_json_lines
 from images import (
     ModelImage,
     Placement,
@@ -71,30 +73,18 @@ def _as_bytes(sample: dict, name: str) -> bytes:
     try:
         return json.dumps(sample, ensure_ascii=False).encode()
     except UnicodeEncodeError:
-        raise UserError(f"{name}: its text holds half a character (a lone surrogate); mend it") from None
+        raise UserError(f"{name}: a text holds a lone surrogate (invalid Unicode); correct it") from None
 
 
 def load_samples(path, max_samples: int | None = None) -> SampleList:
     """The samples of a split: a JSON list, or one object a line in a .jsonl file. A sample without an id gets its row
     number. Errors: `UserError` naming file and row."""
     path = Path(path)
-    try:
-        text = path.read_text(encoding="utf-8")
-    except FileNotFoundError:
-        raise UserError(f"{path} does not exist; run prepare_data.py or correct the path") from None
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"{path} cannot be read: {error}") from None
-    line_number = 0
-    try:
-        if path.suffix == ".jsonl":
-            samples = []
-            for line_number, line in enumerate(text.split("\n"), 1):  # noqa: B007 - the error names it
-                if line.strip():
-                    samples.append(json.loads(line))
-        else:
-            samples = json.loads(text)
-    except json.JSONDecodeError as error:
-        raise UserError(f"{path} line {line_number or error.lineno}: not valid JSON ({error.msg}); mend it") from None
+    cure = "correct it, or run prepare_data.py"
+    if path.suffix == ".jsonl":
+        samples = [sample for _, sample in read_json_lines(path, cure, nan_allowed=True)]
+    else:
+        samples = read_json(path, cure, nan_allowed=True)
     if not isinstance(samples, list):
         raise UserError(f"{path}: expected a list of samples, found {type(samples).__name__}")
     if not samples:
@@ -107,11 +97,22 @@ def load_samples(path, max_samples: int | None = None) -> SampleList:
     return SampleList(samples, str(path))
 
 
+def refuse_repeated_ids(samples: SampleList) -> None:
+    """Raises: `UserError` where an id stands for several samples: their answers could not be told apart."""
+    repeated = [name for name, count in Counter(sample["id"] for sample in samples).items() if count > 1]
+    if repeated:
+        raise UserError(
+            f"{samples.source}: {len(repeated):,} id(s) repeat: {first_names(repeated)}; make them distinct"
+        )
+
+
 def load_split(config: Config, split: str) -> SampleList:
     """A split of the config as it is trained on and evaluated: with `max_samples` (train), and one conversation per
     image where the template asks for it."""
     path = getattr(config.data, split)
     samples = load_samples(path, config.max_samples if split == "train" else None)
+    if split != "train":  # published training files repeat ids
+        refuse_repeated_ids(samples)
     return (
         SampleList(as_conversations(list(samples)), str(path)) if config.template == CONVERSATION_TEMPLATE else samples
     )

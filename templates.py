@@ -117,14 +117,13 @@ def count_images(sample: dict) -> int:
 
 def image_paths(sample: dict) -> list[str]:
     """Image paths of a sample, from `image` (a path or a list) or `images`."""
-    images = sample.get("images") if sample.get("images") is not None else sample.get("image")
-    if images is None:
-        return []
-    if isinstance(images, str):
-        return [images]
-    if isinstance(images, list) and all(isinstance(path, str) for path in images):
-        return images
-    raise UserError("key 'image' or 'images' must be a path or a list of paths")
+    given = [sample[key] for key in ("images", "image") if sample.get(key) is not None]
+    given = [[paths] if isinstance(paths, str) else paths for paths in given]
+    if not all(isinstance(paths, list) and all(isinstance(path, str) for path in paths) for paths in given):
+        raise UserError("key 'image' or 'images' must be a path or a list of paths")
+    if len(given) == 2 and given[0] != given[1]:
+        raise UserError("keys 'image' and 'images' name different files; keep one of the two")
+    return given[0] if given else []
 
 
 def with_images(images: int, text: str):
@@ -181,6 +180,11 @@ def _conversation(sample: dict) -> list[dict]:
         messages.append(
             {"role": _ROLES[role], "content": "".join(part["text"] for part in parts) if plain_text else parts}
         )
+    roles = [message["role"] for message in messages if message["role"] != "system"]
+    if roles[:1] == ["assistant"]:
+        raise UserError("the conversation starts with an assistant turn; put the user's turn before it")
+    if any(message["role"] == "assistant" and not message["content"].strip() for message in messages):
+        raise UserError("an assistant turn is empty; fill it, or drop the sample")
     if messages[-1]["role"] != "assistant":
         raise UserError("the conversation does not end with an assistant turn; nothing to learn from it")
     return messages
