@@ -8,6 +8,7 @@ from conftest import REPO_ROOT
 from config import load_config
 from report.baseline import majority_answers_for, stage_files
 from report.metrics import majority_answers, score_vqa
+from tasks import vqa
 
 TRAIN = [  # stage, question, answer
     (1, "Is there text?", "no"),
@@ -42,11 +43,10 @@ def test_the_baseline_of_each_stage_of_exp4_is_that_of_all_three_training_files(
         {"id": str(n), "question": q, "answer": a, "prediction": "-", "group": str(n)}
         for n, (_, q, a) in enumerate(TRAIN)
     ]
-    questions = {row["question"] for row in rows}
     whole = score_vqa(rows, majority_answers(samples_of((1, 2, 3))))
     for stage in (1, 2, 3):
         named = load_config(REPO_ROOT / "configs" / f"exp4_stage{stage}.yaml").data.train.rsplit("/", 1)[1]
-        found = score_vqa(rows, majority_answers_for(questions, config_of(tmp_path / named)))
+        found = vqa.score(rows, config_of(tmp_path / named))
         assert found == whole and found["majority_accuracy"] == 5 / 7 and found["majority_unseen"] == 0
 
 

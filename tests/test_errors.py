@@ -1,5 +1,6 @@
 """How a command ends when something outside it is wrong."""
 
+import os
 import subprocess
 import sys
 
@@ -16,7 +17,9 @@ with exit_on_user_error():
 
 def ended_unread(*command):
     """(exit code, stderr) of a command whose output nobody reads."""
-    process = subprocess.Popen(command, cwd=REPO_ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    env = {name: value for name, value in os.environ.items() if name != "PYTHONUNBUFFERED"}
+    pipe = subprocess.PIPE
+    process = subprocess.Popen(command, cwd=REPO_ROOT, env=env, stdout=pipe, stderr=pipe, text=True)
     process.stdout.close()
     return process.wait(), process.stderr.read()
 

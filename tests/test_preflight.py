@@ -247,7 +247,7 @@ def test_the_quick_check_of_lengths_agrees_with_counting_every_token(tiny_models
     changes = {} if resize == "letterbox" else {"image_size": None, "max_pixels": 120_000}
     encoder = run.encoder(resize=resize, data=replace(run.config.data, image_root=str(tmp_path)), **changes)
     samples = [{**s, "question": s["question"] * (1 + 3 * i)} for i, s in enumerate(vqa_samples(3, 3))]
-    samples += [{**s, "images": ["0.png", "1.png"]} for s in samples[:2]]
+    samples += [{**s, "image": None, "images": ["0.png", "1.png"]} for s in samples[:2]]
     lengths = [len(item.input_ids) for item in build_items(encoder, samples)[0]]
     for limit in sorted({*lengths, *(length - 1 for length in lengths)}):
         encoder.config = replace(encoder.config, max_tokens=limit)
