@@ -19,10 +19,10 @@ CURE = "run make demo first"
 PROMISED_RATIO = 2.5  # test accuracy over the majority answer's
 
 
-def summarise(config="configs/demo.yaml"):
+def summarise(config: str = "configs/demo.yaml") -> bool:
     """Print the demo's scores question by question, three answers, and where to look next.
 
-    Returns whether the test accuracy is at least PROMISED_RATIO times that of always giving the majority answer.
+    Returns: whether the test accuracy is at least PROMISED_RATIO times that of always giving the majority answer.
     """
     results, output = Path("results/demo"), Path("outputs/demo")
     scores = read_json(results / "predict_results.json", CURE)
@@ -58,7 +58,7 @@ Where to look next:
     return kept
 
 
-def main(arguments=None):
+def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--summary", action="store_true", help="show the results of configs/demo.yaml")
     args = parser.parse_args(arguments)
@@ -73,7 +73,7 @@ def main(arguments=None):
     return 0
 
 
-def write_demo_model(folder):
+def write_demo_model(folder: str | Path) -> Path:
     """The demo's model: a tiny Qwen3-VL that LoRA can teach."""
     return write_tiny_model(folder, "qwen3_vl", teachable=True, layers=3)
 

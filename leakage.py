@@ -4,10 +4,8 @@ The hash is the DCT perceptual hash (pHash; Zauner 2010, "Implementation and Ben
 Functions"): 32×32 grey pixels, the 8×8 lowest frequencies, one bit each for above or below their median.
 """
 
-import base64
 import hashlib
 import html
-import io
 import os
 import warnings
 from collections import defaultdict
@@ -22,6 +20,7 @@ from tqdm import tqdm
 
 from errors import UserError, first_names
 from images import image_path, open_image
+from report.page import thumbnail
 from templates import image_paths
 
 # Bits of 64. Measured on 27 real endoscopy images: recompressed, halved or brightened by 20 %: at most 4; shifted by
@@ -73,14 +72,14 @@ def file_sha256(path: Path) -> str:
 def fingerprint(paths: Sequence[Path]) -> tuple[dict[Path, Fingerprint], dict[Path, str]]:
     """Hash every file, and fully decode each distinct one once, several at a time.
 
-    Returns path → fingerprint, and path → what is wrong for the files that cannot be read as an image.
+    Returns: path -> fingerprint, and path -> what is wrong for the files that cannot be read as an image.
     """
     paths = list(dict.fromkeys(Path(path) for path in paths))
     with warnings.catch_warnings(), ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
         # open_image sets this filter for each call, which is not safe among threads; set around them all, it is
         warnings.simplefilter("error", Image.DecompressionBombWarning)
         digests = dict(zip(paths, pool.map(_try(file_sha256), paths), strict=True))
-        first = {}  # digest → the file that is decoded for all of its copies
+        first = {}  # digest -> the file that is decoded for all of its copies
         for path, (digest, _) in digests.items():
             if digest is not None:
                 first.setdefault(digest, path)
@@ -109,7 +108,7 @@ def _try(function):
 
 
 def _images(samples_by_split: Mapping[str, Iterable[dict]]) -> dict[str, list[str]]:
-    """Split → its distinct image paths, in order of appearance."""
+    """Split -> its distinct image paths, in order of appearance."""
     return {
         split: list(dict.fromkeys(path for sample in samples for path in image_paths(sample)))
         for split, samples in samples_by_split.items()
@@ -155,7 +154,7 @@ def find_near_identical(
 ) -> list[NearPair]:
     """Pairs of images in different splits whose perceptual hashes differ in at most `max_distance` of 64 bits.
 
-    `hashes` (image path as in the samples → hash) spares the decoding. Nearest pairs first.
+    `hashes` (image path as in the samples -> hash) spares the decoding. Nearest pairs first.
     """
     images = _images(samples_by_split)
     if hashes is None:
@@ -183,7 +182,7 @@ def side_by_side(pairs: Sequence[NearPair], image_root) -> str:
     rows = []
     for pair in pairs[:PAIRS_SHOWN]:
         cells = "".join(
-            f'<figure><img src="{_thumbnail(image_path(image_root, image))}" alt="">'
+            f'<figure><img src="{thumbnail(image_path(image_root, image), THUMBNAIL_PIXELS)[0]}" alt="">'
             f"<figcaption><b>{html.escape(split)}</b> {html.escape(image)}</figcaption></figure>"
             for split, image in ((pair.split_a, pair.image_a), (pair.split_b, pair.image_b))
         )
@@ -210,11 +209,3 @@ scene, a score on the later split is partly memory.</p>
 {f"<h2>The next ones</h2><pre>{named}</pre>" if named else ""}
 </html>
 """
-
-
-def _thumbnail(path: Path) -> str:
-    image = open_image(path)
-    image.thumbnail((THUMBNAIL_PIXELS, THUMBNAIL_PIXELS))
-    buffer = io.BytesIO()
-    image.save(buffer, "JPEG", quality=75)
-    return "data:image/jpeg;base64," + base64.b64encode(buffer.getvalue()).decode("ascii")

@@ -1,10 +1,11 @@
 """python prepare_data.py kvasir --source RAW_DIR --out DATA_DIR
 
-Raw sources → train.json, val.json, test.json and a report of everything that was counted. Nothing is written unless
+Raw sources -> train.json, val.json, test.json and a report of everything that was counted. Nothing is written unless
 all of it can be.
 """
 
 import argparse
+import importlib
 from pathlib import Path
 
 from errors import exit_on_user_error
@@ -12,13 +13,13 @@ from files import refuse_unusable_folder
 
 KVASIR = """python prepare_data.py kvasir --source RAW_DIR --out DATA_DIR
 
-Kvasir-VQA (images/<img_id>.jpg and metadata.csv, or the parquet files of its hub) → train.json, val.json, test.json,
-stages.json (question → stage, yours to edit) and report.md. Identical files stay on one side of the split."""
+Kvasir-VQA (images/<img_id>.jpg and metadata.csv, or the parquet files of its hub) -> train.json, val.json, test.json,
+stages.json (question -> stage, yours to edit) and report.md. Identical files stay on one side of the split."""
 
 
 CLICK = """python prepare_data.py click --source FILE.jsonl --out DATA_DIR
 
-Screenshots with instructions → train.json, val.json, test.json and report.md. One JSON object a line, or a JSON list:
+Screenshots with instructions -> train.json, val.json, test.json and report.md. One JSON object a line, or a JSON list:
   {"image": "a.png", "instruction": "tap on the card", "point": [x, y], "bbox": [x0, y0, x1, y1]}
 The instruction may be called "instruction", "problem" or "question"; the point "point" or "click_position_px"; the box
 "bbox" or "box". A point or a box is enough; of a box alone, the centre is clicked. A file in ShareGPT form ("messages"
@@ -29,7 +30,7 @@ side of the split."""
 
 PAPERS = """python prepare_data.py papers --source FILE.jsonl --out DATA_DIR
 
-Papers with decisions → train.json, val.json, test.json and report.md. One JSON object a line:
+Papers with decisions -> train.json, val.json, test.json and report.md. One JSON object a line:
   {"id", "title", "abstract" and/or "full_text", "keywords": [...], "ratings": [6, 8, 5], "decision": "Accept (Poster)",
    "images": ["page1.png", ...]}
 Any accept is label 1, a reject 0; withdrawn and undecided papers are dropped. Each split gets as many of the one as of
@@ -38,16 +39,21 @@ side of the split, which is the same with and without --pages."""
 
 
 def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
-    def family(name: str, description: str, function) -> argparse.ArgumentParser:
+    def family(name: str, description: str, source: str, split: str, of_what: str) -> argparse.ArgumentParser:
         command, _, text = description.partition("\n")
         parser = families.add_parser(
             name,
-            help=text.strip().partition("→")[0].strip(),
+            help=text.strip().partition("->")[0].strip(),
             usage=f"{command} [options]",
             description=text.strip(),
             formatter_class=argparse.RawDescriptionHelpFormatter,
         )
-        parser.set_defaults(function=function)
+        metavar = command.split()[command.split().index("--source") + 1]
+        parser.add_argument("--source", required=True, metavar=metavar, help=source)
+        parser.add_argument("--out", required=True, metavar="DATA_DIR", help="folder to write; it is made if need be")
+        parser.add_argument("--seed", type=int, default=42, help="of the split and the order (default: %(default)s)")
+        parser.add_argument("--split", default=split, metavar="TRAIN/VAL/TEST",
+                            help=f"per cent of the {of_what} (default: %(default)s)")  # fmt: skip
         return parser
 
     command, _, text = __doc__.partition("\n")
@@ -56,26 +62,19 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
         description=text.strip(),
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    families = parser.add_subparsers(metavar="FAMILY", required=True)
+    families = parser.add_subparsers(metavar="FAMILY", dest="family", required=True)
 
-    kvasir = family("kvasir", KVASIR, prepare_kvasir)
-    kvasir.add_argument("--source", required=True, metavar="RAW_DIR",
-                        help="folder with images/ and metadata.csv, folder of parquet files, or hub name "
-                             "(SimulaMet-HOST/Kvasir-VQA)")  # fmt: skip
-    kvasir.add_argument("--out", required=True, metavar="DATA_DIR", help="folder to write; it is made if need be")
+    source = "folder with images/ and metadata.csv, folder of parquet files, or hub name (SimulaMet-HOST/Kvasir-VQA)"
+    kvasir = family("kvasir", KVASIR, source, "70/15/15", "images")
     kvasir.add_argument("--order", choices=("stages", "random"), default="stages",
                         help="of train.json: stage 1, 2, 3 with the questions of an image side by side, or all "
                              "questions shuffled (default: %(default)s)")  # fmt: skip
     kvasir.add_argument("--stager", default="rules", metavar="rules|MODEL",
                         help="who gives each question its stage: keyword rules, or a causal language model by hub "
                              "name or folder (default: %(default)s)")  # fmt: skip
-    kvasir.add_argument("--seed", type=int, default=42, help="of the split and the orders (default: %(default)s)")
-    kvasir.add_argument("--split", default="70/15/15", metavar="TRAIN/VAL/TEST",
-                        help="per cent of the images (default: 70/15/15)")  # fmt: skip
 
-    click = family("click", CLICK, prepare_click)
-    click.add_argument("--source", required=True, metavar="FILE.jsonl", help="the file to read (.jsonl or .json)")
-    click.add_argument("--out", required=True, metavar="DATA_DIR", help="folder to write; it is made if need be")
+    source = "the file to read (.jsonl or .json)"
+    click = family("click", CLICK, source, "70/15/15", "clicks, whole images only")
     click.add_argument("--image-root", metavar="DIR",
                        help="folder that the image paths are relative to (default: the source file's)")  # fmt: skip
     click.add_argument("--coordinates", choices=("pixels", "relative1000", "relative1"), default="pixels",
@@ -84,62 +83,22 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     click.add_argument("--boxes", choices=("xyxy", "xywh"), default="xyxy",
                        help="what a box of four numbers is: two corners, or a corner with width and height "
                             "(default: %(default)s)")  # fmt: skip
-    click.add_argument("--seed", type=int, default=42, help="of the split and the order (default: %(default)s)")
-    click.add_argument("--split", default="70/15/15", metavar="TRAIN/VAL/TEST",
-                       help="per cent of the clicks, whole images only (default: 70/15/15)")  # fmt: skip
 
-    papers = family("papers", PAPERS, prepare_papers)
-    papers.add_argument("--source", required=True, metavar="FILE.jsonl", help="the file to read (.jsonl or .json)")
-    papers.add_argument("--out", required=True, metavar="DATA_DIR", help="folder to write; it is made if need be")
+    papers = family("papers", PAPERS, source, "85/5/10", "papers")
     papers.add_argument("--train-agreeing", action="store_true",
                         help="keep in train only papers whose mean rating is on their decision's side of the boundary "
                              "that report.md states; val and test stay as they are")  # fmt: skip
-    papers.add_argument("--pages", action="store_true",
+    papers.add_argument("--pages", action="store_true", dest="as_pages",
                         help="samples show page images instead of text: the source's own, relative to its folder, or "
                              "else the text drawn on pages; all of them under DATA_DIR/pages")  # fmt: skip
-    papers.add_argument("--seed", type=int, default=42, help="of the split and the order (default: %(default)s)")
-    papers.add_argument("--split", default="85/5/10", metavar="TRAIN/VAL/TEST",
-                        help="per cent of the papers (default: 85/5/10)")  # fmt: skip
     return parser.parse_args(arguments)
 
 
-def prepare_kvasir(options: argparse.Namespace) -> None:
-    from prepare import kvasir  # here, so that --help and the other families do not wait for it
-
-    kvasir.prepare(options.source, options.out, options.order, options.stager, options.seed, options.split)
-
-
-def prepare_click(options: argparse.Namespace) -> None:
-    from prepare import click
-
-    click.prepare(
-        options.source,
-        options.out,
-        options.image_root,
-        options.coordinates,
-        options.boxes,
-        options.seed,
-        options.split,
-    )
-
-
-def prepare_papers(options: argparse.Namespace) -> None:
-    from prepare import papers
-
-    papers.prepare(
-        options.source,
-        options.out,
-        options.train_agreeing,
-        options.pages,
-        options.seed,
-        options.split,
-    )
-
-
 def main(arguments: list[str] | None = None) -> None:
-    options = parse_arguments(arguments)
-    refuse_unusable_folder(Path(options.out), "--out")
-    options.function(options)
+    options = vars(parse_arguments(arguments))
+    refuse_unusable_folder(Path(options["out"]), "--out")
+    # Imported here, so that --help and the other families do not wait for it.
+    importlib.import_module(f"prepare.{options.pop('family')}").prepare(**options)
 
 
 if __name__ == "__main__":

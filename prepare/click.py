@@ -1,8 +1,8 @@
-"""Screenshots with instructions and points or boxes → samples by split and a report. `prepare_data.py click` calls
+"""Screenshots with instructions and points or boxes -> samples by split and a report. `prepare_data.py click` calls
 `prepare`."""
 
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 import clicks
@@ -24,7 +24,7 @@ UNITS = {"pixels": None, "relative1000": 1000, "relative1": 1}
 
 
 def prepare(source: str, out: str, image_root: str | None, coordinates: str, boxes: str, seed: int, split: str) -> None:
-    """Read, check, split, write, and print the table. See `prepare_data.py click --help`; errors are `UserError`s."""
+    """Read, check, split, write, and print the table. See `prepare_data.py click --help`. Raises: `UserError`."""
     percents = splits.parse_split(split)
     source = Path(source)
     image_root = Path(image_root) if image_root else source.parent
@@ -68,9 +68,9 @@ def prepare(source: str, out: str, image_root: str | None, coordinates: str, box
     found = {target_size(sample) for sample in samples}
     kinds = {kind: kind or "no box" for kind in ("small", "medium", "large", None) if kind in found}
     table = tables.split_table("target", by_split, target_size, kinds)
-    told = [f"coordinates {coordinates}", f"boxes {boxes}", f"seed {seed}", f"split {split}"]
+    settings = [f"coordinates {coordinates}", f"boxes {boxes}", f"seed {seed}", f"split {split}"]
     files = {f"{name}.json": splits.json_list(by_split[name]) for name in SPLITS}
-    files["report.md"] = report(source, told, table, counted, sizes)
+    files["report.md"] = report(source, settings, table, counted, sizes)
     splits.write_whole(Path(out), files)
     tables.print_summary(table, counted, (), Path(out), files, image_root)
 
@@ -80,7 +80,7 @@ def prepare(source: str, out: str, image_root: str | None, coordinates: str, box
 
 def targets_of(row: dict, boxes: str, counts: Counter) -> Iterator[dict]:
     """The clicks of a row, as it states them: image, instruction, numbers (x, y) or None, box (x0, y0, x1, y1) or None,
-    and rest, its other keys. `counts` gathers what is left out. Errors: `UserError` without the row's name."""
+    and rest, its other keys. `counts` gathers what is left out. Raises: `UserError` without the row's name."""
     image = clicks.image_of(row)
     if "messages" in row or "conversations" in row:
         yield from _conversation_targets(row, image, counts)
@@ -134,7 +134,7 @@ def _conversation_targets(row: dict, image: str, counts: Counter) -> Iterator[di
         raise UserError("the conversation has no assistant turn, so no point")
 
 
-def _first(row: dict, keys: tuple[str, ...]):
+def _first(row: dict, keys: tuple[str, ...]) -> tuple[object, str | None]:
     """(value, key) of the first key that has one."""
     return next(((row[key], key) for key in keys if row.get(key) is not None), (None, None))
 
@@ -147,7 +147,7 @@ def _without_placeholder(text: str) -> str:
     return text.replace("<image>", "").strip()
 
 
-def _numbers(values, key: str, count: int) -> tuple[float, ...]:
+def _numbers(values: object, key: str, count: int) -> tuple[float, ...]:
     if not isinstance(values, list) or len(values) != count or not all(type(v) in (int, float) for v in values):
         raise UserError(f"key '{key}' is {values!r} but must be a list of {count} numbers")
     return tuple(values)
@@ -157,7 +157,7 @@ def _numbers(values, key: str, count: int) -> tuple[float, ...]:
 
 
 def refuse_wrong_units(targets: list[dict], coordinates: str, source: Path) -> None:
-    """A scale is never guessed, but one that cannot be meant is refused. Errors: `UserError`."""
+    """A scale is never guessed, but one that cannot be meant is refused. Raises: `UserError`."""
     largest = max(max(*(target["numbers"] or ()), *(target["box"] or ()), 0, 0) for target in targets)
     if coordinates == "relative1" and largest > 1:
         raise UserError(f"{source}: --coordinates relative1 means 0 to 1, but a coordinate is {largest:g}")
@@ -170,10 +170,10 @@ def refuse_wrong_units(targets: list[dict], coordinates: str, source: Path) -> N
         )
 
 
-def look_at_images(names, image_root: Path) -> tuple[dict[str, str], dict[str, tuple[int, int]]]:
-    """name → SHA-256 of the file, and name → (width, height) upright; every distinct file is decoded once.
+def look_at_images(names: Iterable[str], image_root: Path) -> tuple[dict[str, str], dict[str, tuple[int, int]]]:
+    """name -> SHA-256 of the file, and name -> (width, height) upright; every distinct file is decoded once.
 
-    Errors: `UserError` naming the files that cannot be read."""
+    Raises: `UserError` naming the files that cannot be read."""
     paths = {name: image_path(image_root, name) for name in names}
     found, broken = leakage.fingerprint(list(paths.values()))
     if broken:
@@ -187,10 +187,10 @@ def look_at_images(names, image_root: Path) -> tuple[dict[str, str], dict[str, t
 
 
 def to_sample(target: dict, size: tuple[int, int], sha256: str, coordinates: str) -> dict:
-    """A click in pixels of the original image. Errors: `UserError` where it leaves the image or its box."""
+    """A click in pixels of the original image. Raises: `UserError` where it leaves the image or its box."""
     unit = UNITS[coordinates]
 
-    def pixels(numbers):
+    def pixels(numbers: Iterable[float]) -> list[float]:
         return [value if unit is None else round(value / unit * size[i % 2], 2) for i, value in enumerate(numbers)]
 
     box = None if target["box"] is None else pixels(target["box"])
@@ -213,7 +213,7 @@ def name_samples(samples: list[dict]) -> None:
         sample.clear()
         sample.update({"id": identity, **facts})
     if len({sample["id"] for sample in samples}) < len(samples):
-        raise UserError("the ids of the source repeat in a way that numbering cannot mend; make them distinct")
+        raise UserError("the ids of the source repeat in a way that numbering cannot solve; make them distinct")
 
 
 def ambiguous(samples: list[dict]) -> int:
@@ -224,7 +224,7 @@ def ambiguous(samples: list[dict]) -> int:
 # ------------------------------------------------------------------------------------------------------- the report
 
 
-def report(source, told, table, counted, sizes) -> str:
+def report(source: Path, settings: list[str], table: tables.Table, counted: dict[str, int], sizes: dict) -> str:
     """`report.md`: clicks by target size and split, everything that was counted, and the images' sizes."""
     size_lines = [["width × height", "image files"]]
     common = Counter(sizes.values()).most_common(errors.NAMES_SHOWN)
@@ -233,7 +233,7 @@ def report(source, told, table, counted, sizes) -> str:
     more = f"\n\n{more:,} more sizes." if more > 0 else ""
     return f"""# Clicks, prepared
 
-Source: {source}; {"; ".join(told)}.
+Source: {source}; {"; ".join(settings)}.
 
 Points and boxes are in pixels of the original image, upright, from its upper left corner.
 

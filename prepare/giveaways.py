@@ -38,7 +38,7 @@ def without_stamps(text: str) -> str:
 def uneven_forms(papers: list[dict], forms: dict[str, str]) -> list[str]:
     """A line for each form that comes with one label much more often than with the other.
 
-    forms: words for a form → the key of a paper that says whether it has it."""
+    forms: words for a form -> the key of a paper that says whether it has it."""
     lines = []
     for words, key in forms.items():
         rejects, accepts = (

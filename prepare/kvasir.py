@@ -1,4 +1,4 @@
-"""Kvasir-VQA as published → samples by split, stages and a report. `prepare_data.py kvasir` calls `prepare`."""
+"""Kvasir-VQA as published -> samples by split, stages and a report. `prepare_data.py kvasir` calls `prepare`."""
 
 import hashlib
 from collections import Counter, defaultdict
@@ -16,7 +16,7 @@ NEAR_IDENTICAL = "near_identical.html"
 
 
 def prepare(source: str, out: str, order: str, stager: str, seed: int, split: str) -> None:
-    """Read, check, split, write, and print the table. See `prepare_data.py kvasir --help`; errors are `UserError`s."""
+    """Read, check, split, write, and print the table. See `prepare_data.py kvasir --help`. Raises: `UserError`."""
     percents = splits.parse_split(split)
     out = Path(out)
     with kvasir_source.opened(source, out) as raw:
@@ -44,7 +44,7 @@ def prepare(source: str, out: str, order: str, stager: str, seed: int, split: st
         counts["distinct files"] = len(sizes)
         counts["groups of identical files under several ids"] = sum(size > 1 for size in sizes.values())
         counts["near-identical pairs of images across splits"] = len(pairs)
-        told = [f"order {order}", f"stager {stager}", f"seed {seed}", f"split {split}"]
+        settings = [f"order {order}", f"stager {stager}", f"seed {seed}", f"split {split}"]
         files = {f"{name}.json": splits.json_list(by_split[name]) for name in SPLITS}
         for name in SPLITS:  # for experiments on one stage; a stage without questions has no file
             for stage in stagers.STAGES:
@@ -52,7 +52,7 @@ def prepare(source: str, out: str, order: str, stager: str, seed: int, split: st
                 files[f"{name}_stage{stage}.json"] = splits.json_list(of_stage) if of_stage else None
         files["stages.json"] = stagers.stages_text(entries)
         files[NEAR_IDENTICAL] = leakage.side_by_side(pairs, raw.folder) if pairs else None
-        files["report.md"] = report(source, told, table, counts, questions, stage_of, by_hand, entries)
+        files["report.md"] = report(source, settings, table, counts, questions, stage_of, by_hand, entries)
         splits.write_whole(out, files, before_renaming=raw.move_images)
     notes = []
     if by_hand:
@@ -66,7 +66,7 @@ def prepare(source: str, out: str, order: str, stager: str, seed: int, split: st
 
 
 def _fingerprints(images: Mapping[str, str], folder: Path) -> dict[str, leakage.Fingerprint]:
-    """img_id → fingerprint; every distinct file is decoded once. Errors: `UserError` naming the unreadable ones."""
+    """img_id -> fingerprint; every distinct file is decoded once. Raises: `UserError` naming the unreadable ones."""
     found, broken = leakage.fingerprint([folder / path for path in images.values()])
     if broken:
         names = first_names(path.name for path in broken)
@@ -111,7 +111,7 @@ def items(answer: str) -> list[str]:
 
 
 def describe_questions(rows: list[dict], split_of: Mapping[str, str]) -> dict[str, dict]:
-    """Question → {"multi_label", "candidates", "rows" (split → count), "outside" (split → count)}.
+    """Question -> {"multi_label", "candidates", "rows" (split -> count), "outside" (split -> count)}.
 
     A question is multi-label when any of its answers holds several items. Its candidates are the answers, or items,
     of the training split; an answer is outside when it, or one of its items, is not among them.
@@ -140,7 +140,13 @@ def _natural(text: str) -> tuple:
     return (not text[:1].isdecimal(), int(digits[0]) if digits and text[:1].isdecimal() else 0, text)
 
 
-def to_samples(rows, images, group_of, stage_of, questions) -> list[dict]:
+def to_samples(
+    rows: list[dict],
+    images: Mapping[str, str],
+    group_of: Mapping[str, str],
+    stage_of: Mapping[str, int],
+    questions: Mapping[str, dict],
+) -> list[dict]:
     """One sample a row, in the order of the rows. An id depends on its image and question, not on seed or split."""
     seen = Counter()
     samples = []
@@ -164,7 +170,7 @@ def to_samples(rows, images, group_of, stage_of, questions) -> list[dict]:
 
 
 def arrange(samples: list[dict], split_of_group: Mapping[str, str], order: str, seed: int) -> dict[str, list[dict]]:
-    """Split → samples in the order of the file.
+    """Split -> samples in the order of the file.
 
     train: `stages` (stage 1, 2, 3; inside a stage images in random order, each with its questions side by side) or
     `random`. val and test: images in random order, each with its questions by stage, so that any first part of the
@@ -191,7 +197,16 @@ def _by_image(samples: list[dict], seed: int, salt: str) -> list[dict]:
     return sorted(samples, key=lambda sample: (place[sample["image"]], sample["stage"]))
 
 
-def report(source, told, table, counts, questions, stage_of, by_hand, entries) -> str:
+def report(
+    source: str,
+    settings: list[str],
+    table: tables.Table,
+    counts: dict[str, int],
+    questions: Mapping[str, dict],
+    stage_of: Mapping[str, int],
+    by_hand: list[str],
+    entries: Mapping[str, object],
+) -> str:
     """`report.md`: the stage table, everything that was counted, and each question with its stage and candidates."""
     question_lines = [
         ["question", "stage", "by", "kind", "candidates", "train", "val", "test", "outside val", "outside test"]
@@ -219,7 +234,7 @@ def report(source, told, table, counts, questions, stage_of, by_hand, entries) -
     judge = f"Near-identical images are not moved: look at {NEAR_IDENTICAL} and judge." if near else ""
     return f"""# Kvasir-VQA, prepared
 
-Source: {source}; {"; ".join(told)}.
+Source: {source}; {"; ".join(settings)}.
 
 ## Questions by stage and split
 

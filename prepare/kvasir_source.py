@@ -5,7 +5,7 @@ import csv
 import hashlib
 import os
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -23,7 +23,7 @@ class Raw:
     """The set as read."""
 
     rows: list[dict]  # every column of COLUMNS, stripped, and "row": its number for messages
-    images: dict[str, str]  # img_id → path relative to image_root, as the samples will say it
+    images: dict[str, str]  # img_id -> path relative to image_root, as the samples will say it
     folder: Path  # where those paths start while we work
     image_root: Path  # where they start when we are done
     unused_images: int  # files in images/ that no row names
@@ -99,7 +99,7 @@ def _read_folder(folder: Path) -> Raw:
 
 
 def _image_paths(rows: list[dict], suffix: str = ".jpg") -> dict[str, str]:
-    """img_id → images/<img_id>.jpg, for ids that are plain file names."""
+    """img_id -> images/<img_id>.jpg, for ids that are plain file names."""
     wrong = [f"row {row['row']} ('{row['img_id']}')" for row in rows if not _is_plain_name(row["img_id"])]
     if wrong:
         raise UserError(f"{len(wrong)} row(s) whose img_id is empty or no plain file name: {first_names(wrong)}")
@@ -161,7 +161,7 @@ def _read_parquet(source: str, parquet: list[str], partial: Path, out: Path) -> 
     return Raw(rows, images, partial, out, 0)
 
 
-def _check_columns(found, where, wanted=COLUMNS) -> None:
+def _check_columns(found: Collection[str], where: str | Path, wanted: Collection[str] = COLUMNS) -> None:
     missing = [column for column in wanted if column not in found]
     if missing:
         raise UserError(f"{where}: column(s) {', '.join(missing)} missing; found {', '.join(found) or 'none'}")

@@ -1,4 +1,4 @@
-"""Papers → a folder of page images: their own, or their text drawn with Pillow and the font that comes with it."""
+"""Papers -> a folder of page images: their own, or their text drawn with Pillow and the font that comes with it."""
 
 import re
 import shutil
@@ -20,7 +20,7 @@ LINES_PER_PAGE = (PAGE_SIZE[1] - 2 * MARGIN) // LINE_HEIGHT
 
 
 class Layout:
-    """Texts → the lines of their pages. `lacking` counts the characters met that the font cannot show."""
+    """Texts -> the lines of their pages. `lacking` counts the characters met that the font cannot show."""
 
     def __init__(self):
         self.font = ImageFont.load_default(FONT_SIZE)
@@ -68,7 +68,7 @@ class Layout:
         return self._widths[text]
 
     def _showable(self, character: str) -> str:
-        """The character, or its plain form (ﬁ → fi, é → e) where the font has that alone; else a box, counted."""
+        """The character, or its plain form (ﬁ -> fi, é -> e) where the font has that alone; else a box, counted."""
         if character.isspace():
             return character
         if character not in self._drawn_as:
@@ -97,8 +97,8 @@ def draw(lines: list[str]) -> Image.Image:
 def lay_out(papers: list[dict], out: Path, report_title: str, counts: dict[str, int]) -> dict[str, Path | list[str]]:
     """Set each paper's `images` (from its `source_pages`, else from its `text`), relative to `out`.
 
-    Returns page file → the file to copy, or the lines to draw; nothing is written yet. report_title: how the report.md
-    of an `out` that may be overwritten begins. `counts` gathers what was found. Errors: `UserError`."""
+    Returns: page file -> the file to copy, or the lines to draw; nothing is written yet. report_title: how the report.md
+    of an `out` that may be overwritten begins. `counts` gathers what was found. Raises: `UserError`."""
     folder, old_report = out / "pages", out / "report.md"
     is_ours = old_report.is_file() and old_report.read_text(encoding="utf-8", errors="replace").startswith(report_title)
     if folder.exists() and not is_ours:

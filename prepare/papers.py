@@ -1,4 +1,4 @@
-"""Papers with decisions → balanced accept/reject samples by split and a report. `prepare_data.py papers` calls
+"""Papers with decisions -> balanced accept/reject samples by split and a report. `prepare_data.py papers` calls
 `prepare`."""
 
 import json
@@ -23,7 +23,7 @@ KEPT_KEYS = ("title", "keywords", "decision", "ratings", "url")  # beside what t
 
 
 def prepare(source: str, out: str, train_agreeing: bool, as_pages: bool, seed: int, split: str) -> None:
-    """Read, check, split, write, and print the table. See `prepare_data.py papers --help`; errors are `UserError`s."""
+    """Read, check, split, write, and print the table. See `prepare_data.py papers --help`. Raises: `UserError`."""
     percents = splits.parse_split(split)
     source, out = Path(source), Path(out)
     papers, counts = read_papers(read_rows(source), source, as_pages)
@@ -33,11 +33,11 @@ def prepare(source: str, out: str, train_agreeing: bool, as_pages: bool, seed: i
     by_split = {name: [] for name in SPLITS}
     for paper in splits.shuffled(papers, seed, "order", key=lambda paper: paper["id"]):
         by_split[split_of_group[paper["group"]]].append(paper)
-    told = [f"seed {seed}", f"split {split}", "page images" if as_pages else "texts"]
+    settings = [f"seed {seed}", f"split {split}", "page images" if as_pages else "texts"]
     rule = None
     if train_agreeing:
         by_split["train"], rule = agreeing(by_split["train"], counts, source)
-        told.append("--train-agreeing")
+        settings.append("--train-agreeing")
     for name, percent in zip(SPLITS, percents, strict=True):
         by_split[name] = balanced(by_split[name], name, percent, counts, source)
     counts["papers kept"] = sum(map(len, by_split.values()))
@@ -50,7 +50,7 @@ def prepare(source: str, out: str, train_agreeing: bool, as_pages: bool, seed: i
     files = {f"{name}.json": splits.json_list(samples[name]) for name in SPLITS}
     forms = {"page images of their own": "source_pages"} if as_pages else {}
     warnings = uneven_forms(shown, forms | {"their full text": "body_shown"})
-    files["report.md"] = report(source, told, table, counts, rule, warnings)
+    files["report.md"] = report(source, settings, table, counts, rule, warnings)
     splits.write_whole(out, files, before_renaming=lambda: pages.write(out, files_of_pages))
     written = [*files, *(["pages/"] if files_of_pages else [])]
     tables.print_summary(table, counts, [rule] if rule else [], out, written, out)
@@ -61,7 +61,7 @@ def prepare(source: str, out: str, train_agreeing: bool, as_pages: bool, seed: i
 
 
 def read_papers(rows: list[dict], source: Path, as_pages: bool) -> tuple[list[dict], dict[str, int]]:
-    """The papers with an accept or a reject, and what was found, in words. Errors: `UserError` naming the row."""
+    """The papers with an accept or a reject, and what was found, in words. Raises: `UserError` naming the row."""
     problems, papers, undecided, seen = RowProblems(source), [], Counter(), set()
     counts = {"rows read": len(rows), "exact repeats, dropped": 0}
     for number, row in enumerate(rows, 1):
@@ -79,7 +79,9 @@ def read_papers(rows: list[dict], source: Path, as_pages: bool) -> tuple[list[di
     problems.refuse()
     repeated = [identity for identity, count in Counter(paper["id"] for paper in papers).items() if count > 1]
     if repeated:
-        raise UserError(f"{source}: {len(repeated)} id(s) stand for different rows: {first_names(repeated)}; mend them")
+        raise UserError(
+            f"{source}: {len(repeated)} id(s) stand for different rows: {first_names(repeated)}; make them distinct"
+        )
     for decision, count in sorted(undecided.items()):
         counts[f"'{decision}': neither accept nor reject, dropped"] = count
     for label, name in enumerate(LABELS):
@@ -107,7 +109,7 @@ def label_of(row: dict) -> int | None:
 def to_paper(row: dict, number: int, label: int, folder: Path, as_pages: bool) -> dict:
     """What is used of a row. The text is made of title, abstract, keywords and body alone: no other key can reach it.
 
-    folder: what the paths of page images are relative to. Errors: `UserError` without the row's name."""
+    folder: what the paths of page images are relative to. Raises: `UserError` without the row's name."""
     refuse_lone_surrogates(row)
     source_pages = [image_path(folder, page) for page in image_paths(row)]
     title, abstract, body = _text(row, "title"), _text(row, "abstract"), _text(row, *BODY_KEYS)
@@ -156,8 +158,8 @@ def _text(row: dict, *keys: str) -> str:
     return ""
 
 
-def ratings_of(ratings) -> list[float]:
-    """[6, "8: Accept, good paper"] → [6.0, 8.0]. Errors: `UserError`."""
+def ratings_of(ratings: object) -> list[float]:
+    """[6, "8: Accept, good paper"] -> [6.0, 8.0]. Raises: `UserError`."""
     numbers = []
     for rating in ratings if isinstance(ratings, list) else [ratings]:
         found = re.match(r"\s*(-?\d+(\.\d+)?)", str(rating))
@@ -194,8 +196,8 @@ def _plain(text: str) -> str:
 # ---------------------------------------------------------------------------------------------------- the splits
 
 
-def assign(papers: list[dict], percents, seed: int, source: Path) -> dict[str, str]:
-    """Group → split. Accepts and rejects are dealt apart, so that each split has its share of both."""
+def assign(papers: list[dict], percents: tuple[float, float, float], seed: int, source: Path) -> dict[str, str]:
+    """Group -> split. Accepts and rejects are dealt apart, so that each split has its share of both."""
     labels_of = {}
     for paper in papers:
         labels_of.setdefault(paper["group"], []).append(paper["label"])
@@ -217,7 +219,7 @@ def agreeing(papers: list[dict], counts: dict[str, int], source: Path) -> tuple[
     """Papers whose mean rating is on their decision's side of the boundary, and the rule in words.
 
     The boundary is midway between the average mean rating of these accepts and that of these rejects, so that it fits
-    any scale. Errors: `UserError` where there are no ratings to go by."""
+    any scale. Raises: `UserError` where there are no ratings to go by."""
     mean_of = {paper["id"]: _mean(paper["ratings"]) for paper in papers if paper.get("ratings")}
     sides = [[mean_of[paper["id"]] for paper in papers if paper["label"] == label and paper["id"] in mean_of]
              for label in (0, 1)]  # fmt: skip
@@ -272,7 +274,9 @@ def to_sample(paper: dict) -> dict:
 # ------------------------------------------------------------------------------------------------------- the report
 
 
-def report(source, told, table, counts, rule, warnings) -> str:
+def report(
+    source: Path, settings: list[str], table: tables.Table, counts: dict, rule: str | None, warnings: list[str]
+) -> str:
     """`report.md`: papers by label and split, everything that was counted, and the rules."""
     own_pages = (
         "\n\nPage images of the source are shown as they are: look whether a header of theirs tells the decision."
@@ -281,7 +285,7 @@ def report(source, told, table, counts, rule, warnings) -> str:
     )
     return f"""{TITLE}
 
-Source: {source}; {"; ".join(told)}.
+Source: {source}; {"; ".join(settings)}.
 
 ## Papers by label and split
 

@@ -17,7 +17,7 @@ SPLITS = ("train", "val", "test")
 
 
 def parse_split(text: str) -> tuple[float, float, float]:
-    """`70/15/15` → per cent of train, val and test. A val or test of 0 gives an empty file."""
+    """`70/15/15` -> per cent of train, val and test. A val or test of 0 gives an empty file."""
     try:
         percents = tuple(float(part) for part in text.split("/"))
     except ValueError:
@@ -37,9 +37,9 @@ def shuffled(items: Iterable, seed: int, salt: str, key: Callable = str) -> list
 
 
 def assign_groups(sizes: Mapping[str, int], percents: tuple[float, float, float], seed: int) -> dict[str, str]:
-    """Put whole groups into splits: group → `train`, `val` or `test`.
+    """Put whole groups into splits: group -> `train`, `val` or `test`.
 
-    `sizes` is group → number of things the per cents count (images, papers). Groups are dealt in seeded order, each
+    `sizes` is group -> number of things the per cents count (images, papers). Groups are dealt in seeded order, each
     to the split that is furthest below its share, so that no split that was asked for stays empty.
     """
     wanted = {split: share for split, share in zip(SPLITS, percents, strict=True) if share > 0}

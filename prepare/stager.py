@@ -1,4 +1,4 @@
-"""Question → stage of the clinical reading order, by keyword rules or by the scores of a language model.
+"""Question -> stage of the clinical reading order, by keyword rules or by the scores of a language model.
 
 Stage 1 initial assessment (quality, procedure, artefacts, text), 2 findings (abnormalities, instruments, landmarks,
 their place, colour, number, size), 3 clinical context (diagnosis, treatment).
@@ -58,7 +58,7 @@ def stage_by_rules(question: str) -> int | None:
 
 
 def load_stages(path: Path) -> dict:
-    """Read `stages.json`: question → 1, 2 or 3, or an object with the key "stage". A missing file is an empty one."""
+    """Read `stages.json`: question -> 1, 2 or 3, or an object with the key "stage". A missing file is an empty one."""
     path = Path(path)
     if not path.exists():
         return {}
@@ -82,8 +82,8 @@ def assign_stages(questions: Iterable[str], stager: str, path: Path) -> tuple[di
     """Give every distinct question its stage: what a person wrote at `path`, else what `stager` says.
 
     `stager` is `rules`, or a causal language model (hub name or folder), loaded only when a question needs it.
-    Returns the content for `stages.json` (older questions of the file included) and the questions a person decided.
-    Errors: `UserError` that lists every question the rules do not know.
+    Returns: the content for `stages.json` (older questions of the file included) and the questions a person decided.
+    Raises: `UserError` that lists every question the rules do not know.
     """
     entries = load_stages(path)
     questions = sorted(set(questions))
@@ -110,7 +110,7 @@ def assign_stages(questions: Iterable[str], stager: str, path: Path) -> tuple[di
 
 
 def stage_numbers(entries: Mapping[str, object]) -> dict[str, int]:
-    """Question → stage number, whatever form the entries have."""
+    """Question -> stage number, whatever form the entries have."""
     return {question: _stage(entry) for question, entry in entries.items()}
 
 
@@ -125,7 +125,7 @@ def decided_by_hand(question: str, entry: object) -> bool:
 def stages_by_model(questions: list[str], model_name: str) -> dict[str, dict]:
     """Score the labels 1, 2, 3 after the prompt of each question with a causal language model.
 
-    Returns question → {"stage", "margin", "scores" (label → log-probability, nats), "model"}, and "review": true
+    Returns: question -> {"stage", "margin", "scores" (label -> log-probability, nats), "model"}, and "review": true
     where the margin between the two best labels is below `REVIEW_MARGIN`. Nothing is sampled, and questions run one
     by one without padding, so a question's scores do not depend on the others.
     """
@@ -149,7 +149,7 @@ def stages_by_model(questions: list[str], model_name: str) -> dict[str, dict]:
 
 
 def label_scores(question: str, tokenizer, model) -> dict[str, float]:
-    """Label → summed log-probability of its tokens after the prompt, in nats."""
+    """Label -> summed log-probability of its tokens after the prompt, in nats."""
     import torch
 
     prompt = PROMPT.format(question=question)

@@ -143,10 +143,13 @@ def _choose(cards: list[dict], most: int) -> list[dict]:
 # --- HTML -------------------------------------------------------------------------------------------------------------
 
 
-def _thumbnail(path: Path) -> tuple[str, int, int]:
-    """A small JPEG as data URI, with its width and height. Raises UserError on what is no image."""
+def thumbnail(path: Path, side: int = THUMBNAIL_SIDE) -> tuple[str, int, int]:
+    """A small JPEG as data URI, with its width and height. side: of its longer edge, in pixels.
+
+    Raises: `UserError` on what is no image.
+    """
     image = open_image(path)
-    image.thumbnail((THUMBNAIL_SIDE, THUMBNAIL_SIDE))
+    image.thumbnail((side, side))
     buffer = io.BytesIO()
     image.save(buffer, "JPEG", quality=80, optimize=True)
     return "data:image/jpeg;base64," + base64.b64encode(buffer.getvalue()).decode(), *image.size
@@ -157,7 +160,7 @@ def _card(card: dict, results: list, root: Path, unreadable: list[str]) -> str:
     if card["images"]:
         name = str(card["images"][0])
         try:
-            source, width, height = _thumbnail(image_path(root, name))
+            source, width, height = thumbnail(image_path(root, name))
             image = f'<img src="{source}" width="{width}" height="{height}" alt="image {escape(name)}">'
             image = f'<div class="image">{image}{_marks(card["items"][0])}</div>'
         except UserError:

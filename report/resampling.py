@@ -34,7 +34,7 @@ def bootstrap(
     statistic: takes weights (resamples, samples), how often each sample counts, and returns (resamples, statistics),
         NaN where a statistic is undefined, as an accuracy over no samples is.
     clusters: (samples,) int, from cluster_numbers.
-    Returns values (statistics,), the statistic of the samples themselves, and intervals (statistics, 2). Resamples in
+    Returns: values (statistics,), the statistic of the samples themselves, and intervals (statistics, 2). Resamples in
     which a statistic is undefined are left out of its interval. With fewer than two clusters nothing is known about
     the spread, and the interval is NaN rather than a false zero width.
     """
@@ -74,7 +74,7 @@ def sign_flip_p_value(differences: Sequence[int] | np.ndarray) -> float:
 
     differences: (images,) whole numbers, how many more questions of an image the first model answered right than the
         second. If neither model is better, each image's difference could as well have had the other sign.
-    Returns the share of all 2^images sign patterns whose |sum| is at least the observed one. No pattern is sampled:
+    Returns: the share of all 2^images sign patterns whose |sum| is at least the observed one. No pattern is sampled:
     the differences are whole numbers, so the distribution of the sum is built up image by image (Pagano and Tritchler
     1983), and the value is exact for any number of images.
     """

@@ -43,7 +43,10 @@ class Results:
 
 
 def read_results(argument: str) -> Results:
-    """One command line argument, [NAME=]FOLDER[+FOLDER ...], -> Results. Raises UserError on anything incomplete."""
+    """One command line argument, [NAME=]FOLDER[+FOLDER ...], -> Results.
+
+    Raises: `UserError` on anything incomplete.
+    """
     name, separator, rest = argument.partition("=")
     folders, name = (argument, None) if Path(argument).exists() or not separator else (rest, name)
     parts = [folders] if Path(folders).exists() else folders.split("+")

@@ -3,14 +3,19 @@
 import csv
 import math
 import random
+from collections.abc import Iterable, Iterator
 from pathlib import Path
+from typing import TypeVar
 
 from PIL import Image, ImageDraw, ImageFilter
 
 from files import folder_beside
 
+Color = tuple[int, int, int]
+T = TypeVar("T")
+
 WIDTH, HEIGHT = 224, 204  # pixels; not square, so that the letterbox has something to do
-PROCEDURES = {  # name → tissue in the light, tissue in the depth of the lumen
+PROCEDURES = {  # name -> tissue in the light, tissue in the depth of the lumen
     "colonoscopy": ((226, 138, 124), (110, 40, 40)),
     "gastroscopy": ((222, 164, 104), (120, 66, 30)),
     "capsule endoscopy": ((182, 168, 108), (70, 62, 30)),
@@ -23,7 +28,7 @@ COLORS = {
     "blue": (52, 92, 176),
     "purple": (122, 48, 132),
 }
-PLACES = {  # name → column and row, counted from the centre
+PLACES = {  # name -> column and row, counted from the centre
     "upper-left": (-1, -1),
     "upper-center": (0, -1),
     "upper-right": (1, -1),
@@ -40,12 +45,12 @@ COLOR = "What color is the abnormality? If more than one separate with ;"
 PLACE = "Where in the image is the abnormality?"
 
 
-def shade(color, factor):
+def shade(color: Color, factor: float) -> Color:
     """The colour, lighter (factor above 1) or darker."""
     return tuple(min(255, round(channel * factor)) for channel in color)
 
 
-def draw_image(procedure, polyps, rng):
+def draw_image(procedure: str, polyps: list[tuple[str, str]], rng: random.Random) -> Image.Image:
     """A drawn view through an endoscope: RGB, 224×204 pixels. polyps: (place, colour) of each."""
     lit, dark = PROCEDURES[procedure]
     lumen_x, lumen_y = WIDTH / 2 + rng.uniform(-60, 60), HEIGHT / 2 + rng.uniform(-50, 50)
@@ -88,7 +93,7 @@ def draw_image(procedure, polyps, rng):
     return Image.composite(image.filter(ImageFilter.GaussianBlur(0.6)), Image.new("RGB", image.size, (8, 6, 8)), field)
 
 
-def draw_polyp(image, place, color, shadow, rng):
+def draw_polyp(image: Image.Image, place: tuple[int, int], color: Color, shadow: Color, rng: random.Random) -> None:
     """A shaded ball with its shadow and a highlight, drawn into `image`."""
     column, row = place
     x = WIDTH * (0.5 + 0.275 * column + rng.uniform(-0.02, 0.02))
@@ -112,18 +117,18 @@ def draw_polyp(image, place, color, shadow, rng):
     canvas.ellipse((x - 0.12 * wide, y - 0.09 * high, x + 0.12 * wide, y + 0.09 * high), fill=(255, 252, 245))
 
 
-def dealt(items, rng):
+def dealt(items: Iterable[T], rng: random.Random) -> Iterator[T]:
     """The items for ever, in shuffled rounds: each comes up equally often, so guessing the commonest gains little."""
     while True:
         yield from rng.sample(list(items), len(items))
 
 
-def write_endoscopy_set(folder, images=1000, seed=0):
+def write_endoscopy_set(folder: str | Path, images: int = 1000, seed: int = 0) -> Path:
     """Write a drawn set to `folder` (must not exist): images/<img_id>.jpg and metadata.csv as Kvasir-VQA has them.
 
     Every image has one to three polyps and four questions: procedure, number, colour, place. Several colours or
     places are joined by "; " in alphabetical order. The same arguments give the same bytes under the same Pillow.
-    Returns the folder's Path. Raises ValueError where the folder exists.
+    Raises: `ValueError` where the folder exists.
     """
     folder = Path(folder)
     if folder.exists():

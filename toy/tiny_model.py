@@ -61,7 +61,7 @@ TINY_SIZES = {
 }
 
 
-def chat_template(family):
+def chat_template(family: str) -> str:
     """The family's chat template as a Jinja string: roles, text, images and videos; no tools, no numbered images.
 
     Written anew; renders what the real one renders. Two habits of Qwen3-VL that the older ones lack: no default system
@@ -90,7 +90,7 @@ def chat_template(family):
     return say + "{% for message in messages %}" + turn + "{% endfor %}" + ask
 
 
-def write_tokenizer(folder, family, tokenizer_from=None):
+def write_tokenizer(folder: str | Path, family: str, tokenizer_from: str | Path | None = None) -> dict[str, int]:
     """Write tokenizer.json, tokenizer_config.json, vocab.json and merges.txt; return {token: id} with the special ones.
 
     `tokenizer_from`: a real tokenizer's folder, taken over as it is (its chat template included) instead of training
@@ -132,7 +132,7 @@ def write_tokenizer(folder, family, tokenizer_from=None):
     return {**vocab, **{token["content"]: token["id"] for token in content["added_tokens"]}}
 
 
-def train_tokenizer():
+def train_tokenizer() -> dict:
     """Train the small byte-level BPE on TOKENIZER_TEXT; return the content of its tokenizer.json."""
     from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 
@@ -153,7 +153,7 @@ def train_tokenizer():
     return json.loads(tokenizer.to_str())
 
 
-def model_config(family, token_ids, dtype, sizes):
+def model_config(family: str, token_ids: dict[str, int], dtype, sizes: dict) -> dict:
     """config.json in the layout of the hub's own: flat for Qwen2, Qwen2-VL and Qwen2.5-VL, nested for Qwen3-VL."""
     import transformers
 
@@ -222,7 +222,7 @@ def model_config(family, token_ids, dtype, sizes):
     return {"architectures": [architecture], "model_type": family, **text, **tokens, "vision_config": vision, **shared}
 
 
-def generation_config(family, token_ids):
+def generation_config(family: str, token_ids: dict[str, int]) -> dict:
     """generation_config.json as published: every family samples by default, Qwen2.5-VL also punishes repetition.
 
     A greedy answer therefore has to say so: `do_sample=False` and `repetition_penalty=1.0`.
@@ -238,7 +238,7 @@ def generation_config(family, token_ids):
             **sampling}  # fmt: skip
 
 
-def write_processors(folder, family, min_pixels, max_pixels):
+def write_processors(folder: Path, family: str, min_pixels: int, max_pixels: int) -> None:
     """preprocessor_config.json (and, for Qwen3-VL, video_preprocessor_config.json) in the family's own words."""
     if family == "qwen3_vl":
         half = [0.5, 0.5, 0.5]
@@ -259,7 +259,7 @@ def write_processors(folder, family, min_pixels, max_pixels):
     write_json(folder / "preprocessor_config.json", content)
 
 
-def make_teachable(model):
+def make_teachable(model) -> None:
     """Give a random model weights of a size that LoRA can work with, in place.
 
     At the usual standard deviation of 0.02 a frozen random model of this size cannot be taught: its logits stay within
@@ -281,18 +281,18 @@ def make_teachable(model):
 
 
 def write_tiny_model(
-    folder,
-    family,
-    seed=0,
+    folder: str | Path,
+    family: str,
+    seed: int = 0,
     *,
     dtype="float32",
-    teachable=False,
-    tokenizer_from=None,
-    min_pixels=None,
-    max_pixels=None,
-    **sizes,
-):
-    """Write a tiny model with random weights to `folder` (created, must not exist) and return its Path.
+    teachable: bool = False,
+    tokenizer_from: str | Path | None = None,
+    min_pixels: int | None = None,
+    max_pixels: int | None = None,
+    **sizes: int,
+) -> Path:
+    """Write a tiny model with random weights to `folder`, which must not exist, and return its path.
 
     family: qwen2_vl, qwen2_5_vl, qwen3_vl, or qwen2 (text only). The folder has the files of the real one on the hub:
     config.json, generation_config.json, model.safetensors, tokenizer.json, tokenizer_config.json, vocab.json,
@@ -301,7 +301,7 @@ def write_tiny_model(
     teachable: weights that LoRA alone can teach a task within minutes, see `make_teachable`.
     min_pixels, max_pixels: the image processor's bounds in pixels; by default the real ones, except that images down
     to 64×64 (Qwen3-VL) or 56×56 stay as they are. sizes: any key of TINY_SIZES.
-    Raises ValueError on an unknown family or size, or an existing folder.
+    Raises: `ValueError` on an unknown family or size, or an existing folder.
     """
     import torch
     from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText
