@@ -157,7 +157,7 @@ def _numbers(values: object, key: str, count: int) -> tuple[float, ...]:
 
 
 def refuse_wrong_units(targets: list[dict], coordinates: str, source: Path) -> None:
-    """A scale is never guessed, but one that cannot be meant is refused. Raises: `UserError`."""
+    """The unit is never guessed, but one that the numbers contradict is refused. Raises: `UserError`."""
     largest = max(max(*(target["numbers"] or ()), *(target["box"] or ()), 0, 0) for target in targets)
     if coordinates == "relative1" and largest > 1:
         raise UserError(f"{source}: --coordinates relative1 means 0 to 1, but a coordinate is {largest:g}")

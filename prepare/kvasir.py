@@ -11,7 +11,7 @@ from prepare import kvasir_source, splits, tables
 from prepare import stager as stagers
 from prepare.splits import SPLITS
 
-NO_QUESTION = {"", "none", "nan", "null"}  # the published set has rows whose question was lost on the way
+NO_QUESTION = {"", "none", "nan", "null"}  # the published set has rows without a question
 NEAR_IDENTICAL = "near_identical.html"
 
 

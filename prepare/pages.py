@@ -97,8 +97,10 @@ def draw(lines: list[str]) -> Image.Image:
 def lay_out(papers: list[dict], out: Path, report_title: str, counts: dict[str, int]) -> dict[str, Path | list[str]]:
     """Set each paper's `images` (from its `source_pages`, else from its `text`), relative to `out`.
 
-    Returns: page file -> the file to copy, or the lines to draw; nothing is written yet. report_title: how the report.md
-    of an `out` that may be overwritten begins. `counts` gathers what was found. Raises: `UserError`."""
+    report_title: how the report.md of an `out` that may be overwritten begins. `counts` gathers what was found.
+    Returns: page file -> the file to copy, or the lines to draw; nothing is written yet.
+    Raises: `UserError`.
+    """
     folder, old_report = out / "pages", out / "report.md"
     is_ours = old_report.is_file() and old_report.read_text(encoding="utf-8", errors="replace").startswith(report_title)
     if folder.exists() and not is_ours:

@@ -1,4 +1,4 @@
-"""Cut groups of samples into train, val and test, put them in a repeatable order, and write a folder of files whole.
+"""Cut groups of samples into train, val and test, put them in a repeatable order, and write all files or none.
 
 Orders come from hashes of (seed, key), not from a random generator: they are the same on every machine and Python
 version, whatever order the rows were read in.

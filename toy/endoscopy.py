@@ -118,7 +118,7 @@ def draw_polyp(image: Image.Image, place: tuple[int, int], color: Color, shadow:
 
 
 def dealt(items: Iterable[T], rng: random.Random) -> Iterator[T]:
-    """The items for ever, in shuffled rounds: each comes up equally often, so guessing the commonest gains little."""
+    """The items endlessly, in shuffled rounds: each comes equally often, so guessing the most frequent gains little."""
     while True:
         yield from rng.sample(list(items), len(items))
 

@@ -64,7 +64,7 @@ TINY_SIZES = {
 def chat_template(family: str) -> str:
     """The family's chat template as a Jinja string: roles, text, images and videos; no tools, no numbered images.
 
-    Written anew; renders what the real one renders. Two habits of Qwen3-VL that the older ones lack: no default system
+    Not a copy, but it renders the same text as the real one. Two habits of Qwen3-VL that the older ones lack: no default system
     prompt, and images count only in a user's turn (a later system turn is dropped altogether).
     """
     images = (
