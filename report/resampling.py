@@ -1,9 +1,10 @@
 """Intervals and tests for scores whose samples come in clusters (the questions of one image).
 
 Questions about one image are not independent, so whole images are resampled and whole images are flipped: a test that
-treats 25 questions of an image as 25 independent observations reports chance as a difference in a fifth of all comparisons. Sources: Efron
-and Tibshirani, An Introduction to the Bootstrap (1993), chapter 13 (percentile interval); Miller, Adding Error Bars to
-Evals (2024, arXiv 2411.00640) on clustered errors; Good, Permutation Tests (2000) on the sign flip; Holm (1979).
+treats 25 questions of an image as 25 independent observations finds a difference in a fifth of all comparisons where
+there is none. Sources: Efron and Tibshirani, An Introduction to the Bootstrap (1993), chapter 13 (percentile interval);
+Miller, Adding Error Bars to Evals (2024, arXiv 2411.00640) on clustered errors; Good, Permutation Tests (2000) on the
+sign flip; Holm (1979).
 """
 
 from collections.abc import Callable, Hashable, Sequence

@@ -32,6 +32,7 @@ from preflight import (
     prefix_sharing,
 )
 from templates import as_conversations
+from train import find_start
 
 
 @pytest.fixture
@@ -150,6 +151,14 @@ def test_answers_that_their_own_candidate_list_lacks_are_counted_before_training
     assert missing_candidates(bare) == missing_candidates(SampleList([{"id": "x", "messages": []}], "t")) == []
     spoil(data, 2, answer="Green; purple")
     assert "WARNING: 1 answers of" in command(arguments=["--check"])[1]
+
+
+def test_a_run_starts_with_a_warning_of_answers_that_are_no_candidates(tiny_models, tmp_path):
+    run = tiny_run(tiny_models, "qwen3_vl")
+    config, encoder = replace(run.config, output_dir=str(tmp_path / "out")), run.encoder()
+    splits = {"train": SampleList(vqa_samples(3, 4), "train.json")}
+    start = find_start(config, encoder, splits, make_plan(config, splits["train"], encoder, 1))
+    assert start == ["", ["WARNING: 3 answers of train.json are not in their own candidate list"]]
 
 
 def test_many_bad_samples_are_counted_and_the_first_ten_listed(command, data):

@@ -64,8 +64,8 @@ TINY_SIZES = {
 def chat_template(family: str) -> str:
     """The family's chat template as a Jinja string: roles, text, images and videos; no tools, no numbered images.
 
-    Not a copy, but it renders the same text as the real one. Two habits of Qwen3-VL that the older ones lack: no default system
-    prompt, and images count only in a user's turn (a later system turn is dropped altogether).
+    Not a copy; it renders the same text as the real one. Two habits of Qwen3-VL that the older ones lack: no default
+    system prompt, and images count only in a user's turn (a later system turn is dropped altogether).
     """
     images = (
         "{% if images and (part.type == 'image' or 'image' in part or 'image_url' in part) %}"
