@@ -11,8 +11,10 @@ from pathlib import Path
 
 from errors import UserError
 
+RESUME = "start again: the run resumes from the checkpoint before"
 
-def save_atomically(folder: Path, write) -> tuple[int, float]:
+
+def save_atomically(folder: Path, write, then: str = RESUME) -> tuple[int, float]:
     """Let `write(temporary_folder)` fill a folder that appears under its name only when it is complete and on disk.
 
     Returns (bytes, seconds). Errors: `UserError` with path and free space where the disk is full or not writable;
@@ -20,7 +22,7 @@ def save_atomically(folder: Path, write) -> tuple[int, float]:
     started = time.perf_counter()
     temporary = folder.with_name(f".{folder.name}.tmp")
     try:
-        with full_disk_is_said(folder):
+        with full_disk_is_said(folder, then):
             shutil.rmtree(temporary, ignore_errors=True)
             temporary.mkdir(parents=True)
             write(temporary)
@@ -41,19 +43,37 @@ def save_atomically(folder: Path, write) -> tuple[int, float]:
 
 
 @contextlib.contextmanager
-def full_disk_is_said(folder: Path):
-    """Errors: `UserError` with path and free space. torch and safetensors report a full disk in words of their own."""
+def full_disk_is_said(folder: Path, then: str = RESUME):
+    """Raises: `UserError` with path and free space. torch and safetensors report a full disk in words of their own.
+
+    then: what to do when there is space again."""
     try:
         yield
     except Exception as error:
-        with contextlib.suppress(OSError):
-            free = shutil.disk_usage(folder.parent).free
-            if isinstance(error, OSError) or "No space left" in str(error) or "unexpected pos" in str(error):
-                raise UserError(
-                    f"cannot save {folder} ({' '.join(str(error).split())}); {free / 1e9:.2f} GB are free there. "
-                    "Free some space and start again: the run resumes from the checkpoint before"
-                ) from None
+        told = " ".join(str(error).split())
+        if "No space left" in told or "unexpected pos" in told or "quota exceeded" in told:
+            free = shutil.disk_usage(_nearest(folder.absolute().parent)).free
+            raise UserError(
+                f"cannot save {folder} ({told}); {free / 1e9:.2f} GB are free there. Free some space and {then}"
+            ) from None
+        if isinstance(error, OSError):
+            raise UserError(f"cannot save {folder} ({told}); mend this, or choose another place") from None
         raise
+
+
+def check_place(folder: Path, name: str) -> None:
+    """Raises: `UserError` where a folder could not be made and written to. name: what messages call it."""
+    nearest = _nearest(folder.absolute())
+    if not nearest.is_dir():
+        what = "a link to nowhere" if nearest.is_symlink() else "no folder"
+        raise UserError(f"{name}: nothing can be written in {folder}: {nearest} is {what}; choose another place")
+    if not os.access(nearest, os.W_OK):
+        raise UserError(f"{name}: nothing can be written in {folder}: {nearest} is read-only; choose another place")
+
+
+def _nearest(path: Path) -> Path:
+    """The path itself, or the first one above it that is there."""
+    return next(place for place in (path, *path.parents) if os.path.lexists(place))
 
 
 def _umask() -> int:

@@ -26,7 +26,7 @@ from config import Config, load_config, to_yaml
 from dataset import EvalDataset, SampleEncoder, SampleList, load_samples
 from errors import UserError, exit_on_user_error
 from family import Family
-from files import read_json, save_atomically, write_json
+from files import check_place, read_json, save_atomically, write_json
 from preflight import open_encoder
 from run_folder import MERGED_CONFIG_FILE, config_of, with_own_model
 from tasks import records, task_of
@@ -200,7 +200,7 @@ def merge(config: Config, folder: Path, out: Path, name: str) -> None:
             (temporary / "README.md").write_text(card, encoding="utf-8")
             publish.files_of(temporary)
 
-        size, _ = save_atomically(out, write)
+        size, _ = save_atomically(out, write, "run merge.py again")
     print(f"Merged model of {size / 1e9:.2f} GB in {out}, {time.perf_counter() - started:.1f} s", flush=True)
 
 
@@ -221,9 +221,11 @@ def main(arguments: list[str] | None = None) -> None:
     if args.adapter_path:
         if not args.adapter_path.is_dir():
             raise UserError(f"--adapter-path {args.adapter_path} is no folder; give a run's output folder")
-        if args.out.exists() and (not args.out.is_dir() or any(args.out.iterdir())):
+        check_place(args.out.parent, "--out")
+        is_empty = args.out.is_dir() and not args.out.is_symlink() and not any(args.out.iterdir())
+        if os.path.lexists(args.out) and not is_empty:
             raise UserError(f"--out {args.out} exists already; choose a new folder, or delete it")
-        if args.out.exists():
+        if is_empty:
             args.out.rmdir()
         if args.config:
             config = with_own_model(load_config(args.config, args.overrides), args.adapter_path)

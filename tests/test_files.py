@@ -3,7 +3,7 @@
 import pytest
 
 from errors import UserError
-from files import read_json, read_json_lines, write_text, written_beside
+from files import check_place, full_disk_is_said, read_json, read_json_lines, write_text, written_beside
 
 
 @pytest.mark.parametrize(
@@ -48,3 +48,26 @@ def test_of_files_written_together_none_changes_when_one_fails(tmp_path):
     with pytest.raises(OSError), written_beside(first, second) as (one, _):
         one.write_text("after")  # the second is never written
     assert first.read_text() == "before" and [path.name for path in tmp_path.iterdir()] == ["a.txt"]
+
+
+def test_a_place_that_cannot_be_written_is_named_with_its_reason(tmp_path, monkeypatch):
+    (tmp_path / "file").write_text("")
+    (tmp_path / "link").symlink_to(tmp_path / "nowhere")
+    check_place(tmp_path / "new" / "folder", "--out")
+    for place, told in (("file/x", "file is no folder"), ("link", "link is a link to nowhere")):
+        with pytest.raises(UserError, match=f"--out: nothing can be written in .*{told}"):
+            check_place(tmp_path / place, "--out")
+    monkeypatch.setattr("os.access", lambda *_: False)  # root may write anywhere, except on a disk mounted read-only
+    with pytest.raises(UserError, match="is read-only"):
+        check_place(tmp_path / "new", "--out")
+
+
+def test_a_full_disk_is_told_from_other_failures_to_save(tmp_path):
+    full = full_disk_is_said(tmp_path / "file" / "x", "run it again")
+    with pytest.raises(UserError, match=r"GB are free there\. Free some space and run it again"), full:
+        raise RuntimeError("I/O error: No space left on device (os error 28)")
+    with pytest.raises(UserError, match="mend this, or choose another place") as error, full_disk_is_said(tmp_path):
+        raise NotADirectoryError(20, "Not a directory")
+    assert "space" not in str(error.value)
+    with pytest.raises(ZeroDivisionError), full_disk_is_said(tmp_path):
+        raise ZeroDivisionError
