@@ -112,15 +112,15 @@ def check_base(folder: Path, model_name: str) -> str | None:
     path = Path(folder) / BASE_FILE
     if not path.is_file():
         return f"{folder} holds no {BASE_FILE}: that its weights belong to {model_name} is not checked"
-    what_to_do = f"if these weights do belong to {model_name}, delete {path}"
+    what_to_do = f"if its weights are meant for {model_name}, delete {path}"
     recorded, found = read_json(path, what_to_do), fingerprint(model_name)
     if not isinstance(recorded, dict):
         raise UserError(f"{path}: expected an object; {what_to_do}")
     differing = [key for key in ("config", "tokenizer", "weights") if recorded.get(key) != found[key]]
     if differing:
         raise UserError(
-            f"{folder} was trained on {recorded.get('model_name')}, and model_name {model_name} has another "
-            f"{' and other '.join(differing)}; set model_name to the base it was trained on, or {what_to_do}"
+            f"{folder} was trained on {recorded.get('model_name')}, and model_name {model_name} differs from that in "
+            f"{' and '.join(differing)}; set model_name to the base it was trained on, or {what_to_do}"
         )
     return None
 

@@ -178,7 +178,7 @@ def test_the_final_folder_and_the_last_checkpoint_hold_the_same_model(name, runs
 def test_another_base_of_the_same_shapes_is_refused_at_every_load(runs, tiny_models, copied, tmp_path):
     other = tiny_models.build("qwen3_vl", seed=1)
     folder = copied("lora")
-    told = f"lora was trained on {tiny_models['qwen3_vl']}, and model_name {other} has another weights; set model_name"
+    told = f"lora was trained on {tiny_models['qwen3_vl']}, and model_name {other} differs from that in weights; set model_name"
     values = load_config(runs["lora"])
     config = write_config(Path(values.data.image_root), other, tmp_path / "out", save_steps=1, num_train_epochs=2,
                           warmup_steps=0)  # fmt: skip
@@ -201,10 +201,10 @@ def test_a_base_that_has_only_moved_is_the_same_and_a_change_of_config_or_tokeni
     shutil.copytree(load_config(runs["lora"]).model_name, base)
     assert checkpoint.check_base(folder, str(base)) is None
     (base / "config.json").write_text((base / "config.json").read_text() + "\n")
-    with pytest.raises(UserError, match="has another config; set model_name"):
+    with pytest.raises(UserError, match="differs from that in config; set model_name"):
         checkpoint.check_base(folder, str(base))
     (base / "tokenizer.json").write_text((base / "tokenizer.json").read_text() + "\n")
-    with pytest.raises(UserError, match="has another config and other tokenizer; set model_name"):
+    with pytest.raises(UserError, match="differs from that in config and tokenizer; set model_name"):
         checkpoint.check_base(folder, str(base))
 
 

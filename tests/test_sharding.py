@@ -96,7 +96,7 @@ def test_an_interrupted_run_resumes_bit_for_bit_and_its_checkpoints_need_no_pick
     files = {str(file.relative_to(tmp_path / "cut" / "checkpoint-12"))
              for file in (tmp_path / "cut" / "checkpoint-12").rglob("*") if file.is_file()}  # fmt: skip
     shares = {f"sharded/shard-0000{rank}-model-00001-of-00001.safetensors" for rank in (1, 2)}
-    assert files == shares | {"cls_head.safetensors", "trainer_state.json"}
+    assert files == shares | {"cls_head.safetensors", "trainer_state.json", "base.json"}
 
 
 @pytest.mark.slow
