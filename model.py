@@ -61,6 +61,7 @@ def load_base(model_name: str, dtype: torch.dtype | str, quantization: str = "no
     if tuple(map(int, transformers.__version__.split(".")[:2])) < OLDEST_TRANSFORMERS:
         raise UserError(f"transformers {transformers.__version__} is too old; run: pip install -r requirements.txt")
     transformers_logging.disable_progress_bar()
+    transformers_logging.get_logger("transformers.modeling_utils").setLevel("ERROR")  # its report of keys is ours below
     without_cudnn()
     try:
         model, report = auto_class(AutoConfig.from_pretrained(model_name)).from_pretrained(
