@@ -6,9 +6,13 @@ disk and renamed, so that a crash at any moment leaves the previous one in place
 
 import contextlib
 import copy
+import hashlib
 import json
+import os
 import shutil
 import time
+from collections.abc import Iterable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
@@ -16,15 +20,18 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import sharding
-from classification import HEAD_FILE, load_head, save_head
+from classification import HEAD_FILE, attach_head, load_head, save_head
 from config import Config
 from distributed import Ranks, all_or_raise
 from errors import UserError
-from files import flush, full_disk_is_said, save_atomically, write_json
-from model import HEAD, add_lora_in_the_product, base_of, group_of, load_base, quiet_peft
+from family import fingerprint
+from files import flush, full_disk_is_said, read_json, save_atomically, write_json
+from model import HEAD, base_of, group_of, load_base, read_fitting, refuse_misfit, trains, wrap_with_lora
+from tasks import task_of
 
 STATE_FILE, OPTIMIZER_FILE = "trainer_state.json", "optimizer.safetensors"
 ADAPTER_FILE, ADAPTER_CONFIG = "adapter_model.safetensors", "adapter_config.json"
+BASE_FILE = "base.json"  # which base the weights belong to, see `family.fingerprint`
 TRAINED_FILE = "trained_weights.safetensors"  # full fine-tuning: what is trained, without the frozen rest
 FINAL_FILES = (ADAPTER_FILE, "model.safetensors", "model.safetensors.index.json")  # the last to appear
 MARKER = "PREEMPTED"  # the Slurm launcher requeues the job where it finds this file
@@ -50,27 +57,44 @@ class TrainerState:
     # Dropout is seeded anew at each step from (seed, step, rank), so this number is the whole RNG state.
     rng: dict = field(default_factory=dict)
     files: dict = field(default_factory=dict)  # name → bytes
+    sha256: dict = field(default_factory=dict)  # name → of the content
 
 
-def whats_wrong(folder: Path) -> str | None:
-    """Why a checkpoint folder cannot be used, or None."""
+def whats_wrong(folder: Path, content: bool = False) -> str | None:
+    """Why a checkpoint folder cannot be used, or None. content: read all of it, or a flipped byte is not noticed."""
+    if not (folder / STATE_FILE).is_file():
+        return f"{STATE_FILE} is missing"
     try:
         state = read_state(folder)
-    except FileNotFoundError:
-        return f"{STATE_FILE} is missing"
-    except (OSError, ValueError, TypeError) as error:
-        return f"{STATE_FILE} cannot be read ({error})"
-    for name, size in state.files.items():
-        path = folder / name
-        if not path.is_file():
-            return f"{name} is missing"
-        if path.stat().st_size != size:
-            return f"{name} has {path.stat().st_size} bytes instead of {size}"
+        for name, size in state.files.items():
+            path = folder / name
+            if not path.is_file():
+                return f"{name} is missing"
+            if path.stat().st_size != size:
+                return f"{name} has {path.stat().st_size} bytes instead of {size}"
+        if content and state.sha256:  # older checkpoints have none
+            found = hash_files(folder, [folder / name for name in state.sha256])
+            if changed := [name for name, digest in state.sha256.items() if found[name] != digest]:
+                return f"{changed[0]} has changed since it was saved"
+    except (OSError, ValueError, TypeError, AttributeError) as error:
+        return f"it cannot be read ({error})"
     return None
 
 
+def hash_files(folder: Path, paths: Iterable[Path]) -> dict[str, str]:
+    """Path within the folder → SHA-256 of the content, of several files at once: large ones take seconds."""
+
+    def sha256(path: Path) -> str:
+        with open(path, "rb") as file:
+            return hashlib.file_digest(file, "sha256").hexdigest()
+
+    paths = list(paths)
+    with ThreadPoolExecutor() as threads:
+        return dict(zip((str(path.relative_to(folder)) for path in paths), threads.map(sha256, paths), strict=True))
+
+
 def read_state(folder: Path) -> TrainerState:
-    return TrainerState(**json.loads((folder / STATE_FILE).read_text()))
+    return TrainerState(**read_json(folder / STATE_FILE, "restore it, or use another checkpoint"))
 
 
 def has_lost_best(state: TrainerState, resumed_from: str, output_dir: Path) -> bool:
@@ -78,7 +102,27 @@ def has_lost_best(state: TrainerState, resumed_from: str, output_dir: Path) -> b
     if state.best_step is None:
         return False
     elsewhere = Path(resumed_from).resolve().parent != output_dir.resolve()
-    return elsewhere or whats_wrong(output_dir / f"checkpoint-{state.best_step}") is not None
+    return elsewhere or whats_wrong(output_dir / f"checkpoint-{state.best_step}", content=True) is not None
+
+
+def check_base(folder: Path, model_name: str) -> str | None:
+    """Whether the weights in a folder belong to this base. Returns a note for the log where that is not recorded.
+
+    Raises: `UserError` that says what differs."""
+    path = Path(folder) / BASE_FILE
+    if not path.is_file():
+        return f"{folder} holds no {BASE_FILE}: that its weights belong to {model_name} is not checked"
+    what_to_do = f"if its weights are meant for {model_name}, delete {path}"
+    recorded, found = read_json(path, what_to_do), fingerprint(model_name)
+    if not isinstance(recorded, dict):
+        raise UserError(f"{path}: expected an object; {what_to_do}")
+    differing = [key for key in ("config", "tokenizer", "weights") if recorded.get(key) != found[key]]
+    if differing:
+        raise UserError(
+            f"{folder} was trained on {recorded.get('model_name')}, and model_name {model_name} differs from that in "
+            f"{' and '.join(differing)}; set model_name to the base it was trained on, or {what_to_do}"
+        )
+    return None
 
 
 # ------------------------------------------------------------------------------------------------------------ save
@@ -102,25 +146,6 @@ def save_adapter(model, folder: Path) -> None:
     saved_config.save_pretrained(folder)
 
 
-def load_adapter(model, folder) -> None:
-    """Put an adapter's weights into the model's own. Errors: `UserError` where the two do not fit exactly."""
-    from peft import set_peft_model_state_dict
-
-    path = Path(folder) / ADAPTER_FILE
-    if not path.is_file():
-        raise UserError(f"{folder} holds no {ADAPTER_FILE}; give the folder of an adapter or checkpoint")
-    loaded, own = load_file(path), adapter_state(model)
-    shapes = [{name: tuple(tensor.shape) for name, tensor in state.items()} for state in (loaded, own)]
-    if shapes[0] != shapes[1]:
-        differing = sorted(
-            name for name in shapes[0].keys() | shapes[1].keys() if shapes[0].get(name) != shapes[1].get(name)
-        )
-        raise UserError(
-            f"{path} does not fit this model and lora.r: {len(differing)} tensors differ, first {differing[0]}"
-        )
-    set_peft_model_state_dict(model, loaded)
-
-
 def save(
     output_dir, model, optimizer, trainable, state: TrainerState, config: Config, records: dict[str, dict], ranks: Ranks
 ) -> tuple[int, float]:
@@ -131,9 +156,10 @@ def save(
     cannot save, all raise `UserError`."""
     sharded = config.parallel == "fsdp"
     folder = Path(output_dir) / f"checkpoint-{state.step}"
-    if ranks.any(ranks.is_first and folder.exists() and whats_wrong(folder) is None):
+    if ranks.any(ranks.is_first and folder.exists() and whats_wrong(folder, content=True) is None):
         return 0, 0.0  # stopped again before the first step after a resume
-    head = full_head(model) if config.task == "cls" else None
+    head = full_head(model) if task_of(config).HAS_HEAD else None
+    shard_hashes: dict[str, str] = {}
     shards = folder.with_name(f".{folder.name}.{sharding.SHARDS}.tmp")
 
     def write(folder: Path) -> None:
@@ -151,8 +177,11 @@ def save(
         if not sharded:
             save_optimizer(optimizer, trainable, folder / OPTIMIZER_FILE)
         state.rng = {"rule": "torch.manual_seed from (seed, step, rank)", "seed": config.seed, "next_step": state.step}
-        files = [path for path in folder.rglob("*") if path.is_file()]
+        # Without the record of the base: a user who means to go on from another one deletes that.
+        files = [path for path in folder.rglob("*") if path.is_file() and path.name != BASE_FILE]
         state.files = {str(path.relative_to(folder)): path.stat().st_size for path in files}
+        unhashed = [path for path in files if str(path.relative_to(folder)) not in shard_hashes]
+        state.sha256 = shard_hashes | hash_files(folder, unhashed)
         (folder / STATE_FILE).write_text(json.dumps(asdict(state), indent=1) + "\n")
 
     def save_on_first() -> tuple[int, float]:
@@ -163,7 +192,8 @@ def save(
     started = time.perf_counter()
     try:
         all_or_raise(ranks, lambda: ranks.is_first and shutil.rmtree(shards, ignore_errors=True))
-        all_or_raise(ranks, lambda: _save_shards(shards, trainable, optimizer))
+        own_hashes = all_or_raise(ranks, lambda: _save_shards(shards, trainable, optimizer, ranks))
+        shard_hashes |= dict(ranks.gather(list(own_hashes.items())))
         size, _ = all_or_raise(ranks, save_on_first)
     finally:
         if ranks.is_first:
@@ -176,52 +206,165 @@ def full_head(model) -> dict[str, torch.Tensor]:
     return {name: sharding.full_tensor(tensor) for name, tensor in base_of(model).cls_head.state_dict().items()}
 
 
-def _save_shards(shards: Path, trainable, optimizer) -> None:
+def _save_shards(shards: Path, trainable, optimizer, ranks: Ranks) -> dict[str, str]:
+    """Returns the SHA-256 of this rank's own files, by their name in the checkpoint."""
     with full_disk_is_said(shards):
         sharding.save_shards(shards, trainable, optimizer)
+        own = shards.glob(f"shard-{ranks.rank + 1:05d}-*")
+        return {f"{sharding.SHARDS}/{name}": digest for name, digest in hash_files(shards, own).items()}
+
+
+# ------------------------------------------------------------------------------------------------------------ load
 
 
 def resume(folder: Path, model, optimizer, trainable: dict[str, torch.nn.Parameter], config: Config) -> None:
     """Put a checkpoint's weights and optimizer state in place. All ranks: contains collectives under fsdp."""
-    if config.parallel == "fsdp":
-        sharding.load_shards(folder / sharding.SHARDS, trainable, optimizer)
-    else:
-        load_weights(model, folder, config)
+    load_best(folder, model, trainable, config, optimizer)
+    if config.parallel != "fsdp":
         load_optimizer(optimizer, trainable, folder / OPTIMIZER_FILE)
 
 
-def load_best(folder: Path, model, trainable: dict[str, torch.nn.Parameter], config: Config) -> None:
-    """Put a checkpoint's weights in place, without the optimizer's state: for the end of a run. All ranks: contains
-    collectives under fsdp."""
+def load_best(folder: Path, model, trainable: dict[str, torch.nn.Parameter], config: Config, optimizer=None) -> None:
+    """Put a checkpoint's weights in place; under fsdp with the state of the optimizer, where one is given. All ranks:
+    contains collectives under fsdp."""
     if config.parallel == "fsdp":
-        sharding.load_shards(folder / sharding.SHARDS, trainable)
+        _check_shards(folder / sharding.SHARDS, trainable)
+        sharding.load_shards(folder / sharding.SHARDS, trainable, optimizer)
     else:
         load_weights(model, folder, config)
+
+
+def check_initial(folder: Path, config: Config) -> str | None:
+    """Whether a run of this config can start from the adapter in a folder. Returns a note for the log, as `check_base`.
+
+    Raises: `UserError` where the adapter is of another base, or would act at another scale."""
+    if not (folder / ADAPTER_FILE).is_file() or not (folder / ADAPTER_CONFIG).is_file():
+        raise UserError(f"init_adapter: {folder} holds no {ADAPTER_FILE} with {ADAPTER_CONFIG}; give another folder")
+    saved = _read_adapter_config(folder)
+    own = {"lora.r": config.lora.r, "lora.alpha": config.lora.alpha}
+    theirs = {"lora.r": saved.r, "lora.alpha": saved.lora_alpha}
+    # Those of other tools, which no key of ours sets.
+    for key in ("rank_pattern", "alpha_pattern", "use_rslora", "use_dora"):
+        own[key], theirs[key] = type(getattr(saved, key))(), getattr(saved, key)
+    for key, value in theirs.items():
+        if value != own[key]:
+            raise UserError(
+                f"init_adapter: {folder} was trained with {key} {value}, and this run has {own[key]}: its weights "
+                f"would act at another scale; use the same {key}, or another adapter"
+            )
+    return check_base(folder, config.model_name)
 
 
 def load_initial(model, folder, config: Config) -> str:
     """Start from an adapter, and a classification run from its head too, where it has one. Returns what the log says.
 
-    Errors: `UserError` where they do not fit."""
-    load_adapter(model, folder)
+    Raises: `UserError` where they do not fit, or belong to another base."""
+    folder = Path(folder)
+    note = check_initial(folder, config)
+    _load_adapter(model, folder)
     said = f"Starting from the adapter {folder}, with a fresh optimizer and schedule"
-    if config.task != "cls":
-        return said
-    if (Path(folder) / HEAD_FILE).is_file():
-        load_head(model, Path(folder), config.num_labels)
-        return f"{said}, and its head"
-    return f"{said}, and a fresh head"
+    if task_of(config).HAS_HEAD:
+        has_head = (folder / HEAD_FILE).is_file()
+        if has_head:
+            load_head(model, folder)
+        said += ", and its head" if has_head else ", and a fresh head"
+    return f"{said}. {note}" if note else said
+
+
+def load_trained(
+    config: Config, folder: Path | None, device: torch.device, dtype: torch.dtype | str | None = None
+) -> torch.nn.Module:
+    """The config's base with what was trained on top, and its head, for inference. folder: an adapter, a checkpoint or
+    a whole model; None: the base alone. dtype: the base's; None: bfloat16 on GPUs, float32 elsewhere.
+
+    Raises: `UserError` where the folder holds none of these, or not exactly the weights that this config trains, or
+    those of another base."""
+    dtype = dtype or (torch.bfloat16 if device.type == "cuda" else torch.float32)
+    if folder is None:
+        if task_of(config).HAS_HEAD:
+            raise UserError("the base alone has no classification head; give the folder of a trained model")
+        return load_base(config.model_name, dtype, config.quantization).to(device)
+    is_adapter = (folder / ADAPTER_CONFIG).is_file() and (folder / ADAPTER_FILE).is_file()
+    is_partial = is_adapter or (folder / TRAINED_FILE).is_file() or (folder / sharding.SHARDS).is_dir()
+    if not is_partial and not (folder / "config.json").is_file():
+        raise UserError(
+            f"{folder} holds no adapter, checkpoint or model; train first, or give --checkpoint another folder"
+        )
+    is_own_base = Path(config.model_name).absolute() == folder.absolute()
+    if is_partial or ((folder / BASE_FILE).is_file() and not is_own_base):
+        note = check_base(folder, config.model_name)
+        if note and os.environ.get("RANK", "0") == "0":
+            print(note, flush=True)
+    lora = _read_adapter_config(folder) if is_adapter else None
+    if is_partial:
+        model = load_base(config.model_name, dtype, config.quantization)
+    else:
+        model = load_base(str(folder), dtype, strict=True)
+    if task_of(config).HAS_HEAD:
+        attach_head(model, config.num_labels, seed=0)
+    if lora:
+        try:
+            model = wrap_with_lora(model, lora)
+        except (ValueError, TypeError) as error:
+            reason = str(error).splitlines()[0]
+            raise UserError(f"{folder / ADAPTER_CONFIG} does not fit {config.model_name}: {reason}") from None
+    if is_partial:
+        load_weights(model, folder, config)
+    elif task_of(config).HAS_HEAD:
+        load_head(model, folder)
+    return model.to(device).eval()
 
 
 def load_weights(model, folder: Path, config: Config) -> None:
-    """Put a checkpoint's trained weights into the model. Errors: `UserError` where they do not fit."""
-    if config.task == "cls":
-        load_head(model, folder, config.num_labels)
-    if config.finetuning == "lora":
-        load_adapter(model, folder)
-        return
-    report = model.load_state_dict(load_file(folder / TRAINED_FILE), strict=False)
-    assert not report.unexpected_keys, f"{folder} holds weights this model does not have"
+    """Put the weights of an adapter or checkpoint into a model that has a place for each, and its head's.
+
+    Raises: `UserError` where they do not fit exactly."""
+    own = {name: parameter for name, parameter in model.named_parameters() if trains(name, config)}
+    if (folder / ADAPTER_FILE).is_file():
+        _load_adapter(model, folder)
+    elif (folder / sharding.SHARDS).is_dir():
+        _check_shards(folder / sharding.SHARDS, own)
+        sharding.load_unsharded(folder / sharding.SHARDS, model)
+    else:
+        own = {name: parameter for name, parameter in own.items() if group_of(name) != HEAD}
+        with torch.no_grad():
+            for name, tensor in read_fitting(folder / TRAINED_FILE, own).items():
+                own[name].copy_(tensor)
+    if task_of(config).HAS_HEAD:
+        load_head(model, folder)
+
+
+def _check_shards(folder: Path, trained: dict[str, torch.Tensor]) -> None:
+    shapes = {name: shape for name, shape in sharding.stored_shapes(folder).items() if "|" not in name}
+    refuse_misfit(folder, shapes, trained)
+
+
+def _read_adapter_config(folder: Path):
+    """An adapter's `LoraConfig`. Raises: `UserError` where it cannot be read, or is of another kind than LoRA."""
+    from peft import LoraConfig
+
+    path = folder / ADAPTER_CONFIG
+    what_to_do = "restore it, or use another adapter"
+    content = read_json(path, what_to_do)
+    kind = content.get("peft_type") if isinstance(content, dict) else None
+    if kind != "LORA":
+        raise UserError(f"{path}: peft_type is {kind!r}, and only 'LORA' is known; {what_to_do}")
+    try:
+        lora = LoraConfig.from_pretrained(str(folder))
+    except (ValueError, TypeError, KeyError, AttributeError) as error:
+        raise UserError(f"{path} is no LoRA config ({' '.join(str(error).split())}); {what_to_do}") from None
+    lora.inference_mode, lora.base_model_name_or_path = True, None  # PEFT would warn of a base that has moved
+    return lora
+
+
+def _load_adapter(model, folder: Path) -> None:
+    """Put an adapter's weights into the model's own. Raises: `UserError` where the two do not fit exactly."""
+    from peft import set_peft_model_state_dict
+
+    set_peft_model_state_dict(model, read_fitting(folder / ADAPTER_FILE, adapter_state(model)))
+
+
+# ------------------------------------------------------------------------------------------------- the run's result
 
 
 def is_final(output_dir: Path) -> bool:
@@ -229,80 +372,52 @@ def is_final(output_dir: Path) -> bool:
     return any((output_dir / name).is_file() for name in FINAL_FILES)
 
 
-def load_trained(
-    model_name: str,
-    folder: Path | None,
-    device: torch.device,
-    quantization: str = "none",
-    num_labels: int | None = None,
-) -> torch.nn.Module:
-    """The base model with what was trained on top, for inference. folder: an adapter, a checkpoint, or a whole model
-    folder; None: the base alone. quantization: the base's, as in training. num_labels: of a classification head.
-
-    Errors: `UserError` where the folder holds none of these."""
-    if num_labels is not None:
-        if folder is None:
-            raise UserError("the base alone has no classification head; give the folder of a trained model")
-        model = load_trained(model_name, folder, device, quantization)
-        load_head(model, folder, num_labels)
-        return model
-    dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
-    if folder is None:
-        return load_base(model_name, dtype, quantization).to(device)
-    if (folder / ADAPTER_CONFIG).is_file() and (folder / ADAPTER_FILE).is_file():
-        from peft import PeftModel
-
-        base = load_base(model_name, dtype, quantization)
-        with quiet_peft():
-            model = PeftModel.from_pretrained(base, folder, torch_device="cpu").to(device)
-        add_lora_in_the_product(model)  # as in training, so that the same weights give the same numbers
-        return model
-    if (folder / TRAINED_FILE).is_file():
-        model = load_base(model_name, dtype)
-        model.load_state_dict(load_file(folder / TRAINED_FILE), strict=False)
-        return model.to(device)
-    if (folder / sharding.SHARDS).is_dir():
-        model = load_base(model_name, dtype)
-        sharding.load_unsharded(folder / sharding.SHARDS, model)
-        return model.to(device)
-    if (folder / "config.json").is_file():
-        return load_base(str(folder), dtype).to(device)
-    raise UserError(f"{folder} holds no adapter, checkpoint or model; train first, or give --checkpoint another folder")
-
-
 def save_final(output_dir: Path, model, config: Config, records: dict[str, dict], ranks: Ranks) -> None:
     """The run's result in output_dir itself: the adapter in the standard PEFT layout (full fine-tuning: the whole
     model as `from_pretrained` reads it) with tokenizer, image processor and `records` (see `save`). Weights come last,
-    so that their presence means that all is there. All ranks: contains all_gathers under fsdp."""
+    so that their presence means that all is there. All ranks: contains all_reduces, and all_gathers under fsdp; where
+    it cannot be saved, all raise `UserError`."""
+    head = full_head(model) if task_of(config).HAS_HEAD else None
+    full = sharding.full_state_dict(model, keep=ranks.is_first) if config.finetuning == "full" else {}
+
+    def write() -> None:
+        temporary = output_dir / ".final.tmp"
+        shutil.rmtree(temporary, ignore_errors=True)
+        try:
+            with full_disk_is_said(output_dir):
+                temporary.mkdir()
+                _write_final(temporary, model, config, records, full, head)
+                for path in sorted(temporary.iterdir(), key=lambda path: path.name in FINAL_FILES):
+                    flush(path)
+                    path.replace(output_dir / path.name)
+                flush(output_dir)
+        finally:
+            shutil.rmtree(temporary, ignore_errors=True)
+
+    all_or_raise(ranks, lambda: ranks.is_first and write())
+
+
+def _write_final(folder: Path, model, config: Config, records: dict[str, dict], full: dict, head: dict | None) -> None:
     from transformers import AutoImageProcessor, AutoTokenizer
 
-    head = full_head(model) if config.task == "cls" else None
-    full = sharding.full_state_dict(model, keep=ranks.is_first) if config.finetuning == "full" else {}
-    if not ranks.is_first:
-        return
-    temporary = output_dir / ".final.tmp"
-    shutil.rmtree(temporary, ignore_errors=True)
-    temporary.mkdir()
-    AutoTokenizer.from_pretrained(config.model_name).save_pretrained(temporary)
+    AutoTokenizer.from_pretrained(config.model_name).save_pretrained(folder)
+    processor = None
     with contextlib.suppress(OSError):  # text models have none
-        AutoImageProcessor.from_pretrained(config.model_name, backend="pil").save_pretrained(temporary)
+        processor = AutoImageProcessor.from_pretrained(config.model_name, backend="pil")
+    if processor:
+        processor.save_pretrained(folder)
     for name, content in records.items():
-        write_json(temporary / name, content)
+        write_json(folder / name, content)
     if config.finetuning == "lora":
-        save_adapter(model, temporary)
+        save_adapter(model, folder)
     else:
         weights = {name: tensor for name, tensor in full.items() if group_of(name) != HEAD}
-        model.save_pretrained(temporary, state_dict=weights)
-        described = json.loads((temporary / "config.json").read_text(encoding="utf-8"))
+        model.save_pretrained(folder, state_dict=weights)
+        described = json.loads((folder / "config.json").read_text(encoding="utf-8"))
         described["dtype"] = str(next(iter(weights.values())).dtype).removeprefix("torch.")  # not the masters'
-        write_json(temporary / "config.json", described)
+        write_json(folder / "config.json", described)
     if head:
-        save_head(head, temporary)
-    for path in sorted(temporary.iterdir(), key=lambda path: path.name in FINAL_FILES):
-        flush(path)
-        path.replace(output_dir / path.name)
-    temporary.rmdir()
-    flush(output_dir)
+        save_head(head, folder)
 
 
 def save_optimizer(optimizer: torch.optim.Optimizer, trainable: dict[str, torch.nn.Parameter], path: Path) -> None:

@@ -8,14 +8,14 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import nn
 
 from batches import last_tokens
 from config import Config
 from errors import UserError
 from family import Family
-from model import AnswerLoss, base_of, model_inputs
+from model import AnswerLoss, base_of, model_inputs, read_fitting
 from tasks import task_of
 from templates import IGNORE
 
@@ -72,24 +72,13 @@ def save_head(state: dict[str, torch.Tensor], folder: Path) -> None:
     save_file({name: tensor.detach().cpu().float().contiguous() for name, tensor in state.items()}, folder / HEAD_FILE)
 
 
-def load_head(model: nn.Module, folder: Path, num_labels: int) -> None:
-    """Give the model the head that was saved in the folder. Errors: `UserError` where there is none, or of another
-    size."""
-    base = base_of(model)
+def load_head(model: nn.Module, folder: Path) -> None:
+    """Put a saved head into the model's own. Raises: `UserError` where there is none, or it does not fit."""
     path = Path(folder) / HEAD_FILE
     if not path.is_file():
         raise UserError(f"{folder} holds no {HEAD_FILE}; give the folder of a classification run or of its checkpoint")
-    state = load_file(path)
-    expected = (num_labels, base.config.get_text_config().hidden_size)
-    if tuple(state["weight"].shape) != expected:
-        raise UserError(
-            f"{path} is of shape {tuple(state['weight'].shape)}, but num_labels and the model's hidden size ask for "
-            f"{expected}; use the config it was trained with"
-        )
-    if not hasattr(base, "cls_head"):
-        attach_head(base, num_labels, seed=0)
-    base.cls_head.load_state_dict(state)
-    base.cls_head.to(next(base.parameters()).device)
+    head = base_of(model).cls_head
+    head.load_state_dict(read_fitting(path, head.state_dict()))
 
 
 def logged_rates(config: Config, rates: list[float]) -> dict[str, float]:

@@ -77,7 +77,7 @@ def evaluate(config: Config, checkpoint: str | None, split: str, source: str) ->
     ranks = start_ranks()
     all_or_raise(ranks, lambda: ranks.is_first and check_samples(samples, encoder))
     started = time.perf_counter()
-    model = load_trained(config.model_name, trained, ranks.device, config.quantization, config.num_labels)
+    model = load_trained(config, trained, ranks.device)
     model.eval()
     if ranks.is_first:
         if is_training_file and split != "train":

@@ -1,9 +1,12 @@
 """What differs between the model families: patch sizes, pixel statistics and the coordinates they speak.
 
-Read from the model's own config and image processor, without loading weights.
+Read from the model's own config and image processor, without loading weights. And what tells one base from another.
 """
 
+import hashlib
+import json
 from dataclasses import dataclass
+from pathlib import Path
 
 from errors import UserError
 
@@ -84,3 +87,61 @@ def load_family(model_name: str) -> Family:
         max_pixels=processor.size["longest_edge"],
         image_token_id=model_config.image_token_id,
     )
+
+
+# ----------------------------------------------------------------------------------------------------- which base it is
+
+SAMPLED_TENSORS = 64
+
+
+def fingerprint(model_name: str) -> dict[str, str]:
+    """SHA-256 of a base's config, its tokenizer and a sample of its weights: the names, types and shapes of all tensors
+    and one row of 64 of them, some hundred kB of 16 GB. A folder and a hub name of the same files give the same.
+
+    Raises: `UserError` where it cannot be read."""
+    from safetensors import SafetensorError
+
+    try:
+        tokenizer = _files_of(model_name, "tokenizer.json") or _files_of(model_name, "vocab.json", "merges.txt")
+        index = _files_of(model_name, "model.safetensors.index.json")
+        weight_map = json.loads(index[0].read_bytes())["weight_map"] if index else {"": "model.safetensors"}
+        hashes = {
+            "config": _sha256(path.read_bytes() for path in _files_of(model_name, "config.json")),
+            "tokenizer": _sha256(path.read_bytes() for path in tokenizer),
+            "weights": _sha256(_weights_sample(_files_of(model_name, *sorted(set(weight_map.values()))))),
+        }
+    except (OSError, ValueError, KeyError, SafetensorError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise UserError(f"model_name '{model_name}' cannot be read: {reason}") from None
+    return {"model_name": model_name, **hashes}
+
+
+def _files_of(model_name: str, *names: str) -> list[Path]:
+    """Those of a model's files that it has, of a folder or of the hub."""
+    from transformers.utils import cached_file
+
+    found = (cached_file(model_name, name, _raise_exceptions_for_missing_entries=False) for name in names)
+    return [Path(path) for path in found if path]
+
+
+def _sha256(parts) -> str:
+    digest = hashlib.sha256()
+    for part in parts:
+        digest.update(part)
+    return digest.hexdigest()
+
+
+def _weights_sample(files: list[Path]):
+    """Bytes to hash, of safetensors files: a line for each tensor, then the middle row of some."""
+    import torch
+    from safetensors import safe_open
+
+    open_files = [safe_open(path, "pt") for path in files]
+    tensors = {name: file.get_slice(name) for file in open_files for name in file.keys()}  # noqa: SIM118
+    for name, tensor in sorted(tensors.items()):
+        yield f"{name} {tensor.get_dtype()} {tensor.get_shape()}\n".encode()
+    # Chosen by their hash: every twelfth of the names in order could be the same matrix in every layer.
+    for name in sorted(tensors, key=lambda name: _sha256([name.encode()]))[:SAMPLED_TENSORS]:
+        if shape := tensors[name].get_shape():
+            row = tensors[name][shape[0] // 2 : shape[0] // 2 + 1] if len(shape) > 1 else tensors[name][:]
+            yield row.contiguous().view(torch.uint8).numpy().tobytes()

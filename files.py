@@ -12,8 +12,10 @@ from pathlib import Path
 
 from errors import UserError
 
+RESUME = "start again: the run resumes from the checkpoint before"
 
-def save_atomically(folder: Path, write) -> tuple[int, float]:
+
+def save_atomically(folder: Path, write, then: str = RESUME) -> tuple[int, float]:
     """Let `write(temporary_folder)` fill a folder that appears under its name only when it is complete and on disk.
 
     Returns (bytes, seconds). Errors: `UserError` with path and free space where the disk is full or not writable;
@@ -21,7 +23,7 @@ def save_atomically(folder: Path, write) -> tuple[int, float]:
     started = time.perf_counter()
     temporary = folder.with_name(f".{folder.name}.tmp")
     try:
-        with full_disk_is_said(folder):
+        with full_disk_is_said(folder, then):
             shutil.rmtree(temporary, ignore_errors=True)
             temporary.mkdir(parents=True)
             write(temporary)
@@ -42,19 +44,27 @@ def save_atomically(folder: Path, write) -> tuple[int, float]:
 
 
 @contextlib.contextmanager
-def full_disk_is_said(folder: Path):
-    """Errors: `UserError` with path and free space. torch and safetensors report a full disk in words of their own."""
+def full_disk_is_said(folder: Path, then: str = RESUME):
+    """Raises: `UserError` with path and free space. torch and safetensors report a full disk in words of their own.
+
+    then: what to do when there is space again."""
     try:
         yield
     except Exception as error:
-        with contextlib.suppress(OSError):
-            free = shutil.disk_usage(folder.parent).free
-            if isinstance(error, OSError) or "No space left" in str(error) or "unexpected pos" in str(error):
-                raise UserError(
-                    f"cannot save {folder} ({' '.join(str(error).split())}); {free / 1e9:.2f} GB are free there. "
-                    "Free some space and start again: the run resumes from the checkpoint before"
-                ) from None
+        told = " ".join(str(error).split())
+        if "No space left" in told or "unexpected pos" in told or "quota exceeded" in told:
+            free = shutil.disk_usage(_nearest(folder.absolute().parent)).free
+            raise UserError(
+                f"cannot save {folder} ({told}); {free / 1e9:.2f} GB are free there. Free some space and {then}"
+            ) from None
+        if isinstance(error, OSError):
+            raise UserError(f"cannot save {folder} ({told}); mend this, or choose another place") from None
         raise
+
+
+def _nearest(path: Path) -> Path:
+    """The path itself, or the first one above it that is there."""
+    return next(place for place in (path, *path.parents) if os.path.lexists(place))
 
 
 def _umask() -> int:
@@ -110,7 +120,7 @@ def folder_beside(folder: Path) -> Iterator[Path]:
 def refuse_unusable_folder(folder: Path, name: str) -> None:
     """Raises: `UserError` where no file could be written into `folder`, or no folder be made there. name: what the user
     calls it, such as --out."""
-    nearest = next(path for path in [folder.absolute(), *folder.absolute().parents] if os.path.lexists(path))
+    nearest = _nearest(folder.absolute())
     if not nearest.is_dir():
         kind = "a link to nothing" if nearest.is_symlink() and not nearest.exists() else "no folder"
         raise UserError(f"{name} {folder}: {nearest} is {kind}; give another place")

@@ -7,7 +7,6 @@ folder that was merged before.
 """
 
 import argparse
-import json
 import os
 import shutil
 import tempfile
@@ -19,20 +18,18 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 import torch
 from PIL import Image, ImageDraw
-from safetensors import safe_open
-from safetensors.torch import load_file
 
 import model as modeling
 import publish
-import sharding
-from checkpoint import ADAPTER_CONFIG, ADAPTER_FILE, TRAINED_FILE, adapter_state, quiet_peft
+from checkpoint import load_trained
 from config import Config, load_config, to_yaml
 from dataset import EvalDataset, SampleEncoder, SampleList, load_samples
 from errors import UserError, exit_on_user_error
-from family import Family, load_family
-from files import save_atomically, write_json
+from family import Family
+from files import read_json, refuse_unusable_folder, save_atomically, write_json
+from preflight import open_encoder
 from run_folder import MERGED_CONFIG_FILE, config_of, with_own_model
-from tasks import check_record, records
+from tasks import records, task_of
 from templates import IGNORE
 
 SHARD_SIZE = "5GB"
@@ -47,45 +44,7 @@ BASE_FILES = """config.json generation_config.json tokenizer.json tokenizer_conf
 SAMPLING = ("temperature", "top_p", "top_k", "repetition_penalty")
 
 
-# -------------------------------------------------------------------------------------------------- load and merge
-
-
-def load_adapted(config: Config, folder: Path, device: torch.device) -> torch.nn.Module:
-    """The base in its own dtype and full precision, with what was trained on top, not merged yet.
-
-    Errors: `UserError` where the folder holds nothing trained, or weights that do not fit the model exactly."""
-    if (folder / ADAPTER_FILE).is_file() and (folder / ADAPTER_CONFIG).is_file():
-        from peft import PeftModel
-
-        base = modeling.load_base(config.model_name, "auto")
-        with quiet_peft():
-            model = PeftModel.from_pretrained(base, folder, torch_device="cpu")
-        with safe_open(folder / ADAPTER_FILE, "pt") as file:
-            refuse_differing_keys(set(file.keys()), set(adapter_state(model)), folder / ADAPTER_FILE)
-    elif (folder / TRAINED_FILE).is_file():
-        model = modeling.load_base(config.model_name, "auto")
-        report = model.load_state_dict(load_file(folder / TRAINED_FILE), strict=False)
-        refuse_differing_keys(set(report.unexpected_keys), set(), folder / TRAINED_FILE)
-    elif (folder / sharding.SHARDS).is_dir():
-        model = modeling.load_base(config.model_name, "auto")
-        found = {name for name in sharding.stored_names(folder / sharding.SHARDS) if "|" not in name}
-        refuse_differing_keys(found - set(model.state_dict()), set(), folder / sharding.SHARDS)
-        sharding.load_unsharded(folder / sharding.SHARDS, model)
-    elif (folder / "config.json").is_file():
-        model = modeling.load_base(str(folder), "auto")
-    else:
-        raise UserError(f"{folder} holds no adapter, checkpoint or model; give a run's output folder")
-    return model.to(device).eval()
-
-
-def refuse_differing_keys(found: set[str], expected: set[str], path: Path) -> None:
-    """Errors: `UserError` where a weight of the file has no place in the model, or a place got no weight."""
-    for what, keys in (("unexpected", found - expected), ("missing", expected - found)):
-        if keys:
-            raise UserError(
-                f"{path} does not fit the model: {len(keys)} {what} weights, first {min(keys)}; was it trained on "
-                "another base?"
-            )
+# ---------------------------------------------------------------------------------------------------------- merge
 
 
 def merged_into_base(model: torch.nn.Module) -> torch.nn.Module:
@@ -196,7 +155,7 @@ def write_model(model: torch.nn.Module, config: Config, family: Family, temporar
         if path:
             (temporary / name).write_bytes(Path(path).read_bytes())
     generation = temporary / "generation_config.json"
-    kept = json.loads(generation.read_text(encoding="utf-8")) if generation.is_file() else {}
+    kept = read_json(generation, "restore the base's own") if generation.is_file() else {}
     kept = {key: value for key, value in kept.items() if key not in SAMPLING}
     write_json(generation, {**kept, "do_sample": False})  # as evaluate.py answers
     for name, content in records(family, config).items():
@@ -216,26 +175,23 @@ def refuse_full_disk(model: torch.nn.Module, out: Path) -> None:
 
 def merge(config: Config, folder: Path, out: Path, name: str) -> None:
     """Merge, check, and let the folder appear. name: what the model card calls the model."""
-    if config.task == "cls":
+    if task_of(config).HAS_HEAD:
         raise UserError("merge.py does not know task 'cls'; evaluate.py and predict.py read its folder as it is")
     started = time.perf_counter()
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    family = load_family(config.model_name)
-    if family.has_vision and config.resize == "letterbox":
-        family.check_image_size(config.image_size, str(folder))
-    check_record(folder, family, config)
-    encoder = SampleEncoder(config, family, modeling.load_tokenizer(config.model_name))
+    encoder = open_encoder(config, str(folder), folder)
     with tempfile.TemporaryDirectory() as scratch:
         samples, encoder, what = inputs_to_check(config, encoder, Path(scratch))
         print(f"Merging {folder} into {config.model_name}, to be checked on {what}", flush=True)
-        model = load_adapted(config, folder, device)
+        # The base in its own dtype and in full precision, whatever it was trained in.
+        model = load_trained(replace(config, quantization="none"), folder, device, "auto")
         refuse_full_disk(model, out)
         adapted = answer_logits(model, samples, encoder, device)
         alone = base_logits(model, samples, encoder, device)
         model = merged_into_base(model)
 
         def write(temporary: Path) -> None:
-            write_model(model, config, family, temporary)
+            write_model(model, config, encoder.family, temporary)
             model.to("meta")  # frees it: two copies need not fit side by side
             merged = answer_logits(load_plainly(temporary).to(device), samples, encoder, device)
             check = compare(merged, adapted, alone, what, next(model.parameters()).dtype)
@@ -244,7 +200,7 @@ def merge(config: Config, folder: Path, out: Path, name: str) -> None:
             (temporary / "README.md").write_text(card, encoding="utf-8")
             publish.files_of(temporary)
 
-        size, _ = save_atomically(out, write)
+        size, _ = save_atomically(out, write, "run merge.py again")
     print(f"Merged model of {size / 1e9:.2f} GB in {out}, {time.perf_counter() - started:.1f} s", flush=True)
 
 
@@ -265,9 +221,11 @@ def main(arguments: list[str] | None = None) -> None:
     if args.adapter_path:
         if not args.adapter_path.is_dir():
             raise UserError(f"--adapter-path {args.adapter_path} is no folder; give a run's output folder")
-        if args.out.exists() and (not args.out.is_dir() or any(args.out.iterdir())):
+        refuse_unusable_folder(args.out.parent, "--out")
+        is_empty = args.out.is_dir() and not args.out.is_symlink() and not any(args.out.iterdir())
+        if os.path.lexists(args.out) and not is_empty:
             raise UserError(f"--out {args.out} exists already; choose a new folder, or delete it")
-        if args.out.exists():
+        if is_empty:
             args.out.rmdir()
         if args.config:
             config = with_own_model(load_config(args.config, args.overrides), args.adapter_path)

@@ -9,6 +9,8 @@ import re
 import types
 import warnings
 from collections import OrderedDict
+from collections.abc import Mapping
+from pathlib import Path
 
 import torch
 import torch.nn.functional as F
@@ -42,13 +44,14 @@ def load_tokenizer(model_name: str):
     return tokenizer
 
 
-def load_base(model_name: str, dtype: torch.dtype, quantization: str = "none") -> nn.Module:
+def load_base(model_name: str, dtype: torch.dtype | str, quantization: str = "none", strict: bool = False) -> nn.Module:
     """The pretrained model on the CPU, every parameter frozen. Never runs code from the hub.
 
     quantization: `nf4` holds the language model's linear layers in 4 bits (QLoRA, arXiv 2305.14314, with double
     quantisation and bfloat16 compute); the vision tower, the projector and lm_head keep `dtype`.
+    strict: refuse weights that the model has no place for, too; published bases may hold such.
 
-    Errors: `UserError` where weights are missing, misshapen or not loaded completely, or transformers is too old.
+    Raises: `UserError` where weights are missing, misshapen or not loaded completely, or transformers is too old.
     """
     import transformers
     from safetensors import SafetensorError
@@ -58,6 +61,7 @@ def load_base(model_name: str, dtype: torch.dtype, quantization: str = "none") -
     if tuple(map(int, transformers.__version__.split(".")[:2])) < OLDEST_TRANSFORMERS:
         raise UserError(f"transformers {transformers.__version__} is too old; run: pip install -r requirements.txt")
     transformers_logging.disable_progress_bar()
+    transformers_logging.get_logger("transformers.modeling_utils").setLevel("ERROR")  # its report of keys is ours below
     without_cudnn()
     try:
         model, report = auto_class(AutoConfig.from_pretrained(model_name)).from_pretrained(
@@ -69,9 +73,9 @@ def load_base(model_name: str, dtype: torch.dtype, quantization: str = "none") -
         )
     except (OSError, ValueError, RuntimeError, SafetensorError) as error:
         raise UserError(f"model_name '{model_name}' cannot be loaded: {str(error).strip().splitlines()[0]}") from None
-    if report["missing_keys"] or report["mismatched_keys"]:
-        names = sorted(map(str, [*report["missing_keys"], *report["mismatched_keys"]]))
-        raise UserError(f"model_name '{model_name}': {len(names)} weights are missing or misshapen, first {names[0]}")
+    for kind in ("missing", "mismatched", *(["unexpected"] if strict else [])):
+        if names := sorted(map(str, report[f"{kind}_keys"])):
+            raise UserError(f"model_name '{model_name}': {len(names)} {kind} weights, first {names[0]}")
     model.requires_grad_(False)
     if hasattr(model.model, "visual"):
         patch_embed_as_matrix_product(model)
@@ -85,6 +89,34 @@ def auto_class(model_config):
     from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
 
     return AutoModelForImageTextToText if hasattr(model_config, "vision_config") else AutoModelForCausalLM
+
+
+def read_fitting(path: Path, places: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """The tensors of a safetensors file that must hold exactly one for each place, of its shape.
+
+    Raises: `UserError` where it does not, or cannot be read."""
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with safe_open(path, "pt") as file:
+            refuse_misfit(path, {name: file.get_slice(name).get_shape() for name in file.keys()}, places)  # noqa: SIM118
+            return {name: file.get_tensor(name) for name in places}
+    except (OSError, SafetensorError) as error:
+        raise UserError(f"{path} cannot be read ({error}); restore it, or use another checkpoint") from None
+
+
+def refuse_misfit(path: Path, shapes: Mapping[str, list[int]], places: Mapping[str, torch.Tensor]) -> None:
+    """Raises: `UserError` naming the file, how many weights are missing, unexpected or misshapen, and the first."""
+    misshapen = [name for name in shapes.keys() & places.keys() if tuple(shapes[name]) != tuple(places[name].shape)]
+    kinds = {"missing": places.keys() - shapes.keys(), "unexpected": shapes.keys() - places.keys()}
+    for kind, names in {**kinds, "misshapen": misshapen}.items():
+        if names:
+            first = min(names)
+            how = f" ({list(shapes[first])}, not {list(places[first].shape)})" if kind == "misshapen" else ""
+            raise UserError(
+                f"{path} does not fit the model: {len(names)} {kind} weights, first {first}{how}; was it trained on "
+                "another base, or with another config?"
+            )
 
 
 def _nf4():
@@ -147,6 +179,14 @@ def trained_groups(config: Config) -> list[str]:
     ]
 
 
+def trains(name: str, config: Config) -> bool:
+    """Whether a run of this config trains this parameter of the model itself, beside the adapter of LoRA."""
+    if group_of(name) == HEAD:
+        return True
+    unused = task_of(config).HAS_HEAD and name == "lm_head.weight"
+    return config.finetuning == "full" and group_of(name) in trained_groups(config) and not unused
+
+
 def lora_target_pattern(model: nn.Module, groups: list[str]) -> str:
     """A regular expression that matches exactly the linear layers of these groups by full module path (lm_head is not
     adapted). Bare names would also hit the vision tower, and `proj` a convolution.
@@ -174,17 +214,27 @@ def quiet_peft():
 
 def attach_lora(model: nn.Module, lora: Lora, groups: list[str], seed: int) -> nn.Module:
     """Wrap the model with a fresh adapter, float32 whatever the base's type. Same seed → same adapter on all ranks."""
-    from peft import LoraConfig, get_peft_model
+    from peft import LoraConfig
 
     pattern = lora_target_pattern(model, groups)
     torch.manual_seed(seed)
-    peft_config = LoraConfig(
-        r=lora.r, lora_alpha=lora.alpha, lora_dropout=lora.dropout, target_modules=pattern, task_type="CAUSAL_LM"
+    peft_model = wrap_with_lora(
+        model,
+        LoraConfig(
+            r=lora.r, lora_alpha=lora.alpha, lora_dropout=lora.dropout, target_modules=pattern, task_type="CAUSAL_LM"
+        ),
     )
-    with quiet_peft():
-        peft_model = get_peft_model(model, peft_config, autocast_adapter_dtype=True)
     adapted = {name.rsplit(".lora_", 1)[0] for name, p in peft_model.named_parameters() if ".lora_" in name}
     assert all(group_of(name) in groups for name in adapted), "LoRA landed outside the trained groups"
+    return peft_model
+
+
+def wrap_with_lora(model: nn.Module, peft_config) -> nn.Module:
+    """The model with a place for an adapter of this `LoraConfig`, in training and inference alike."""
+    from peft import get_peft_model
+
+    with quiet_peft():
+        peft_model = get_peft_model(model, peft_config, autocast_adapter_dtype=True)
     add_lora_in_the_product(peft_model)
     return peft_model
 
@@ -213,15 +263,13 @@ def add_lora_in_the_product(model: nn.Module) -> None:
 
 def prepare_training(model: nn.Module, config: Config) -> nn.Module:
     """Freeze and unfreeze, attach LoRA, switch on gradient checkpointing. model: with its head, where it has one."""
-    groups = trained_groups(config)
     if config.finetuning == "lora":
+        groups = trained_groups(config)
         model = attach_lora(model, config.lora, groups or [LANGUAGE], config.seed)
         if not groups:
             model.requires_grad_(False)
-        groups = []  # of the model's own parameters
     for name, parameter in model.named_parameters():
-        unused = task_of(config).HAS_HEAD and name == "lm_head.weight"
-        if group_of(name) in [*groups, HEAD] and not unused:
+        if trains(name, config):
             parameter.requires_grad_(True)
             parameter.data = parameter.data.float()  # a bfloat16 weight never moves at a rate of 2e-6
     if config.gradient_checkpointing:

@@ -94,7 +94,7 @@ def main(arguments: list[str] | None = None) -> None:
     samples = SampleList([sample], "--prompt")
     check_samples(samples, encoder)
     ranks = start_ranks()
-    model = load_trained(config.model_name, folder, ranks.device, config.quantization, config.num_labels).eval()
+    model = load_trained(config, folder, ranks.device)
     loaded = time.perf_counter()
     with torch.no_grad():
         (line,) = predict_split(make_loss(model, encoder.family, config), samples, encoder, ranks)

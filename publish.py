@@ -5,7 +5,6 @@ cluster can read those, and it is kept out of every message.
 """
 
 import fnmatch
-import json
 import re
 from dataclasses import replace
 from pathlib import Path
@@ -13,6 +12,7 @@ from pathlib import Path
 from config import Config, Data, to_yaml
 from dataset import load_samples
 from errors import UserError
+from files import read_json
 from run_folder import MERGED_CONFIG_FILE
 from templates import SYSTEM_PROMPTS
 
@@ -89,9 +89,9 @@ def scores_of(config: Config, folder: Path) -> dict:
     """The run's test scores; empty where there are none, or where they are of other weights than those in `folder`."""
     path = Path(config.results_dir) / "predict_results.json"
     try:
-        scores = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        print(f"No scores in {path}: the model card goes without; evaluate.py makes them")
+        scores = read_json(path, "evaluate.py makes it")
+    except UserError as error:
+        print(f"The model card goes without scores: {error}")
         return {}
     scored = Path(scores.get("checkpoint", ""))
     if scored.absolute() != folder.absolute():

@@ -12,7 +12,7 @@ import time
 from dataclasses import replace
 from pathlib import Path
 
-from checkpoint import ADAPTER_CONFIG, STATE_FILE, TrainerState, read_state, whats_wrong
+from checkpoint import ADAPTER_CONFIG, STATE_FILE, TrainerState, check_base, read_state, whats_wrong
 from config import FREE_ON_RESUME, Config, build_config, load_config, to_dict
 from errors import UserError
 
@@ -61,7 +61,7 @@ def newest_complete(output_dir) -> tuple[Path | None, list[str]]:
     """The checkpoint to resume from, and a line for each newer one that is not complete."""
     ignored = []
     for folder in reversed(checkpoints(output_dir)):
-        wrong = whats_wrong(folder)
+        wrong = whats_wrong(folder, content=True)
         if wrong is None:
             return folder, ignored
         ignored.append(f"Ignoring {folder}: {wrong}")
@@ -97,24 +97,29 @@ def with_own_model(config: Config, folder: Path) -> Config:
 
 
 def find_resume(config: Config, global_batch: int, train_data: str) -> tuple[Path | None, list[str]]:
-    """The checkpoint to go on from, or None for a fresh run, and a line about each unusable one.
+    """The checkpoint to go on from, or None for a fresh run, and lines for the log: about each unusable one, and more.
 
-    Errors: `UserError` where the run could not be the same experiment, or would mix with another in the folder."""
+    A path in `resume` counts only while the run has no complete checkpoint of its own: a run that was started from it
+    and stopped goes on from where it stopped.
+    Raises: `UserError` where the run could not be the same experiment, or would mix with another in the folder."""
+    existing = checkpoints(config.output_dir)
+    if config.resume == "never" and existing:
+        raise UserError(
+            f"output_dir {config.output_dir} already holds {existing[-1].name} and resume is 'never'; "
+            "set resume: auto to go on, or choose a new output_dir"
+        )
+    folder, notes = newest_complete(config.output_dir)
     if config.resume not in ("auto", "never"):
-        folder, ignored = Path(config.resume), []
-        if wrong := whats_wrong(folder):
-            raise UserError(f"resume: {folder} is no complete checkpoint ({wrong}); give another, or resume: auto")
-    else:
-        existing = checkpoints(config.output_dir)
-        if config.resume == "never" and existing:
-            raise UserError(
-                f"output_dir {config.output_dir} already holds {existing[-1].name} and resume is 'never'; "
-                "set resume: auto to go on, or choose a new output_dir"
-            )
-        folder, ignored = newest_complete(config.output_dir)
+        if folder:
+            notes.append(f"resume: {config.resume} no longer counts: {folder} is this run's own")
+        else:
+            folder = Path(config.resume)
+            if wrong := whats_wrong(folder, content=True):
+                raise UserError(f"resume: {folder} is no complete checkpoint ({wrong}); give another, or resume: auto")
     if folder:
         check_same_mathematics(read_state(folder), config, global_batch, train_data, folder)
-    return folder, ignored
+        notes += filter(None, [check_base(folder, config.model_name)])
+    return folder, notes
 
 
 def check_same_mathematics(
@@ -145,11 +150,14 @@ def _flatten(values: dict, prefix: str = "") -> dict:
     return flat
 
 
-def rotate(output_dir, keep: int, best_step: int | None) -> threading.Thread:
-    """Delete the oldest checkpoints beyond `keep`, never the newest or the best. In the background: deleting a large
-    folder on a network disk takes seconds that the next step need not wait for."""
-    complete = [folder for folder in checkpoints(output_dir) if whats_wrong(folder) is None]
-    doomed = [folder for folder in complete[:-keep] if step_of(folder) != best_step]
+def rotate(output_dir, keep: int, best_step: int | None, saved_step: int) -> threading.Thread:
+    """Delete the checkpoints before the newest `keep` complete ones, never the best or the one that was saved last. In
+    the background: deleting a large folder on a network disk takes seconds that the next step need not wait for."""
+    # A later one than the last that was saved cannot be used, or the run would have gone on from there.
+    past = [folder for folder in checkpoints(output_dir) if step_of(folder) <= saved_step]
+    kept = [folder for folder in past if whats_wrong(folder) is None][-keep:]
+    doomed = past[: past.index(kept[0])] if kept else []
+    doomed = [folder for folder in doomed if step_of(folder) not in (best_step, saved_step)]
     # left by a run that was killed while it deleted, or saved
     doomed += [p for pattern in (".deleted-*", ".checkpoint-*.tmp") for p in Path(output_dir).glob(pattern)]
 

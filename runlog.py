@@ -14,6 +14,7 @@ import torch
 from config import Config, to_yaml
 from distributed import Ranks
 from errors import UserError
+from files import write_text
 
 
 def memory_gb(device: torch.device) -> float:
@@ -112,9 +113,7 @@ def _continue_lines(path: Path, resumed_step: int):
             continue  # the last line of a killed run may be cut
         if step <= resumed_step:
             kept.append(line + "\n")
-    temporary = path.with_name(f".{path.name}.tmp")
-    temporary.write_text("".join(kept), encoding="utf-8")
-    temporary.replace(path)
+    write_text(path, "".join(kept))
     return open(path, "a", encoding="utf-8")
 
 

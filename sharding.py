@@ -7,7 +7,6 @@ pickles its metadata), and may be read by any number of ranks.
 
 import contextlib
 import warnings
-from collections.abc import Iterable
 from pathlib import Path
 
 import torch
@@ -19,6 +18,7 @@ from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 
 from distributed import Ranks
+from errors import UserError
 from model import base_of
 from templates import IGNORE
 
@@ -124,7 +124,7 @@ def load_shards(
 ) -> None:
     """Put weights of `save_shards` in place, and the state of the optimizer, if one is given; whatever number of ranks
     wrote them. All ranks: contains collectives."""
-    saved = set(stored_names(folder))
+    saved = set(stored_shapes(folder))
     if optimizer is None:
         saved = {name for name in saved if "|" not in name}
     for name, parameter in trainable.items():
@@ -132,21 +132,27 @@ def load_shards(
             moments = {key: torch.zeros_like(parameter, requires_grad=False) for key in ("exp_avg", "exp_avg_sq")}
             optimizer.state[parameter] = {"step": torch.zeros(()), **moments}
     entries = _entries(trainable, optimizer)
-    assert entries.keys() == saved, f"{folder} holds other weights than this run trains"
+    if strangers := saved ^ entries.keys():
+        raise UserError(f"{folder} does not fit this run: {len(strangers)} differing entries, first {min(strangers)}")
     dcp.load(entries, storage_reader=dcp.HuggingFaceStorageReader(str(folder)))
 
 
 def load_unsharded(folder: Path, model: nn.Module) -> None:
-    """Put the weights of `save_shards` into a model that is not sharded. In one process."""
+    """Put the weights of `save_shards` into a model that is not sharded and has a place for each. In one process."""
     own = dict(model.named_parameters())
-    entries = {name: own[name].data for name in stored_names(folder) if name in own}
+    entries = {name: own[name].data for name in stored_shapes(folder) if "|" not in name}
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message=".*assuming the intent is to load in a single process.*")
         dcp.load(entries, storage_reader=dcp.HuggingFaceStorageReader(str(folder)), no_dist=True)
 
 
-def stored_names(folder: Path) -> Iterable[str]:
-    return dcp.HuggingFaceStorageReader(str(folder)).read_metadata().state_dict_metadata
+def stored_shapes(folder: Path) -> dict[str, list[int]]:
+    """Name → shape of what `save_shards` has written. Raises: `UserError` where a file cannot be read."""
+    try:
+        stored = dcp.HuggingFaceStorageReader(str(folder)).read_metadata().state_dict_metadata
+    except (OSError, ValueError, KeyError) as error:
+        raise UserError(f"{folder} cannot be read ({error}); restore it, or use another checkpoint") from None
+    return {name: list(tensor.size) for name, tensor in stored.items()}
 
 
 def full_state_dict(model: nn.Module, keep: bool) -> dict[str, torch.Tensor]:

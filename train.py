@@ -35,6 +35,7 @@ from distributed import (
     sum_gradients,
 )
 from errors import UserError, exit_on_user_error
+from family import fingerprint
 from files import write_json, write_text
 from inference import Stopped, scores_while_training
 from preflight import (
@@ -74,6 +75,7 @@ class Run:
     trainable: dict[str, torch.nn.Parameter]
     optimizer: torch.optim.Optimizer
     peak_rates: list[float]  # of the optimizer's groups
+    records: dict[str, dict]  # file name -> content of what is kept beside the weights; on the first rank
     lock: OutputLock | None  # the first rank's; held until the process ends
 
     @property
@@ -115,6 +117,8 @@ def open_data(config: Config, source: str) -> tuple[SampleEncoder, dict[str, Sam
     named = [name for name in ("train", "val", "test") if getattr(config.data, name)]
     check_data_files(config, named + ["val"] * bool(config.eval_steps))
     encoder = open_encoder(config, source, config.init_adapter)
+    if config.init_adapter:
+        checkpoint.check_initial(Path(config.init_adapter), config)
     return encoder, {name: load_split(config, name) for name in named}
 
 
@@ -172,9 +176,11 @@ def set_up(config: Config, source: str) -> Run | None:
         check_same_start(trainable, ranks)
     seconds = time.perf_counter() - started
     ready = f"Model {config.model_name} ({encoder.family.model_type}), ready in {seconds:.1f} s; commit {git_commit()}"
-    run = Run(
-        config, encoder, splits, plan, ranks, stop, log, state, model, loss, trainable, optimizer, peak_rates, lock
-    )
+    kept = records(encoder.family, config)
+    if ranks.is_first:
+        kept[checkpoint.BASE_FILE] = fingerprint(config.model_name)
+    trained = (model, loss, trainable, optimizer, peak_rates)
+    run = Run(config, encoder, splits, plan, ranks, stop, log, state, *trained, kept, lock)
     describe(run, resume_from, ready, notes)
     return run
 
@@ -345,13 +351,12 @@ def save(run: Run, trained: list, reason: str = "") -> None:
         run.ranks.world_size,
     )
     run.state.train_data = run.splits["train"].sha256
-    kept = records(run.encoder.family, run.config)
     size, seconds = checkpoint.save(
-        run.output, run.model, run.optimizer, run.trainable, run.state, run.config, kept, run.ranks
+        run.output, run.model, run.optimizer, run.trainable, run.state, run.config, run.records, run.ranks
     )
     run.log.say(f"Saved checkpoint-{run.state.step} ({size / 1e6:.1f} MB in {seconds:.2f} s){reason}")
     if run.ranks.is_first:
-        rotate(run.output, run.config.save_total_limit, run.state.best_step)
+        rotate(run.output, run.config.save_total_limit, run.state.best_step, run.state.step)
 
 
 # ----------------------------------------------------------------------------------------------------- the loop
@@ -422,7 +427,7 @@ def finish(run: Run, stopped: bool) -> None:
         if run.encoder.task.BEST_IS_RESULT and state.best_step not in (None, state.step):
             checkpoint.load_best(run.output / f"checkpoint-{state.best_step}", run.model, run.trainable, config)
             log.say(f"The best on val was step {state.best_step}, accuracy {state.best_score[0]:.4f}: it is the result")
-        checkpoint.save_final(run.output, run.model, config, records(run.encoder.family, config), ranks)
+        checkpoint.save_final(run.output, run.model, config, run.records, ranks)
         minutes = state.train_seconds / 60
         log.say(f"Done: {run.plan.total_steps} steps in {minutes:.1f} min of training; the model is in {run.output}")
     log.close()

@@ -33,7 +33,7 @@ sys.last = Last()
 
 delete = shutil.rmtree
 shutil.rmtree = lambda folder, **options: (time.sleep(1), delete(folder))
-rotate(sys.argv[1], 1, None)
+rotate(sys.argv[1], 1, None, 1)
 atexit.register(print, "temporary files removed")
 print("Done", worker.pid)
 end_process()

@@ -184,5 +184,6 @@ def test_qlora_learns_on_4_bit_weights_that_do_not_change_and_resumes_exactly(da
     train.main(["--config", str(config)])
     assert [row["loss"] for row in log_rows(cut)] == losses
     # The adapter also fits the full-precision base, where merge.py puts it.
-    merged = load_trained(str(tiny_models["qwen3_vl"]), cut, torch.device("cpu")).merge_and_unload()
+    full_precision = load_config(config, ["quantization=none"])
+    merged = load_trained(full_precision, cut, torch.device("cpu")).merge_and_unload()
     assert not any(p.dtype == torch.uint8 for p in merged.parameters())

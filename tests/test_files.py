@@ -3,7 +3,15 @@
 import pytest
 
 from errors import UserError
-from files import folder_beside, read_json, read_json_lines, refuse_unusable_folder, write_text, written_beside
+from files import (
+    folder_beside,
+    full_disk_is_said,
+    read_json,
+    read_json_lines,
+    refuse_unusable_folder,
+    write_text,
+    written_beside,
+)
 
 
 @pytest.mark.parametrize(
@@ -82,3 +90,14 @@ def test_a_folder_that_may_not_be_written_is_refused(tmp_path, monkeypatch):
     monkeypatch.setattr("files.os.access", lambda path, mode: path != tmp_path)
     with pytest.raises(UserError, match="is not writable"):
         refuse_unusable_folder(tmp_path / "new", "--out")
+
+
+def test_a_full_disk_is_told_from_other_failures_to_save(tmp_path):
+    full = full_disk_is_said(tmp_path / "file" / "x", "run it again")
+    with pytest.raises(UserError, match=r"GB are free there\. Free some space and run it again"), full:
+        raise RuntimeError("I/O error: No space left on device (os error 28)")
+    with pytest.raises(UserError, match="mend this, or choose another place") as error, full_disk_is_said(tmp_path):
+        raise NotADirectoryError(20, "Not a directory")
+    assert "space" not in str(error.value)
+    with pytest.raises(ZeroDivisionError), full_disk_is_said(tmp_path):
+        raise ZeroDivisionError

@@ -20,6 +20,7 @@ from checkpoint import load_trained
 from config import load_config
 from errors import UserError
 from images import letterbox, open_image
+from run_folder import config_of
 
 FAMILIES = tiny_runs.FAMILIES
 TOKEN = "hf_plantedPLANTEDplantedPLANTEDplanted"
@@ -168,7 +169,7 @@ def test_a_large_model_is_saved_in_shards_that_load_again(run, monkeypatch, tmp_
     assert len(shards) > 2
     index = json.loads((folder / "model.safetensors.index.json").read_text())
     assert sorted(set(index["weight_map"].values())) == shards
-    load_trained(str(folder), folder, torch.device("cpu"))
+    load_trained(config_of(folder), folder, torch.device("cpu"))
 
 
 # ------------------------------------------------------------------------------------------------------- the checks
@@ -255,6 +256,7 @@ def test_without_the_runs_data_a_drawn_image_serves_for_the_check(run, capsys, t
         (["--adapter-path", "{tmp}"], "--config FILE"),
         (["--adapter-path", "{tmp}/no"], "is no folder"),
         (["image_size=160"], "image_size 128, here 160"),
+        (["--out", "{run}/run.yaml/x"], "run.yaml is no folder; choose another place"),
         (["--push", "no-slash"], "USER/REPO"),
         (["--push", "a/b"], "set HF_TOKEN in the environment"),
     ],
@@ -262,7 +264,7 @@ def test_without_the_runs_data_a_drawn_image_serves_for_the_check(run, capsys, t
 def test_a_mistake_is_one_line_before_any_work(run, monkeypatch, tmp_path, arguments, message):
     monkeypatch.delenv("HF_TOKEN", raising=False)
     monkeypatch.setattr("huggingface_hub.get_token", lambda: None)
-    monkeypatch.setattr(merge.modeling, "load_base", lambda *_: pytest.fail("weights were loaded"))
+    monkeypatch.setattr(merge, "load_trained", lambda *_: pytest.fail("weights were loaded"))
     arguments = [text.format(run=run, tmp=tmp_path) for text in arguments]
     with pytest.raises(UserError, match=message):
         merge.main(["--adapter-path", str(run / "out"), "--out", str(tmp_path / "merged"), *arguments])

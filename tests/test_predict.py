@@ -1,6 +1,7 @@
 """predict.py: one image, one prompt, one answer; and clicks from training to the mark on the image."""
 
 import functools
+import hashlib
 import json
 import re
 import shutil
@@ -203,8 +204,11 @@ def test_an_evaluation_or_a_start_under_another_convention_is_refused(run, tiny_
 def test_a_resume_under_another_convention_is_refused(run, tmp_path):
     folder = shutil.copytree(run / "out", tmp_path / "out")
     (checkpoint,) = folder.glob("checkpoint-*")
-    text = (checkpoint / "coordinates.json").read_text()
-    (checkpoint / "coordinates.json").write_text(text.replace("1000", "0999"))  # same length: still complete
+    record = checkpoint / "coordinates.json"
+    record.write_text(record.read_text().replace("1000", "0999"))
+    state = json.loads((checkpoint / "trainer_state.json").read_text())
+    state["sha256"]["coordinates.json"] = hashlib.sha256(record.read_bytes()).hexdigest()  # else it is not used at all
+    (checkpoint / "trainer_state.json").write_text(json.dumps(state))
     with pytest.raises(UserError, match=r"0 to 0999 .* here '0 to 1000"):
         train.main(["--config", str(run / "run.yaml"), f"output_dir={folder}"])
 

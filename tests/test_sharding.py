@@ -17,6 +17,7 @@ import evaluate
 import model as modeling
 import sharding
 import train
+from classification import attach_head
 from config import load_config
 from dataset import SampleEncoder, SampleList
 from distributed import Ranks
@@ -95,7 +96,7 @@ def test_an_interrupted_run_resumes_bit_for_bit_and_its_checkpoints_need_no_pick
     files = {str(file.relative_to(tmp_path / "cut" / "checkpoint-12"))
              for file in (tmp_path / "cut" / "checkpoint-12").rglob("*") if file.is_file()}  # fmt: skip
     shares = {f"sharded/shard-0000{rank}-model-00001-of-00001.safetensors" for rank in (1, 2)}
-    assert files == shares | {"cls_head.safetensors", "trainer_state.json"}
+    assert files == shares | {"cls_head.safetensors", "trainer_state.json", "base.json"}
 
 
 @pytest.mark.slow
@@ -195,9 +196,11 @@ def test_the_best_epoch_is_put_back_from_its_shares(config, monkeypatch, tmp_pat
     final = load_file(output / "cls_head.safetensors")
     assert torch.equal(final["weight"], best["weight"]) and not torch.equal(final["weight"], last["weight"])
     base = load_base(str(output), torch.float32)
+    attach_head(base, 2, seed=0)
     sharding.load_unsharded(output / "checkpoint-6" / "sharded", base)
     weights = load_file(output / "model.safetensors")
-    assert all(torch.equal(weights[name], parameter) for name, parameter in base.named_parameters())
+    assert all(torch.equal(weights[name], p) for name, p in base.named_parameters() if name in weights)
+    assert torch.equal(best["weight"], base.cls_head.weight)
 
 
 @pytest.mark.parametrize(
