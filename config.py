@@ -100,6 +100,7 @@ _AT_LEAST = {
     **dict.fromkeys("max_samples eval_steps save_steps max_pixels image_size".split(), 1),
     "num_labels": 2,
 }
+_AT_MOST = {"seed": 2**64 - 1}  # what torch takes
 
 
 class _UniqueKeyLoader(yaml.SafeLoader):
@@ -229,6 +230,9 @@ def _in_range(value, key: str, source: str):
     low = _AT_LEAST.get(key)
     if low is not None and value < low:
         raise UserError(f"{source}: key '{key}' is {value} but must be at least {low}")
+    high = _AT_MOST.get(key)
+    if high is not None and value > high:
+        raise UserError(f"{source}: key '{key}' is {value} but must be at most {high}")
     if key in ("num_train_epochs", "max_grad_norm") and value <= 0:
         raise UserError(f"{source}: key '{key}' is {value} but must be above 0")
     if key == "lora.dropout" and value >= 1:

@@ -10,14 +10,15 @@ import multiprocessing
 import os
 import signal
 import sys
-from collections.abc import Sequence
+import traceback
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import NoReturn
 
 import torch
 import torch.distributed as dist
 
-from errors import UserError
+from errors import UserError, exit_on_user_error
 
 # Long enough for the slowest rank-local work (loading weights, a checkpoint of rank 0 on a slow disk), short enough
 # that a lost rank ends the job while its node is still paid for.
@@ -160,43 +161,68 @@ def sum_gradients(trainable: dict[str, torch.nn.Parameter], present: Sequence[bo
 
 
 class StopSignal:
-    """SIGUSR1 (Slurm's warning), SIGTERM, Ctrl-C and the end of torchrun set a flag; the ranks agree on it at the next
-    step boundary.
+    """SIGUSR1 (Slurm's warning), SIGTERM, Ctrl-C, a closed terminal and the end of torchrun set a flag; the ranks agree
+    on it at the next step boundary.
 
-    The handler does nothing else: saving inside a handler hangs when the signal arrives inside a collective. SIGTERM
-    and Ctrl-C end the process at once until `ranks_have_met`: a rank that waits for another in the rendezvous runs no
-    handler, and would keep torchrun waiting for 30 s."""
+    The handler does nothing else: saving inside a handler hangs when the signal arrives inside a collective. Only
+    SIGUSR1 is handled before `ranks_have_met`: a rank that waits for another in the rendezvous runs no handler, and
+    would keep torchrun, which ends it with SIGTERM, waiting for 30 s."""
 
     def __init__(self):
         self.name: str | None = None
-        self._parent = os.getppid()
+        # A process without torchrun may outlive the shell that started it (nohup).
+        self._torchrun = os.getppid() if "TORCHELASTIC_RUN_ID" in os.environ else None
         signal.signal(signal.SIGUSR1, self._note)
 
     def ranks_have_met(self) -> None:
-        for number in (signal.SIGTERM, signal.SIGINT):
-            signal.signal(number, self._note)
+        for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
+            if signal.getsignal(number) != signal.SIG_IGN:  # nohup
+                signal.signal(number, self._note)
 
     def _note(self, number, frame) -> None:
         self.name = self.name or signal.Signals(number).name
 
     @property
     def requested(self) -> bool:
-        if os.getppid() != self._parent:  # torchrun was killed: its workers, in sessions of their own, would train on
-            self.name = self.name or "the end of the process that started it"
+        if self._torchrun not in (None, os.getppid()):  # killed: its workers, in sessions of their own, would train on
+            self.name = self.name or "the end of torchrun"
         return self.name is not None
 
 
 def ignore_stop_signals(worker_id: int = 0) -> None:
     """For data workers: a signal to the whole job must not kill them under a step that still needs them. (They end
     with their parent.)"""
-    for number in (signal.SIGUSR1, signal.SIGTERM, signal.SIGINT):
+    for number in (signal.SIGUSR1, signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
         signal.signal(number, signal.SIG_IGN)
 
 
-def end_process() -> NoReturn:
-    """The end of a process whose work is done, with exit code 0. Python is not taken apart: while that lasts, a thread
-    of gloo that drops a finished collective aborts the process (SIGABRT), a late signal makes a finished run fail, and
-    a data worker that hangs (they ignore SIGTERM) holds it up for ever."""
+def run_command(main: Callable[[], None]) -> NoReturn:
+    """Run a command and end the process: with exit code 0, with 2 after one line about a user's mistake, or with 1
+    after a traceback."""
+    code = 0
+    try:
+        with exit_on_user_error():
+            try:
+                main()
+            except RuntimeError as error:  # raised by the DataLoader's SIGCHLD handler, wherever the process just was
+                if not str(error).startswith("DataLoader worker"):
+                    raise
+                raise UserError(
+                    f"{str(error).strip().rstrip('.')}. Its memory did not suffice, most likely: set a smaller "
+                    "dataloader_num_workers, or give the job more (Slurm: --mem)"
+                ) from None
+    except SystemExit as end:
+        code = end.code or 0
+    except Exception:
+        traceback.print_exc()
+        code = 1
+    end_process(code)
+
+
+def end_process(code: int = 0) -> NoReturn:
+    """The end of a process whose work is done, or has failed. There is no interpreter teardown: during it a thread of
+    gloo that drops a finished collective aborts the process (SIGABRT), a late signal makes a finished run fail, and
+    Python waits for ever for data workers, which ignore the SIGTERM it sends them."""
     ignore_stop_signals()
     signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # the DataLoader's handler raises when a worker is killed
     for worker in multiprocessing.active_children():
@@ -204,4 +230,4 @@ def end_process() -> NoReturn:
     atexit._run_exitfuncs()  # old checkpoints and temporary files are removed there
     sys.stdout.flush()
     sys.stderr.flush()
-    os._exit(0)
+    os._exit(code)

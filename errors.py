@@ -1,6 +1,7 @@
 """A user's mistake: one line on stderr that names the file, the key or the row, and the cure."""
 
 import contextlib
+import json
 import os
 import signal
 import sys
@@ -24,15 +25,30 @@ def exit_on_user_error():
             yield
         except UserError as error:
             rank = int(os.environ.get("RANK", "0"))
-            if rank > 0:
-                time.sleep(2)  # every rank meets the same bad config: rank 0 speaks, torchrun ends the others meanwhile
-            print(f"error: {error}" if rank == 0 else f"error (rank {rank}): {error}", file=sys.stderr, flush=True)
+            told = f"error: {error}" if rank == 0 else f"error (rank {rank}): {error}"
+            happened = time.time()
+            if rank > 0:  # every rank meets the same bad config: rank 0 speaks, and torchrun ends the others meanwhile
+                signal.signal(signal.SIGTERM, signal.SIG_DFL)
+                time.sleep(2)
+            _tell_torchrun(told, happened)
+            print(told, file=sys.stderr, flush=True)
             raise SystemExit(2) from None
         finally:
             sys.stdout.flush()  # a closed pipe is met here, not at the interpreter's exit
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for the flush at exit
         raise SystemExit(128 + signal.SIGPIPE) from None
+
+
+def _tell_torchrun(message: str, happened: float) -> None:
+    """torchrun's own report, the last thing on the screen, ends with what the worker that failed first has left in this
+    file."""
+    path = os.environ.get("TORCHELASTIC_ERROR_FILE")
+    if not path:
+        return
+    extra = {"py_callstack": message, "timestamp": str(int(happened))}
+    with contextlib.suppress(OSError), open(path, "w", encoding="utf-8") as file:
+        json.dump({"message": {"message": message, "extraInfo": extra}}, file)
 
 
 def first_names(names: Iterable) -> str:

@@ -19,8 +19,7 @@ from checkpoint import load_trained
 from classification import make_loss
 from config import Config, check_data_files, load_config
 from dataset import load_split
-from distributed import all_or_raise, end_process, start_ranks, stop_ranks
-from errors import exit_on_user_error
+from distributed import all_or_raise, run_command, start_ranks, stop_ranks
 from files import write_json, write_text
 from inference import predict_split
 from leakage import file_sha256
@@ -128,6 +127,4 @@ def main(arguments: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    with exit_on_user_error():
-        main()
-    end_process()
+    run_command(main)

@@ -10,6 +10,8 @@ from pathlib import Path
 
 from errors import UserError
 
+HUB_SECONDS = 5  # to answer
+
 # How each family writes a point (its makers' cookbooks): thousandths of the image, or pixels of the resized image.
 COORDINATES = {"qwen2_vl": "relative", "qwen2_5_vl": "absolute", "qwen3_vl": "relative", "qwen2": None}
 
@@ -53,13 +55,36 @@ class Family:
             )
 
 
+def hub_is_asked(model_name: str) -> bool:
+    """Whether files of a hub name may be looked for beyond the cache.
+
+    Without network, transformers asks six times for each file, over 24 s, before it takes the cached one or gives the
+    name up. One short question here decides for the whole process."""
+    import huggingface_hub
+
+    constants = huggingface_hub.constants
+    if not constants.HF_HUB_OFFLINE and not Path(model_name).exists():
+        try:
+            huggingface_hub.get_session().head(constants.ENDPOINT, timeout=HUB_SECONDS)
+        except Exception:
+            constants.HF_HUB_OFFLINE = True
+    return not constants.HF_HUB_OFFLINE
+
+
 def load_family(model_name: str) -> Family:
     """Family of a hub name or a folder. Errors: `UserError` where it cannot be read or is none of ours."""
     from transformers import AutoConfig, AutoImageProcessor
 
+    online = hub_is_asked(model_name)
     try:
         model_config = AutoConfig.from_pretrained(model_name)
     except (OSError, ValueError) as error:
+        if not online and not Path(model_name).exists():
+            raise UserError(
+                f"model_name '{model_name}' is no folder here and is not in the cache, and the hub is not asked (no "
+                "network, or HF_HUB_OFFLINE=1); give the model's folder, point HF_HOME to the cache that holds it, or "
+                f"download it on a machine with network: hf download {model_name}"
+            ) from None
         reason = str(error).strip().splitlines()[0]
         raise UserError(f"model_name '{model_name}' is no model folder and no reachable hub name: {reason}") from None
     model_type = model_config.model_type
@@ -73,7 +98,16 @@ def load_family(model_name: str) -> Family:
         reason = str(error).strip().splitlines()[0]
         raise UserError(f"model_name '{model_name}' has no readable preprocessor_config.json: {reason}") from None
     vision = model_config.vision_config
-    assert processor.patch_size == vision.patch_size and processor.merge_size == vision.spatial_merge_size
+    for name, in_model in (
+        ("patch_size", vision.patch_size),
+        ("merge_size", vision.spatial_merge_size),
+        ("temporal_patch_size", vision.temporal_patch_size),
+    ):
+        if getattr(processor, name) != in_model:
+            raise UserError(
+                f"model_name '{model_name}': preprocessor_config.json says {name} {getattr(processor, name)}, and "
+                f"config.json {in_model}; take both files from the same model"
+            )
     return Family(
         model_type=model_type,
         coordinates=COORDINATES[model_type],

@@ -9,6 +9,7 @@ images, or its text is the prompt.
 import argparse
 import math
 import os
+import re
 import time
 from dataclasses import replace
 from pathlib import Path
@@ -82,6 +83,9 @@ def main(arguments: list[str] | None = None) -> None:
         raise UserError(f"--draw marks clicks, and this model's task is '{config.task}'; leave it out")
     if args.draw and args.draw.suffix.lower() not in (".png", ".jpg", ".jpeg", ".webp"):
         raise UserError(f"--draw {args.draw}: give a file name that ends with .png")
+    for path in args.image:
+        if re.match(r"\w+:/", str(path)):
+            raise UserError(f"--image {path} is an address, and only files are read; download it first")
     # Everything that can be wrong comes before the weights: a wrong path costs no minutes.
     original = open_image(args.image[0]) if args.image else None
     # The images come from anywhere on this machine, one at a time.

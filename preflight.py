@@ -269,11 +269,18 @@ def make_plan(config: Config, samples: SampleList, encoder: SampleEncoder, world
 
 
 def batch_arithmetic(config: Config, plan: BatchPlan, world_size: int) -> list[str]:
+    warnings = []
+    if config.warmup_steps >= plan.total_steps:
+        warnings.append(
+            f"Warning: warmup_steps is {config.warmup_steps} and the run has {plan.total_steps:,} steps: it ends "
+            "before learning_rate is reached"
+        )
     return [
         f"Batch: {config.train_bs} questions × {config.grad_accum} micro-steps × {world_size} ranks = "
         f"{plan.batch} a step",
         f"Steps: {plan.samples:,} questions / {plan.batch} = {plan.steps_per_epoch:,} an epoch, "
         f"{config.num_train_epochs:g} epochs = {plan.total_steps:,} steps over {plan.total_questions:,} questions",
+        *warnings,
     ]
 
 

@@ -25,9 +25,14 @@ class OutputLock:
     Errors: `UserError` naming the owner."""
 
     def __init__(self, output_dir):
-        Path(output_dir).mkdir(parents=True, exist_ok=True)
-        path = Path(output_dir) / ".lock"
-        self._file = open(path, "a+", encoding="utf-8")  # noqa: SIM115 - held until the process ends
+        try:
+            Path(output_dir).mkdir(parents=True, exist_ok=True)
+            self._file = open(Path(output_dir) / ".lock", "a+", encoding="utf-8")  # noqa: SIM115 - held until the end
+        except OSError as error:
+            raise UserError(
+                f"output_dir {output_dir} cannot be written to ({error.strerror}: {error.filename}); choose another, "
+                "or put right what stands there"
+            ) from None
         try:
             fcntl.lockf(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:

@@ -29,12 +29,12 @@ from distributed import (
     StopSignal,
     all_or_raise,
     check_same_start,
-    end_process,
+    run_command,
     start_ranks,
     stop_ranks,
     sum_gradients,
 )
-from errors import UserError, exit_on_user_error
+from errors import UserError
 from family import fingerprint
 from files import write_json, write_text
 from inference import Stopped, scores_while_training
@@ -453,6 +453,4 @@ def main(arguments: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    with exit_on_user_error():
-        main()
-    end_process()
+    run_command(main)

@@ -23,6 +23,9 @@ STOPPED=75           # exit code of a run that was stopped and saved (as in syse
 MAX_FRUITLESS_RUNS=3 # stopped in a row without a new checkpoint: then the job is not requeued any more
 LEAVING_SECONDS=60   # for a run that has saved; what hangs on its way out shall not cost the restart
 export OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}" # as torchrun sets it, but not for one process; chains share the cores
+# A cancelled job's torchrun kills its workers this long after their SIGTERM, and 30 s are short for a large checkpoint.
+# (Slurm's own KillWait may be shorter still.)
+export TORCH_ELASTIC_SHUTDOWN_TIMEOUT="${TORCH_ELASTIC_SHUTDOWN_TIMEOUT:-300}"
 
 say() { printf '=== %(%F %T)T | %s\n' -1 "$*"; }
 

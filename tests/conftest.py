@@ -57,7 +57,7 @@ def tiny_models(tmp_path_factory):
 @pytest.fixture(autouse=True)
 def keep_signal_handlers():
     """train.main installs handlers; the test session keeps its own."""
-    numbers = (signal.SIGUSR1, signal.SIGTERM, signal.SIGINT)
+    numbers = (signal.SIGUSR1, signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
     handlers = [signal.getsignal(number) for number in numbers]
     yield
     for number, handler in zip(numbers, handlers, strict=True):

@@ -178,7 +178,8 @@ def test_the_final_folder_and_the_last_checkpoint_hold_the_same_model(name, runs
 def test_another_base_of_the_same_shapes_is_refused_at_every_load(runs, tiny_models, copied, tmp_path):
     other = tiny_models.build("qwen3_vl", seed=1)
     folder = copied("lora")
-    told = f"lora was trained on {tiny_models['qwen3_vl']}, and model_name {other} differs from that in weights; set model_name"
+    base = tiny_models["qwen3_vl"]
+    told = f"lora was trained on {base}, and model_name {other} differs from that in weights; set model_name"
     values = load_config(runs["lora"])
     config = write_config(Path(values.data.image_root), other, tmp_path / "out", save_steps=1, num_train_epochs=2,
                           warmup_steps=0)  # fmt: skip

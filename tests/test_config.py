@@ -97,6 +97,7 @@ def test_a_missing_nested_key_is_named_with_its_group(tmp_path):
         ("lora: {dropout: 1.0}", "'lora.dropout' is 1.0 but must be below 1"),
         ("lora: {r: 0}", "'lora.r' is 0 but must be at least 1"),
         ("seed: -1", "'seed' is -1 but must be at least 0"),
+        (f"seed: {2**64}", f"'seed' is {2**64} but must be at most {2**64 - 1}"),
         ("template: ''", "'template' is '' but must be a text"),
     ],
 )

@@ -89,3 +89,39 @@ def test_a_folder_that_is_no_model_or_lacks_its_image_processor_is_named(tiny_mo
     assert str(tmp_path) in one_line(tmp_path)
     shutil.copyfile(tiny_models["qwen3_vl"] / "config.json", tmp_path / "config.json")
     assert "preprocessor_config.json" in one_line(tmp_path)
+
+
+def test_image_processor_and_model_that_contradict_each_other_are_named_with_both_values(tiny_models, tmp_path):
+    for key, value in (("patch_size", 14), ("merge_size", 4), ("temporal_patch_size", 1)):
+        folder = shutil.copytree(tiny_models["qwen3_vl"], tmp_path / key)
+        processor = json.loads((folder / "preprocessor_config.json").read_text())
+        (folder / "preprocessor_config.json").write_text(json.dumps({**processor, key: value}))
+        told = f"preprocessor_config.json says {key} {value}, and config.json {processor[key]}"
+        assert told in one_line(folder)
+
+
+def test_without_network_a_name_that_is_not_cached_costs_one_question_and_one_line(monkeypatch, capfd):
+    """By itself, transformers retries for 24 s and prints each failure."""
+    import huggingface_hub
+
+    asked = []
+
+    class NoNetwork:
+        def head(self, url, timeout):
+            asked.append((url, timeout))
+            raise ConnectionError("no route to host")
+
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", False)
+    monkeypatch.setattr(huggingface_hub, "get_session", NoNetwork)
+    error = one_line("some-maker/some-model")
+    assert "HF_HOME" in error and "HF_HUB_OFFLINE=1" in error and "hf download some-maker/some-model" in error
+    one_line("some-maker/another-model")
+    assert len(asked) == 1 and asked[0][1] <= 5 and capfd.readouterr() == ("", "")
+
+
+def test_with_a_folder_the_hub_is_not_asked(tiny_models, monkeypatch):
+    import huggingface_hub
+
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", False)
+    monkeypatch.setattr(huggingface_hub, "get_session", lambda: pytest.fail("the hub was asked"))
+    load_family(str(tiny_models["qwen3_vl"]))

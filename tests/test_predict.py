@@ -82,6 +82,7 @@ def test_an_adapter_folder_without_a_config_says_that_it_needs_one(run, capsys, 
     ("arguments", "message"),
     [
         (["--image", "nowhere.png"], "nowhere.png does not exist"),
+        (["--image", "https://example.org/x.png"], "x.png is an address, and only files are read"),
         (["--adapter-path", "nowhere"], "nowhere is no folder"),
         (["--draw", "mark.txt"], "ends with .png"),
         (["image_size=256"], "image_size 128, here 256"),

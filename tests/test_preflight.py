@@ -101,6 +101,16 @@ def test_a_mistake_in_the_config_ends_the_command_with_code_2_and_the_cure(comma
     assert not list((data / "out").glob("[!.]*")) and not (data / "results").exists()
 
 
+@pytest.mark.parametrize("place", ["file", "file/under", "dangling", "/proc/out"])
+def test_an_output_dir_that_cannot_be_written_to_ends_training_with_code_2_and_one_line(command, data, place):
+    (data / "file").touch()
+    (data / "dangling").symlink_to(data / "nowhere")
+    code, _, err = command(output_dir=str(data / place))
+    assert (
+        code == 2 and err.startswith(f"error: output_dir {data / place} cannot be written to") and err.count("\n") == 1
+    )
+
+
 @pytest.mark.parametrize("script", ["train.py", "evaluate.py"])
 def test_a_size_of_768_on_qwen2_5_vl_ends_the_command_with_the_two_sizes_that_fit(command, script):
     code, _, err = command(script, "qwen2_5_vl", image_size=768)
@@ -268,6 +278,18 @@ def test_the_quick_check_of_lengths_agrees_with_counting_every_token(tiny_models
                     check_samples(SampleList([sample], "s"), encoder)
 
 
+def test_samples_whose_images_are_smaller_than_the_limit_allows_are_not_tokenised(tiny_models, monkeypatch):
+    """With native resizing a limit of many pixels says little: the headers of the images say more."""
+    run = tiny_run(tiny_models, "qwen3_vl")
+    encoder = run.encoder(resize="native", image_size=None, max_pixels=4_000_000)
+    tokenised, headers = [], []
+    monkeypatch.setattr(SampleEncoder, "encode", lambda self, sample, images: tokenised.append(sample))
+    size_only = SampleEncoder.size_only
+    monkeypatch.setattr(SampleEncoder, "size_only", lambda self, path: headers.append(path) or size_only(self, path))
+    check_samples(SampleList(vqa_samples(3, 9), "s"), encoder)
+    assert not tokenised and sorted(headers) == ["0.png", "1.png", "2.png"]
+
+
 def test_twenty_thousand_samples_are_checked_in_seconds(tiny_models):
     run = tiny_run(tiny_models, "qwen3_vl")
     samples = SampleList([{**vqa_samples(1, 1)[0], "id": str(i)} for i in range(20_000)], "s")
@@ -299,6 +321,15 @@ def test_the_plan_of_exp2_is_printed_as_the_arithmetic_of_its_batches(tiny_model
         "Batch: 4 questions × 8 micro-steps × 2 ranks = 64 a step",
         "Steps: 41,079 questions / 64 = 642 an epoch, 3 epochs = 1,926 steps over 123,237 questions",
     ]
+
+
+def test_a_warmup_that_the_run_does_not_reach_the_end_of_is_said(tiny_models):
+    run = tiny_run(tiny_models, "qwen3_vl")
+    plan = BatchPlan(40, 4, 1, "sequential", 0)
+    said = [len(batch_arithmetic(replace(run.config, warmup_steps=steps), plan, 1)) == 3 for steps in (0, 9, 10, 500)]
+    assert said == [False, False, True, True]
+    *_, line = batch_arithmetic(replace(run.config, warmup_steps=500), plan, 1)
+    assert line.startswith("Warning: warmup_steps is 500 and the run has 10 steps")
 
 
 def test_the_plan_takes_batch_order_and_seed_from_the_config(tiny_models):

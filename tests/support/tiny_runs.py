@@ -28,6 +28,7 @@ from templates import IGNORE
 
 FAMILIES = ["qwen2_vl", "qwen2_5_vl", "qwen3_vl"]
 END = "<|im_end|>"
+STOP_SIGNALS = (signal.SIGUSR1, signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
 
 
 def write_images(folder: Path, names, size=(60, 45), seed=0) -> Path:
@@ -223,13 +224,13 @@ def run_script(script: str, *arguments: str) -> tuple[int, str, str]:
     out, err = io.StringIO(), io.StringIO()
     before = sys.argv
     sys.argv = [script, *map(str, arguments)]
-    handlers = {number: signal.getsignal(number) for number in (signal.SIGUSR1, signal.SIGTERM, signal.SIGINT)}
+    handlers = {number: signal.getsignal(number) for number in STOP_SIGNALS}
     code = 0
     try:
         with (
             contextlib.redirect_stdout(out),
             contextlib.redirect_stderr(err),
-            mock.patch("distributed.end_process"),  # it would end this process, which runs all the tests
+            mock.patch("distributed.end_process", sys.exit),  # it would end this process, which runs all the tests
         ):
             runpy.run_path(str(REPO_ROOT / script), run_name="__main__")
     except SystemExit as end:

@@ -5,8 +5,7 @@ import os
 from torch.distributed.checkpoint import HuggingFaceStorageWriter
 
 import train
-from distributed import end_process
-from errors import exit_on_user_error
+from distributed import run_command
 
 write_data = HuggingFaceStorageWriter.write_data
 
@@ -19,6 +18,4 @@ def faulty(self, plan, planner):
 
 HuggingFaceStorageWriter.write_data = faulty
 if __name__ == "__main__":
-    with exit_on_user_error():
-        train.main()
-    end_process()
+    run_command(train.main)

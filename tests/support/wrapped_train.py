@@ -5,8 +5,7 @@ import time
 
 import model
 import train
-from distributed import end_process
-from errors import exit_on_user_error
+from distributed import run_command
 
 fault = os.environ.get("FAULT", "")
 forward = model.AnswerLoss.forward
@@ -29,6 +28,4 @@ def faulty(self, batch):
 
 model.AnswerLoss.forward = faulty
 if __name__ == "__main__":
-    with exit_on_user_error():
-        train.main()
-    end_process()
+    run_command(train.main)
