@@ -7,7 +7,7 @@ import json
 import pytest
 import torch
 from safetensors.torch import load_file
-from support.run_helpers import REPO, finish, log_rows, order, start, write_config, write_samples
+from support.run_helpers import REPO, finish, log_rows, order, start_train, write_config, write_samples
 
 import inference
 import train
@@ -50,7 +50,7 @@ def test_exp2_trains_stages_in_order_over_all_ranks_in_every_epoch_and_exp1_does
         output = tmp_path / name
         config = write_config(data, tiny_models["qwen3_vl"], output, order=shipped.order, **keys)
         if two_ranks:
-            code, text = finish(start(config, ranks=2))
+            code, text = finish(start_train(config, ranks=2))
             assert code == 0, text
         else:
             train.main(["--config", str(config)])

@@ -9,6 +9,7 @@ import time
 
 import pytest
 import torch
+from support.forked import start_forked
 from support.run_helpers import (
     REPO,
     children,
@@ -18,6 +19,7 @@ from support.run_helpers import (
     order,
     send,
     start,
+    start_train,
     wait_for_step,
     weights,
     write_config,
@@ -90,7 +92,7 @@ def test_two_ranks_stopped_by_one_signal_and_resumed_equal_an_uninterrupted_run(
     whole, cut = tmp_path / "whole", tmp_path / "cut"
     changes = {"num_train_epochs": 10, "dataloader_num_workers": 1, "save_steps": 100}
     slow = {"FAULT": "slow_steps"}
-    first = start(
+    first = start_train(
         write_config(data, tiny_models["qwen3_vl"], cut, **changes), ranks=2, script=WRAPPED, environment=slow
     )
     wait_for_step(cut, 6, first)
@@ -104,8 +106,8 @@ def test_two_ranks_stopped_by_one_signal_and_resumed_equal_an_uninterrupted_run(
     assert text.count("Saved checkpoint-") == 1 and f"Stopped at step {stopped_at}/20 on request" in text
     assert not (cut / "adapter_model.safetensors").exists()
 
-    resumed = start(data / "cut.yaml", ranks=2)
-    uninterrupted = start(write_config(data, tiny_models["qwen3_vl"], whole, **changes), ranks=2)
+    resumed = start_train(data / "cut.yaml", ranks=2)
+    uninterrupted = start_train(write_config(data, tiny_models["qwen3_vl"], whole, **changes), ranks=2)
     code, text = finish(resumed)
     assert code == 0 and f"Resuming from {cut}/checkpoint-{stopped_at}: step {stopped_at}/20" in text
     assert finish(uninterrupted)[0] == 0
@@ -125,7 +127,7 @@ def test_a_run_goes_on_under_another_number_of_ranks_with_the_same_batches_and_l
     mixed = run("mixed", grad_accum=4, **changes)
     monkeypatch.undo()
     assert order(mixed) == order(one)[:3]
-    code, text = finish(start(data / "mixed.yaml", "grad_accum=2", ranks=2))
+    code, text = finish(start_train(data / "mixed.yaml", "grad_accum=2", ranks=2))
     assert code == 0, text
     assert order(mixed) == order(one)  # no sample twice, none missing
     for mine, theirs in zip(history(mixed), history(one), strict=True):
@@ -261,7 +263,7 @@ def test_a_damaged_newest_checkpoint_is_reported_and_the_one_before_is_used(run,
 def test_nan_on_one_rank_skips_the_step_everywhere_names_the_samples_and_stops_the_run(data, tiny_models, tmp_path):
     output = tmp_path / "nan"
     config = write_config(data, tiny_models["qwen3_vl"], output, save_steps=1, save_total_limit=9, num_train_epochs=9)
-    code, text = finish(start(config, ranks=2, script=WRAPPED, environment={"FAULT": "nan_on_rank_1"}))
+    code, text = finish(start_train(config, ranks=2, script=WRAPPED, environment={"FAULT": "nan_on_rank_1"}))
     assert code != 0
     assert [folder.name for folder in run_folder.checkpoints(output)] == [f"checkpoint-{step}" for step in range(1, 7)]
     saved = {step: (output / f"checkpoint-{step}" / "adapter_model.safetensors").read_bytes() for step in range(1, 7)}
@@ -298,7 +300,7 @@ def test_a_full_disk_stops_the_run_with_path_and_free_space_and_keeps_the_checkp
     try:
         output = mount / "run"
         config = write_config(data, tiny_models["qwen3_vl"], output, save_total_limit=9)
-        code, text = finish(start(config, ranks=2))
+        code, text = finish(start_train(config, ranks=2))
         assert code != 0
         assert f"cannot save {output}/checkpoint-" in text and "GB are free there" in text
         assert (output / "checkpoint-4" / "trainer_state.json").is_file()
@@ -351,7 +353,7 @@ def test_a_busy_rendezvous_port_is_one_line_that_names_it(data, tiny_models, tmp
             "MASTER_PORT": port,
         }
         config = write_config(data, tiny_models["qwen3_vl"], tmp_path / "busy")
-        code, text = finish(start(config, environment=environment))
+        code, text = finish(start_forked("train.py", "--config", config, environment=environment))
     assert code == 2 and "Traceback" not in text
     assert f"the ranks cannot meet at 127.0.0.1:{port}" in text and "--standalone" in text
 
