@@ -80,6 +80,7 @@ def _start_server() -> None:
 
 
 def _launch(arguments, ranks, folder, environment, output) -> None:
+    multiprocessing.set_start_method(None, force=True)  # the platform's, as in a process that nobody forked
     os.setpgid(0, 0)
     os.environ.clear()
     os.environ.update(environment)
