@@ -130,9 +130,8 @@ def loss_and_gradients(run, monkeypatch, path: str, dtype=torch.float64):
     return float(loss.detach()), {name: p.grad.clone() for name, p in trainable_parameters(model).items()}
 
 
-@pytest.mark.parametrize("family", FAMILIES)
-def test_a_model_trains_the_same_on_every_path(tiny_models, monkeypatch, family):
-    run = tiny_run(tiny_models, family)
+def test_a_model_trains_the_same_on_every_path(tiny_models, monkeypatch):
+    run = tiny_run(tiny_models, "qwen3_vl")
     calls = []
     for name, stand_in in (("two_part", two_part), ("varlen", varlen)):
         monkeypatch.setattr(attention, name, lambda *a, f=stand_in, n=name, **k: calls.append(n) or f(*a, **k))

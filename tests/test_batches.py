@@ -3,12 +3,10 @@
 import numpy as np
 import pytest
 import torch
-from conftest import shared_data
-from support.tiny_runs import END, FAMILIES, TinyRun, build_items, supervised_text, tiny_run, vqa_samples, write_images
+from support.tiny_runs import END, FAMILIES, build_items, supervised_text, tiny_run, vqa_samples, write_images
 
 from batches import BatchPlan, Item, collate, passes
 from dataset import SampleEncoder
-from family import load_family
 from images import ModelImage
 from templates import IGNORE, SYSTEM_PROMPTS, as_conversations
 
@@ -165,19 +163,6 @@ def test_decoded_labels_are_the_answers_and_their_end_tokens_and_nothing_else(
     batch = one_batch(run.encoder(template=template), samples, share_prefix)
     assert supervised_text(batch, run.tokenizer) == ["".join(answers(sample)) for sample in samples]
     assert batch["answer_tokens"] == int((batch["targets"] != IGNORE).sum())
-
-
-@pytest.mark.parametrize(
-    ("name", "tokenizer"), [("qwen3_vl", "tokenizers/qwen3-vl"), ("qwen2_5_vl", "tokenizers/qwen2.5-vl")]
-)
-def test_with_the_real_tokenizers_too(tiny_models, tmp_path, name, tokenizer):
-    folder = tiny_models.build(name, tokenizer_from=shared_data(tokenizer), hidden_size=16, layers=1, heads=2)
-    run = TinyRun(folder, tmp_path / "run", name)
-    assert run.family == load_family(str(folder)) and run.family.image_token_id == 151655
-    for template in ("ultra_condensed", "plain"):
-        samples = [*vqa_samples(), *chats()]
-        batch = one_batch(run.encoder(template=template), samples, True)
-        assert supervised_text(batch, run.tokenizer) == ["".join(answers(sample)) for sample in samples]
 
 
 # --------------------------------------------------------------------------------------------------- rows and columns

@@ -11,6 +11,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from support import click_runs, tiny_runs
 from support.stand_in_hub import StandInHub
+from support.tiny_runs import run_script
 
 import merge
 import predict
@@ -335,23 +336,39 @@ def test_push_uploads_exactly_the_folder_and_the_token_is_found_nowhere(run, tmp
     assert not [path for path in seen if TOKEN.encode() in path.read_bytes()]
 
 
-def test_a_stranger_in_the_folder_stops_the_upload_before_anything_is_sent(merged, tmp_path):
+@pytest.fixture
+def online(monkeypatch):
+    """online(hub) lets this process reach the stand-in hub, with the token. (huggingface_hub reads these at import.)"""
+
+    def online(hub):
+        monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", hub.address)
+        monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
+        monkeypatch.setenv("HF_TOKEN", TOKEN)
+
+    return online
+
+
+def test_a_stranger_in_the_folder_stops_the_upload_before_anything_is_sent(merged, online, tmp_path):
     folder = shutil.copytree(merged("qwen3_vl"), tmp_path / "merged")
     (folder / "notes.txt").write_text("private")
     (folder / ".env").write_text(TOKEN)
     with StandInHub(TOKEN) as hub:
-        done = run_merge(hub, tmp_path / "home", "--out", folder, "--push", "someone/model")
-    assert done.returncode == 2 and not hub.files and not hub.created
-    assert done.stderr.count("\n") == 1 and "holds .env, notes.txt" in done.stderr
+        online(hub)
+        code, _, err = run_script("merge.py", "--out", folder, "--push", "someone/model")
+    assert code == 2 and not hub.files and not hub.created
+    assert err.count("\n") == 1 and "holds .env, notes.txt" in err
 
 
-def test_a_refused_token_ends_before_the_merge_without_showing_the_token(run, tmp_path):
+def test_a_refused_token_ends_before_the_merge_without_showing_the_token(run, online, tmp_path):
     with StandInHub("another") as hub:
-        done = run_merge(hub, tmp_path / "home", "--adapter-path", run / "out", "--out", tmp_path / "merged", "--push",
-                         "someone/model")  # fmt: skip
-    assert done.returncode == 2 and not (tmp_path / "merged").exists()
-    assert "the hub does not accept the token" in done.stderr and "Traceback" not in done.stderr
-    assert TOKEN not in done.stdout + done.stderr
+        online(hub)
+        code, out, err = run_script(
+            "merge.py", "--adapter-path", run / "out", "--out", tmp_path / "merged", "--push", "someone/model"
+        )
+    assert hub.requests, "the hub was asked"
+    assert code == 2 and not (tmp_path / "merged").exists()
+    assert "the hub does not accept the token" in err and "Traceback" not in err
+    assert TOKEN not in out + err
 
 
 def test_a_failed_upload_keeps_the_folder_and_says_how_to_push_it_again(merged, monkeypatch):

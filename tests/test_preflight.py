@@ -1,17 +1,15 @@
 """Whatever is wrong with a run or its data is told in seconds, in one line, before any weights load."""
 
 import json
-import subprocess
-import sys
 import time
 from dataclasses import replace
 
 import numpy as np
 import pytest
 import torch
-from conftest import REPO_ROOT
 from PIL import Image
 from support.configs import write_values
+from support.forked import start_forked
 from support.tiny_runs import FAMILIES, build_items, config_values, run_script, tiny_run, vqa_samples, write_images
 from test_images import BAD_FILES
 
@@ -183,11 +181,9 @@ def test_as_a_process_of_its_own_it_exits_with_2_and_one_line_in_seconds(data, t
     """The same without the shortcuts of these tests."""
     write_values(data / "c.yaml", config_values(data, tiny_models["qwen2_5_vl"], image_size=768))
     (data / "val.json").write_text("[]")
-    ended = subprocess.run(
-        [sys.executable, "train.py", "--config", data / "c.yaml"], cwd=REPO_ROOT, capture_output=True, text=True
-    )
-    assert ended.returncode == 2 and ended.stdout == ""
-    assert ended.stderr.count("\n") == 1 and "756 or 784" in ended.stderr
+    ended = start_forked("train.py", "--config", data / "c.yaml")
+    printed, _ = ended.communicate(timeout=60)
+    assert ended.returncode == 2 and printed.count("\n") == 1 and "756 or 784" in printed
 
 
 # ------------------------------------------------------------------------------------------------------------ --check

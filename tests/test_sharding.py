@@ -8,7 +8,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from support.document_runs import document_config, losses, predictions, write_documents
-from support.run_helpers import REPO, children, finish, history, log_rows, send, start, wait_for_step
+from support.run_helpers import REPO, children, finish, history, log_rows, send, start, start_train, wait_for_step
 from support.run_helpers import write_config as question_config
 from support.run_helpers import write_samples as write_questions
 from support.tiny_runs import tiny_run, vqa_samples
@@ -59,7 +59,7 @@ def newest_state(output):
 
 
 def test_two_shares_train_like_two_copies_and_like_one_process(config, tmp_path):
-    runs = {name: start(config(name, parallel=name, num_train_epochs=1), ranks=2) for name in ("fsdp", "ddp")}
+    runs = {name: start_train(config(name, parallel=name, num_train_epochs=1), ranks=2) for name in ("fsdp", "ddp")}
     train.main(["--config", str(config("one", grad_accum=4, num_train_epochs=1))])
     for process in runs.values():
         code, text = finish(process)

@@ -2,15 +2,13 @@
 
 import csv
 import json
-import os
-import subprocess
-import sys
 
 import pytest
 import torch
 import yaml
-from conftest import REPO_ROOT, shared_data
+from conftest import shared_data
 from peft import PeftModel
+from support.forked import start_forked
 from transformers import AutoImageProcessor, AutoModelForImageTextToText, AutoTokenizer
 
 from images import letterbox, open_image
@@ -21,16 +19,10 @@ RATE, EPOCHS = 4e-3, 60
 
 def command(*arguments, folder) -> str:
     """What `python SCRIPT ...` prints; its exit code is 0."""
-    ended = subprocess.run(
-        [sys.executable, str(REPO_ROOT / arguments[0]), *map(str, arguments[1:])],
-        cwd=folder,
-        capture_output=True,
-        text=True,
-        timeout=180,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-    )
-    assert ended.returncode == 0, ended.stdout + ended.stderr
-    return ended.stdout
+    ended = start_forked(*arguments, folder=folder)
+    printed, _ = ended.communicate(timeout=180)
+    assert ended.returncode == 0, printed
+    return printed
 
 
 @pytest.fixture(scope="module")

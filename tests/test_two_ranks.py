@@ -1,16 +1,11 @@
 """Two processes give the numbers of one: losses, gradients, answers. (All in one start of two_ranks_worker.py.)"""
 
 import json
-import os
-import socket
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 import torch
-from conftest import REPO_ROOT
 from safetensors.torch import load_file
+from support.forked import start_forked
 from support.tiny_runs import (
     build_items,
     largest_relative_difference,
@@ -35,25 +30,9 @@ ALONE = Ranks(0, 1, torch.device("cpu"))
 def two_ranks(tiny_models, tmp_path_factory) -> list[dict]:
     """What each of the two ranks found."""
     results = tmp_path_factory.mktemp("two_ranks")
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    path = os.pathsep.join([str(REPO_ROOT), str(REPO_ROOT / "tests")])
-    address = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": "2", "PYTHONPATH": path}
-    worker = Path(__file__).parent / "support" / "two_ranks_worker.py"
-    processes = [
-        subprocess.Popen(
-            [sys.executable, worker, tiny_models["qwen3_vl"], results],
-            env={**os.environ, **address, "RANK": str(rank), "LOCAL_RANK": str(rank)},
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-        )
-        for rank in range(2)
-    ]
-    for process in processes:
-        text, _ = process.communicate(timeout=180)
-        assert process.returncode == 0, text
+    worker = start_forked("tests/support/two_ranks_worker.py", tiny_models["qwen3_vl"], results, ranks=2)
+    text, _ = worker.communicate(timeout=180)
+    assert worker.returncode == 0, text
     found = [json.loads((results / f"rank{rank}.json").read_text()) for rank in range(2)]
     return [{**f, "folder": results} for f in found]
 
