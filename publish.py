@@ -14,6 +14,7 @@ from dataset import load_samples
 from errors import UserError
 from files import read_json
 from run_folder import MERGED_CONFIG_FILE
+from tasks import task_of
 from templates import SYSTEM_PROMPTS
 
 # What a merged model consists of. Anything else in the folder is not uploaded, and stops the upload.
@@ -123,7 +124,7 @@ def model_card(name: str, config: Config, counts: dict, scores: dict, check: str
         f"Images were {shown}, the template was `{config.template}`, answers are greedy (`do_sample=False`, which "
         "`generation_config.json` says; elsewhere, set the temperature to 0).",
         *([f"System prompt:\n\n```\n{prompt}\n```"] if prompt else []),
-        *(["Answers are points `[x, y]`; `coordinates.json` says in which units."] if config.task == "click" else []),
+        *(["Answers are points `[x, y]`; `coordinates.json` says in which units."] if task_of(config).POINTS else []),
         "## Data",
         _rows(("split", "samples"), {k: "not at hand" if v is None else f"{v:,}" for k, v in counts.items()}),
         "## Scores on the test split",

@@ -257,7 +257,7 @@ def test_without_the_runs_data_a_drawn_image_serves_for_the_check(run, capsys, t
         (["--adapter-path", "{tmp}"], "--config FILE"),
         (["--adapter-path", "{tmp}/no"], "is no folder"),
         (["image_size=160"], "image_size 128, here 160"),
-        (["--out", "{run}/run.yaml/x"], "run.yaml is no folder; choose another place"),
+        (["--out", "{run}/run.yaml/x"], "run.yaml is no folder; give another place"),
         (["--push", "no-slash"], "USER/REPO"),
         (["--push", "a/b"], "set HF_TOKEN in the environment"),
     ],
