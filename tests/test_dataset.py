@@ -242,10 +242,10 @@ def test_a_step_holds_the_same_questions_once_and_tells_their_places_however_it_
 
 
 def test_whole_images_go_to_ranks(tiny_models):
-    run, samples = tiny_run(tiny_models, "qwen3_vl"), vqa_samples(4, 3)
+    run, samples = tiny_run(tiny_models, "qwen3_vl"), vqa_samples(3, 4)
     ((first, second),) = steps_of(run, samples, batch=12, ranks=2, pass_tokens=1000)
     images = [{id.partition("q")[0] for _, id in rank["sample_ids"]} for rank in (first, second)]
-    assert len(images[0]) == len(images[1]) == 2 and not images[0] & images[1]
+    assert sorted(map(len, images)) == [1, 2] and not images[0] & images[1]
 
 
 def test_no_pass_is_larger_than_its_budget_but_for_one_row_that_is_longer_by_itself(tiny_models):
