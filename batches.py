@@ -1,9 +1,12 @@
-"""Which questions make up an optimizer step, and how they lie in its micro-batches.
+"""Which questions make up an optimizer step (the plan), which rank does which, and how they lie in passes.
 
-The plan alone decides which questions a step has, as a pure function of (seed, step, rank). The collator only lays them
-out: sharing a prefix never changes a batch, a loss or a gradient.
+The plan alone decides which questions a step has, as a pure function of (seed, step). Sharing them out over the ranks
+and laying them out in rows and passes never changes a step, a loss or a gradient: only which dropout is drawn, and the
+order of sums. Both are pure functions of the step's questions, the number of ranks and the budget of a pass.
 """
 
+import math
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -76,10 +79,6 @@ class BatchPlan:
         start = step_in_epoch * self.batch
         return self.epoch_order(epoch)[start : min(start + self.batch, limit)]
 
-    def rank_questions(self, step: int, rank: int, world_size: int) -> np.ndarray:
-        """This rank's contiguous slice of the step; empty where a last small step has fewer questions than ranks."""
-        return np.array_split(self.questions(step), world_size)[rank]
-
     def epoch_at(self, step: int) -> float:
         """Epochs seen once `step` steps are done."""
         epoch, step_in_epoch = divmod(step, self.steps_per_epoch)
@@ -88,18 +87,98 @@ class BatchPlan:
 
 # -------------------------------------------------------------------------------------------------------- collator
 
-# Tokens of a pass. An H100 works off 1,000 tokens of the 8B in the 50 ms that launching a pass's 10,000 kernels takes
-# (by count, unmeasured): from there on it is busy, and with four times as many, launching hides behind the arithmetic.
-BUSY_PASS = 1024
-FULL_PASS = {"cuda": 4096, "cpu": 1024}
-# Of rows that share nothing, on CPUs and with gradient checkpointing. Without it, each token of an 8B holds 9.4 MB of
-# activations until the backward pass (by count): there FULL_PASS is their limit too.
-LARGEST_PASS = 16_384
+BUSY_PASS = 1024  # tokens from which on a GPU is busy: a smaller pass takes any row that fits, however much is padding
 MOST_PADDING = 0.1  # of a row that joins a busy pass
 
 
-def collate(items: list[Item], images: dict[str, ModelImage], share_prefix: bool, pad_id: int) -> dict:
-    """Lay questions out as rows, those of one image behind one shared prefix.
+@dataclass(frozen=True)
+class Row:
+    """One row of a pass: the questions of an image behind the prefix that they share, or one question alone."""
+
+    items: tuple[int, ...]  # indices of the step's items
+    prefix: int  # tokens
+    tokens: int  # of the whole row, without padding
+
+
+def lay_out(items: Sequence[Item], share_prefix: bool, most_tokens: int | None = None) -> list[Row]:
+    """One row for each image, in order of first appearance. An image with more questions than `most_tokens` hold is
+    given several rows, each with a prefix of its own."""
+    by_images: dict = {}
+    for index, item in enumerate(items):
+        by_images.setdefault(item.images if share_prefix and item.images else index, []).append(index)
+    rows = []
+    for members in by_images.values():
+        prefix = _shared_prefix([items[index] for index in members])
+        if len(members) > 1 and prefix > items[members[0]].last_image_token:
+            rows += _cut(items, members, prefix, most_tokens)
+        else:  # alone, or the texts part before the images end: nothing worth sharing
+            rows += [_row_of(items, [index], _shared_prefix([items[index]])) for index in members]
+    return rows
+
+
+def _row_of(items: Sequence[Item], members: list[int], prefix: int) -> Row:
+    return Row(tuple(members), prefix, prefix + sum(len(items[index].input_ids) - prefix for index in members))
+
+
+def _cut(items: Sequence[Item], members: list[int], prefix: int, most_tokens: int | None) -> list[Row]:
+    """A row of these questions, or several where it would be longer than most_tokens."""
+    parts, tokens = [[]], prefix
+    for index in members:
+        own = len(items[index].input_ids) - prefix
+        if parts[-1] and most_tokens is not None and tokens + own > most_tokens:
+            parts.append([])
+            tokens = prefix
+        parts[-1].append(index)
+        tokens += own
+    return [_row_of(items, part, prefix) for part in parts]
+
+
+def share_out(items: Sequence[Item], share_prefix: bool, world_size: int) -> list[list[int]]:
+    """Indices of the items that each rank does, in order: whole images, the longest first, each to the rank that has
+    the fewest tokens so far. Only an image whose questions alone are more than a rank's mean share is parted.
+
+    A pure function of the items, so that every rank knows it without asking."""
+    if world_size == 1:
+        return [list(range(len(items)))]
+    rows = lay_out(items, share_prefix)
+    mean_share = sum(row.tokens for row in rows) / world_size
+    pieces = []
+    for row in rows:
+        own = row.tokens - row.prefix
+        parts = max(1, math.ceil(own / mean_share))
+        pieces += _cut(items, list(row.items), row.prefix, row.prefix + math.ceil(own / parts))
+    shares: list[list[int]] = [[] for _ in range(world_size)]
+    loads = [0] * world_size
+    for row in sorted(pieces, key=lambda row: (-row.tokens, row.items)):
+        rank = loads.index(min(loads))
+        shares[rank] += row.items
+        loads[rank] += row.tokens
+    return [sorted(share) for share in shares]
+
+
+def passes(rows: list[Row], pass_tokens: int) -> list[list[Row]]:
+    """Rows, the longest first, in passes of at most `pass_tokens` tokens with padding, so that little is padding. A row
+    that is longer by itself is a pass of its own."""
+    parts: list[list[Row]] = []
+    for row in sorted(rows, key=lambda row: (-row.tokens, row.items)):
+        count, longest = (len(parts[-1]), parts[-1][0].tokens) if parts else (0, 0)
+        fits = count and (count + 1) * longest <= pass_tokens
+        if fits and (count * longest < BUSY_PASS or row.tokens >= (1 - MOST_PADDING) * longest):
+            parts[-1].append(row)
+        else:
+            parts.append([row])
+    return parts
+
+
+def collate(
+    items: Sequence[Item],
+    images: Mapping[str, ModelImage],
+    share_prefix: bool,
+    pad_id: int,
+    rows: list[Row] | None = None,
+) -> dict:
+    """Lay questions out as the rows of one pass, those of one image behind one shared prefix. rows: those of `lay_out`,
+    where the pass holds a part of the items.
 
     A row is [prefix, question, question, ...] with segment 0 for the prefix, 1, 2, ... for the questions and -1 for
     padding; a token sees the prefix and its own segment (`attention.py`). Positions are each question's own.
@@ -109,10 +188,12 @@ def collate(items: list[Item], images: dict[str, ModelImage], share_prefix: bool
     than one question, which then need no mask. targets: the next token at the position that predicts it, elsewhere
     `IGNORE`. answer_tokens: how many tokens, or labels, are supervised. class_labels, cut_tokens (items,): documents'.
     """
-    groups = _groups(items, share_prefix)
-    rows = [_row(items, group, prefix) for group, prefix in groups]
+    laid_out = lay_out(items, share_prefix) if rows is None else rows
+    order = sorted(index for row in laid_out for index in row.items)  # of the items in this pass
+    place = {index: position for position, index in enumerate(order)}
+    rows = [_arrays(items, row) for row in laid_out]
     length = max(len(row["ids"]) for row in rows)
-    slots = max(len(row["group"]) for row in rows)
+    slots = max(len(row.items) for row in laid_out)
     batch = {
         "input_ids": torch.full((len(rows), length), pad_id),
         "targets": torch.full((len(rows), length), IGNORE),
@@ -126,19 +207,20 @@ def collate(items: list[Item], images: dict[str, ModelImage], share_prefix: bool
         batch["targets"][b, :tokens] = torch.from_numpy(row["targets"])
         batch["segments"][b, :tokens] = torch.from_numpy(row["segments"])
         batch["position_ids"][:, b, :tokens] = torch.from_numpy(row["positions"])
-        batch["slots"][b, : len(row["group"])] = torch.tensor(row["group"])
-    batch["shared_prefix"] = min(prefix for _, prefix in groups) if slots > 1 else None
-    shown = [path for row in rows for path in items[row["group"][0]].images]
+        members = [place[index] for index in laid_out[b].items]
+        batch["slots"][b, : len(members)] = torch.tensor(members)
+    batch["shared_prefix"] = min(row.prefix for row in laid_out) if slots > 1 else None
+    shown = [path for row in laid_out for path in items[row.items[0]].images]
     if shown:
         distinct = list(dict.fromkeys(shown))
         batch["patches"] = torch.from_numpy(np.concatenate([images[path].patches for path in distinct]))
         batch["image_grid_thw"] = torch.tensor([(1, *images[path].grid) for path in distinct])
         batch["image_index"] = [distinct.index(path) for path in shown]
-    batch["sample_ids"] = [item.sample_id for item in items]
+    batch["sample_ids"] = [items[index].sample_id for index in order]
     batch["answer_tokens"] = int((batch["targets"] != IGNORE).sum())
-    if items[0].class_label is not None:
-        batch["class_labels"] = torch.tensor([item.class_label for item in items])
-        batch["cut_tokens"] = torch.tensor([item.cut_tokens for item in items])
+    if items[order[0]].class_label is not None:
+        batch["class_labels"] = torch.tensor([items[index].class_label for index in order])
+        batch["cut_tokens"] = torch.tensor([items[index].cut_tokens for index in order])
         batch["answer_tokens"] = int((batch["class_labels"] != IGNORE).sum())
     return batch
 
@@ -149,39 +231,6 @@ def last_tokens(segments: torch.Tensor) -> torch.Tensor:
     is_last[:, :-1] = (segments[:, :-1] > 0) & (segments[:, 1:] != segments[:, :-1])
     is_last[:, -1] = segments[:, -1] > 0
     return is_last
-
-
-def passes(items: list[Item], share_prefix: bool, device: str = "cpu", checkpointing: bool = True) -> list[list[Item]]:
-    """Cut a micro-batch into passes of limited size; those with shared prefixes so that little is padding.
-    checkpointing: activations are not kept for the backward pass."""
-    groups = _groups(items, share_prefix)
-    shared = any(len(group) > 1 for group, _ in groups)
-    limit = LARGEST_PASS if not shared and (checkpointing or device == "cpu") else FULL_PASS[device]
-    lengths = [prefix + sum(len(items[index].input_ids) - prefix for index in group) for group, prefix in groups]
-    parts: list[list[int]] = []  # of rows, the longest first
-    for row in sorted(range(len(groups)), key=lambda row: -lengths[row]):
-        count, longest = (len(parts[-1]), lengths[parts[-1][0]]) if parts else (0, 0)
-        fits = count and (count + 1) * longest <= limit
-        if fits and (not shared or count * longest < BUSY_PASS or lengths[row] >= (1 - MOST_PADDING) * longest):
-            parts[-1].append(row)
-        else:
-            parts.append([row])
-    return [[items[index] for index in sorted(index for row in part for index in groups[row][0])] for part in parts]
-
-
-def _groups(items: list[Item], share_prefix: bool) -> list[tuple[list[int], int]]:
-    """(items of a row, length of their shared prefix): one row per image, in order of first appearance."""
-    by_images: dict = {}
-    for index, item in enumerate(items):
-        by_images.setdefault(item.images if share_prefix and item.images else index, []).append(index)
-    groups = []
-    for members in by_images.values():
-        prefix = _shared_prefix([items[index] for index in members])
-        if len(members) > 1 and prefix > items[members[0]].last_image_token:
-            groups.append((members, prefix))
-        else:  # alone, or the texts part before the images end: nothing worth sharing
-            groups += [([index], _shared_prefix([items[index]])) for index in members]
-    return groups
 
 
 def _shared_prefix(items: list[Item]) -> int:
@@ -196,18 +245,18 @@ def _shared_prefix(items: list[Item]) -> int:
     return length
 
 
-def _row(items: list[Item], group: list[int], prefix: int) -> dict:
-    first = items[group[0]]
+def _arrays(items: Sequence[Item], row: Row) -> dict:
+    """The row's tokens: ids, targets, segments (tokens,) and positions (3, tokens)."""
+    first, prefix = items[row.items[0]], row.prefix
     ids, targets, segments = [first.input_ids[:prefix]], [np.full(prefix, IGNORE)], [np.zeros(prefix, dtype=np.int32)]
     positions = [first.position_ids[:, :prefix]]
-    for segment, index in enumerate(group, 1):
+    for segment, index in enumerate(row.items, 1):
         item = items[index]
         ids.append(item.input_ids[prefix:])
         targets.append(np.append(item.labels[prefix + 1 :], IGNORE))
         segments.append(np.full(len(item.input_ids) - prefix, segment, dtype=np.int32))
         positions.append(item.position_ids[:, prefix:])
     return {
-        "group": group,
         "ids": np.concatenate(ids),
         "targets": np.concatenate(targets),
         "segments": np.concatenate(segments),

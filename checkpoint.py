@@ -44,6 +44,8 @@ class TrainerState:
     step: int = 0  # optimizer steps done
     global_batch: int = 0
     ranks: int = 0
+    pass_tokens: int = 0  # the budget of a pass, and the device it was for: a resumed run cuts its steps alike
+    device: str = ""
     train_data: str = ""  # SHA-256 of the training samples
     config: dict = field(default_factory=dict)
     interval: dict = field(default_factory=dict)  # sums since the last log line

@@ -62,7 +62,7 @@ class Config:
     max_samples: int | None = None  # of the training split, the first ones in the file
     max_tokens: int = 4096  # of one sample: prompt, image tokens and answer
     num_train_epochs: float = 1.0
-    train_bs: int = 4  # questions per GPU per micro-step
+    train_bs: int = 4  # train_bs × grad_accum × GPUs is the number of questions of a step, and nothing else
     grad_accum: int = 8
     eval_bs: int = 36  # four images of nine questions
     backbone_learning_rate: float | None = None  # cls only
@@ -72,6 +72,7 @@ class Config:
     warmup_steps: int = 0
     gradient_checkpointing: bool = False
     share_prefix: bool = True
+    pass_tokens: int | None = None  # of one forward and backward, with padding; None: from the device's memory
     dataloader_num_workers: int = 4
     logging_steps: int = 10
     eval_steps: int | Literal["epoch"] | None = None  # None: no evaluation during training
@@ -85,11 +86,12 @@ class Config:
 
 
 # A resumed run may change these; every other key changes the mathematics. (The samples themselves are compared by their
-# content, so the data may move.) The micro-batch may change too, as long as
-# train_bs × grad_accum × number of GPUs, the batch of one optimizer step, stays.
+# content, so the data may move.) train_bs and grad_accum may change, as long as their product with the number of GPUs,
+# the questions of one optimizer step, stays.
 FREE_ON_RESUME = frozenset(
     "experiment data output_dir results_dir eval_bs eval_steps eval_max_samples logging_steps save_steps "
-    "save_total_limit dataloader_num_workers resume share_prefix gradient_checkpointing train_bs grad_accum".split()
+    "save_total_limit dataloader_num_workers resume share_prefix pass_tokens gradient_checkpointing train_bs "
+    "grad_accum".split()
 )
 _AT_LEAST = {
     **dict.fromkeys(
@@ -97,7 +99,7 @@ _AT_LEAST = {
     ),
     **dict.fromkeys("warmup_steps dataloader_num_workers eval_max_samples weight_decay seed lora.dropout".split(), 0),
     **dict.fromkeys("learning_rate backbone_learning_rate".split(), 0),
-    **dict.fromkeys("max_samples eval_steps save_steps max_pixels image_size".split(), 1),
+    **dict.fromkeys("pass_tokens max_samples eval_steps save_steps max_pixels image_size".split(), 1),
     "num_labels": 2,
 }
 _AT_MOST = {"seed": 2**64 - 1}  # what torch takes

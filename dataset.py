@@ -1,20 +1,22 @@
-"""Sample files → tokenised questions with their images → the micro-batches of a step, in loader workers.
+"""Sample files -> tokenised questions with their images -> a rank's passes of a step, in loader workers.
 
-A worker builds one rank's whole optimizer step at a time, so that an image is decoded once for all its questions in
-the step. Which questions those are, and how they are laid out, is decided in `batches.py`.
+A worker builds one rank's whole share of a step at a time, so that an image is decoded once for all its questions in
+the step. Every rank tokenises the whole step, because who does what depends on lengths; it decodes its own images.
+Which questions make up a step, and how they are laid out, is decided in `batches.py`.
 """
 
+import functools
 import hashlib
 import json
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
 import torch
 from torch.utils.data import DataLoader, Dataset
 
-from batches import BatchPlan, Item, collate, passes, weightless
+from batches import BatchPlan, Item, collate, lay_out, passes, share_out, weightless
 from config import Config
 from distributed import ignore_stop_signals
 from errors import UserError, first_names
@@ -41,6 +43,8 @@ from templates import (
     image_paths,
     split_answer,
 )
+
+SIZES_KEPT = 65_536  # images whose size a worker remembers
 
 
 class SampleList(Sequence):
@@ -233,47 +237,50 @@ class _Batches(Dataset):
         self.samples, self.encoder, self.share_prefix = samples, encoder, share_prefix
         self.pad_id = encoder.tokenizer.pad_token_id
 
-    def build(self, rows: Sequence[int], images: dict[str, ModelImage], generation: bool = False) -> list[Item]:
-        """Items of the samples; `images` keeps the decoded images for the next call of the same step."""
-        items = []
-        for row in rows:
-            sample = self.samples[row]
-            try:
-                paths = self.encoder.images_of(sample)
-                for path in paths:
-                    if path not in images:
-                        images[path] = self.encoder.load_image(path)
-                items.append(self.encoder.encode(sample, [images[path] for path in paths], generation))
-            except UserError as error:
-                raise UserError(f"{self.samples.name(row)}: {error}") from None
-        return items
+    def encode(self, row: int, load: Callable[[str], ModelImage], generation: bool = False) -> Item:
+        """The item of a sample. load: path -> its image, decoded or its size alone."""
+        sample = self.samples[row]
+        try:
+            return self.encoder.encode(sample, [load(path) for path in self.encoder.images_of(sample)], generation)
+        except UserError as error:
+            raise UserError(f"{self.samples.name(row)}: {error}") from None
 
 
 class StepDataset(_Batches):
-    """Index: an optimizer step. Item: this rank's micro-batches of it, and its sample ids in the plan's order."""
+    """Index: an optimizer step. Item: this rank's passes of it, and [place in the step, sample id] of what it does."""
 
-    def __init__(self, samples, encoder, share_prefix, plan: BatchPlan, train_bs: int, rank: int, world_size: int):
+    def __init__(self, samples, encoder, share_prefix, plan: BatchPlan, pass_tokens: int, rank: int, world_size: int):
         super().__init__(samples, encoder, share_prefix)
-        self.plan, self.train_bs, self.rank, self.world_size = plan, train_bs, rank, world_size
-        device = "cuda" if torch.cuda.is_available() else "cpu"  # not asked in a worker: it is forked
-        self.limits = device, encoder.config.gradient_checkpointing
+        self.plan, self.pass_tokens, self.rank, self.world_size = plan, pass_tokens, rank, world_size
+        self._size_only = functools.lru_cache(SIZES_KEPT)(encoder.size_only)
 
     def __getitem__(self, step: int) -> dict:
         try:
-            questions = self.plan.rank_questions(step, self.rank, self.world_size)
-            images: dict = {}
-            items = self.build(questions, images)
-            if not items:  # nothing to do, but this rank must join the gradient's all_reduce: a question of weight 0
-                items = [weightless(item) for item in self.build(self.plan.questions(step)[:1], images)]
+            rows = self.plan.questions(step)
+            items = [self.encode(row, self._size_only) for row in rows]
+            mine = share_out(items, self.share_prefix, self.world_size)[self.rank]
+            own = [items[place] for place in mine]
+            if not own:  # nothing to do; under FSDP every rank must join each pass: a question of weight 0
+                mine, own = [], [weightless(items[0])]
+            images: dict[str, ModelImage] = {}
+            for item, place in zip(own, mine or [0], strict=True):
+                for path in item.images:
+                    if path not in images:
+                        images[path] = self._decode(path, rows[place])
+            laid_out = lay_out(own, self.share_prefix, self.pass_tokens)
             micro_batches = [
-                collate(part, images, self.share_prefix, self.pad_id)
-                for start in range(0, len(items), self.train_bs)
-                for part in passes(items[start : start + self.train_bs], self.share_prefix, *self.limits)
+                collate(own, images, self.share_prefix, self.pad_id, part)
+                for part in passes(laid_out, self.pass_tokens)
             ]
         except UserError as error:
             return {"error": str(error)}
-        sample_ids = [item.sample_id for item in items[: len(questions)]]
-        return {"micro_batches": micro_batches, "questions": len(questions), "sample_ids": sample_ids}
+        return {"micro_batches": micro_batches, "sample_ids": [[place, items[place].sample_id] for place in mine]}
+
+    def _decode(self, path: str, row: int) -> ModelImage:
+        try:
+            return self.encoder.load_image(path)
+        except UserError as error:
+            raise UserError(f"{self.samples.name(row)}: {error}") from None
 
 
 class EvalDataset(_Batches):
@@ -304,8 +311,14 @@ class EvalDataset(_Batches):
 
     def __getitem__(self, index: int) -> dict:
         try:
-            images: dict = {}
-            items = self.build(self.batches[index], images, self.generation)
+            images: dict[str, ModelImage] = {}
+
+            def load(path: str) -> ModelImage:
+                if path not in images:
+                    images[path] = self.encoder.load_image(path)
+                return images[path]
+
+            items = [self.encode(row, load, self.generation) for row in self.batches[index]]
             return {**collate(items, images, self.share_prefix, self.pad_id), "rows": self.batches[index]}
         except UserError as error:
             return {"error": str(error)}

@@ -122,7 +122,7 @@ def full_check(config: Config, splits: Mapping[str, SampleList], encoder: Sample
     print("\n".join(["Parameters:", *count_parameters(config)]))
     plan = make_plan(config, splits["train"], encoder, world_size)
     print("\n".join(batch_arithmetic(config, plan, world_size)))
-    print("\n".join(prefix_sharing(config, plan, splits["train"], encoder, world_size)))
+    print("\n".join(prefix_sharing(config, plan, splits["train"], encoder)))
     print("Check passed: nothing was trained.", flush=True)
 
 
@@ -268,7 +268,8 @@ def make_plan(config: Config, samples: SampleList, encoder: SampleEncoder, world
     return BatchPlan(len(samples), batch, config.num_train_epochs, config.order, config.seed, image_of)
 
 
-def batch_arithmetic(config: Config, plan: BatchPlan, world_size: int) -> list[str]:
+def batch_arithmetic(config: Config, plan: BatchPlan, world_size: int, pass_tokens: int | None = None) -> list[str]:
+    passes = f", in passes of up to {pass_tokens:,} tokens" if pass_tokens else ""
     warnings = []
     if config.warmup_steps >= plan.total_steps:
         warnings.append(
@@ -276,41 +277,29 @@ def batch_arithmetic(config: Config, plan: BatchPlan, world_size: int) -> list[s
             "before learning_rate is reached"
         )
     return [
-        f"Batch: {config.train_bs} questions × {config.grad_accum} micro-steps × {world_size} ranks = "
-        f"{plan.batch} a step",
+        f"Batch: train_bs {config.train_bs} × grad_accum {config.grad_accum} × {world_size} ranks = {plan.batch} "
+        f"questions a step{passes}",
         f"Steps: {plan.samples:,} questions / {plan.batch} = {plan.steps_per_epoch:,} an epoch, "
         f"{config.num_train_epochs:g} epochs = {plan.total_steps:,} steps over {plan.total_questions:,} questions",
         *warnings,
     ]
 
 
-def prefix_sharing(
-    config: Config, plan: BatchPlan, samples: SampleList, encoder: SampleEncoder, world_size: int
-) -> list[str]:
-    """How often the images of a step are encoded, as counted in some of the first epoch's steps, and a remedy where
-    micro-steps part the questions of one image. Where a step is cut changes which dropout is drawn, and nothing else.
-    """
+def prefix_sharing(config: Config, plan: BatchPlan, samples: SampleList, encoder: SampleEncoder) -> list[str]:
+    """How many image prefixes a step's questions lie behind, as counted in some of the first epoch's steps."""
     if not (config.share_prefix and encoder.image_shown):
         return []
-    questions, images, encoded = 0, 0, 0
+    questions, prefixes = 0, 0
     steps = min(plan.steps_per_epoch, plan.total_steps)
     looked_at = {steps * part // STEPS_LOOKED_AT for part in range(STEPS_LOOKED_AT)}
     for step in looked_at:
-        for rank in range(world_size):
-            shown = [encoder.images_of(samples[row]) or int(row) for row in plan.rank_questions(step, rank, world_size)]
-            questions += len(shown)
-            images += len(set(shown))
-            starts = range(0, len(shown), config.train_bs)
-            encoded += sum(len(set(shown[start : start + config.train_bs])) for start in starts)
-    if images == questions:
+        rows = plan.questions(step)
+        questions += len(rows)
+        prefixes += len({encoder.images_of(samples[row]) or int(row) for row in rows})
+    if prefixes == questions:
         return []
-    per_step = [count / len(looked_at) for count in (questions, encoded, images)]
-    line = "Sharing: a step's {:.0f} questions lie behind {:.1f} image prefixes".format(*per_step)
-    if encoded > 1.1 * images:
-        whole = config.train_bs * config.grad_accum
-        line += f"; behind {per_step[2]:.1f} with train_bs={whole} grad_accum=1: "
-        line += "faster, the same questions a step, more memory"
-    return [line]
+    per_step = [count / len(looked_at) for count in (questions, prefixes)]
+    return ["Sharing: a step's {:.0f} questions lie behind {:.1f} image prefixes".format(*per_step)]
 
 
 def describe_images(config: Config, family: Family) -> str:

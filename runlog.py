@@ -65,14 +65,16 @@ class RunLog:
             self._tensorboard.flush()
 
     def order(self, trained: list) -> None:
-        """Record which samples each step trained, in order. trained: [[step, [sample id, ...]], ...], rank by rank."""
+        """Record which samples each step trained, in the plan's order, whichever rank did them.
+        trained: [[step, [[place in the step, sample id], ...]], ...] of all ranks."""
         if not self.active:
             return
         by_step: dict = {}
-        for step, ids in trained:
-            by_step.setdefault(step, []).extend(ids)  # a rank's slice follows the slice of the rank before
+        for step, places in trained:
+            by_step.setdefault(step, []).extend(places)
+        lines = ([step, [sample_id for _, sample_id in sorted(places)]] for step, places in sorted(by_step.items()))
         with _disk_full_is_said(self._order):
-            self._order.writelines(json.dumps(step, ensure_ascii=False) + "\n" for step in sorted(by_step.items()))
+            self._order.writelines(json.dumps(line, ensure_ascii=False) + "\n" for line in lines)
             self._order.flush()
 
     def sample(self, number: int, images: list, text: str) -> None:
@@ -174,18 +176,6 @@ def step_line(values: dict, total_steps: int, eta_seconds: float) -> str:
         f"grad_norm {values['grad_norm']:.2f} | lr {values['learning_rate']:.2e} | "
         f"{values['seconds_per_step']:.2f} s/step | {values['qa_per_second']:.1f} QA/s | "
         f"data {values['data_share']:.0%} | mem {values['memory_gb']:.1f} GB | ETA {duration(eta_seconds)}"
-    )
-
-
-def out_of_memory_message(micro_batches: list[dict], config: Config) -> str:
-    """What made it so large, and two remedies."""
-    batch = max(micro_batches, key=lambda batch: batch["input_ids"].numel())
-    grids = [f"{h}×{w} patches" for _, h, w in batch.get("image_grid_thw", torch.empty(0, 3)).tolist()]
-    questions, (rows, length) = len(batch["sample_ids"]), batch["input_ids"].shape
-    remedy = f"train_bs={max(1, config.train_bs // 2)} grad_accum={config.grad_accum * 2}"
-    return (
-        f"out of memory on a micro-batch of {questions} questions: {rows} rows of {length} tokens, "
-        f"images {', '.join(grids) or 'none'}. Set {remedy} (the same mathematics), or gradient_checkpointing=true"
     )
 
 

@@ -37,6 +37,7 @@ from distributed import (
 from errors import UserError
 from family import fingerprint
 from files import write_json, write_text
+from forecast import device_name, does_not_fit, pass_budget, try_largest_passes
 from inference import Stopped, scores_while_training
 from preflight import (
     batch_arithmetic,
@@ -51,7 +52,7 @@ from preflight import (
     refuse_leakage,
 )
 from run_folder import OutputLock, find_resume, rotate
-from runlog import Meter, RunLog, git_commit, memory_gb, out_of_memory_message, step_line
+from runlog import Meter, RunLog, git_commit, memory_gb, step_line
 from tasks import check_record, records
 
 SAMPLES_ON_TENSORBOARD = 4
@@ -174,6 +175,9 @@ def set_up(config: Config, source: str) -> Run | None:
         checkpoint.resume(Path(resume_from), model, optimizer, trainable, config)
     if config.parallel == "ddp":
         check_same_start(trainable, ranks)
+    state.pass_tokens, told = pass_budget(config, state, model, ranks)
+    state.device = device_name(ranks.device)
+    notes += told
     seconds = time.perf_counter() - started
     ready = f"Model {config.model_name} ({encoder.family.model_type}), ready in {seconds:.1f} s; commit {git_commit()}"
     kept = records(encoder.family, config)
@@ -181,7 +185,8 @@ def set_up(config: Config, source: str) -> Run | None:
         kept[checkpoint.BASE_FILE] = fingerprint(config.model_name)
     trained = (model, loss, trainable, optimizer, peak_rates)
     run = Run(config, encoder, splits, plan, ranks, stop, log, state, *trained, kept, lock)
-    describe(run, resume_from, ready, notes)
+    state.pass_tokens, told = try_largest_passes(loss, splits["train"], encoder, state.pass_tokens, ranks, run.autocast)
+    describe(run, resume_from, ready, [*notes, *told])
     return run
 
 
@@ -210,8 +215,8 @@ def describe(run: Run, resume_from: str, ready: str, notes: list[str]) -> None:
     log.say(config.experiment)
     log.say(ready)
     world_size = run.ranks.world_size
-    arithmetic = batch_arithmetic(config, run.plan, world_size)
-    arithmetic += prefix_sharing(config, run.plan, train_samples, encoder, world_size)
+    arithmetic = batch_arithmetic(config, run.plan, world_size, run.state.pass_tokens)
+    arithmetic += prefix_sharing(config, run.plan, train_samples, encoder)
     for line in [*modeling.parameter_table(run.model), *arithmetic, *classification.notes(config), *notes]:
         log.say(line)
     if resume_from:
@@ -238,7 +243,8 @@ def training_step(run: Run, micro_batches: list[dict], waited: float) -> dict:
     try:
         nll, answer_tokens = backward(run.loss, micro_batches, ranks, config.parallel, run.autocast)
     except torch.OutOfMemoryError:
-        raise UserError(out_of_memory_message(micro_batches, config)) from None
+        largest = max(micro_batches, key=lambda batch: batch["input_ids"].numel())
+        raise UserError(does_not_fit(f"a pass of step {step + 1}", largest, config)) from None
     tokens = sum(int((batch["segments"] >= 0).sum()) for batch in micro_batches)
     has_gradient = [parameter.grad is not None for parameter in run.trainable.values()]
     sums = ranks.sum(nll, tokens, run.stop.requested, waited, *has_gradient)
@@ -342,7 +348,7 @@ def evaluate(run: Run) -> None:
 
 
 def save(run: Run, trained: list, reason: str = "") -> None:
-    """trained: [step, sample ids of this rank] since the last save. All ranks: contains all_gathers and all_reduces."""
+    """trained: what `RunLog.order` takes, since the last save. All ranks: contains all_gathers and all_reduces."""
     run.log.order(run.ranks.gather(trained))
     trained.clear()
     run.state.config, run.state.global_batch, run.state.ranks = (
@@ -368,11 +374,11 @@ def train(config: Config, source: str) -> None:
         return
     state, plan, ranks = run.state, run.plan, run.ranks
     dataset = StepDataset(
-        run.splits["train"], run.encoder, config.share_prefix, plan, config.train_bs, ranks.rank, ranks.world_size
+        run.splits["train"], run.encoder, config.share_prefix, plan, state.pass_tokens, ranks.rank, ranks.world_size
     )
     steps = load(dataset, range(state.step, plan.total_steps), config.dataloader_num_workers, ranks.device)
     meter = Meter(state.interval)
-    trained: list = []  # [step, sample ids of this rank], until written out
+    trained: list = []  # [step, [[place in the step, sample id], ...] of this rank], until written out
     stopped = False
     run.model.train()
     try:

@@ -5,7 +5,7 @@ import pytest
 import torch
 from support.tiny_runs import END, FAMILIES, build_items, supervised_text, tiny_run, vqa_samples, write_images
 
-from batches import BatchPlan, Item, collate, passes
+from batches import BatchPlan, Item, collate, lay_out, passes, share_out
 from dataset import SampleEncoder
 from images import ModelImage
 from templates import IGNORE, SYSTEM_PROMPTS, as_conversations
@@ -59,16 +59,6 @@ def test_exp2_takes_1926_steps_at_batch_64_and_its_siblings_7704_at_16():
     assert (exp2.steps_per_epoch, exp2.total_steps) == (642, 1_926)
     assert exp2.total_questions == 3 * 41_079 and len(exp2.questions(641)) == 41_079 - 641 * 64
     assert BatchPlan(41_079, 16, 3, "random", 42).total_steps == 7_704
-
-
-@pytest.mark.parametrize("order", ORDERS)
-@pytest.mark.parametrize("ranks", [1, 2, 3, 5])
-def test_the_ranks_slices_joined_are_the_step_whatever_their_number(order, ranks):
-    a_plan = plan(epochs=1.3, order=order)
-    for step in range(a_plan.total_steps):
-        slices = [a_plan.rank_questions(step, rank, ranks) for rank in range(ranks)]
-        assert np.concatenate(slices).tolist() == a_plan.questions(step).tolist()
-        assert max(map(len, slices)) - min(map(len, slices)) <= 1
 
 
 def test_steps_can_be_asked_for_in_any_order_and_by_another_process():
@@ -259,34 +249,62 @@ def long_items(lengths: dict[str, list[int]]) -> list[Item]:
     return items
 
 
+def shape_of(part):
+    """(rows, tokens with padding, share of padding) of a pass"""
+    padded = len(part) * max(row.tokens for row in part)
+    return len(part), padded, 1 - sum(row.tokens for row in part) / padded
+
+
 def test_rows_of_like_length_fill_a_pass_together_and_unlike_ones_stand_apart():
     items = long_items({"a": [50] * 9, "b": [50] * 3, "c": [49] * 9, "d": [50] * 3, "e": [2] * 4, "f": [2] * 4})
-    for device, expected in (("cpu", ["a", "c", "b", "d", "e", "f"]), ("cuda", ["ac", "bd", "ef"])):
-        parts = passes(items, True, device)
-        assert ["".join(dict.fromkeys(item.sample_id[0] for item in part)) for part in parts] == expected
-    images = {name: ModelImage(name, np.zeros((1, 3), dtype=np.uint8), (2, 2), None) for name in "abcdef"}
-    for part in passes(items, True, "cuda"):
-        assert (collate(part, images, True, 0)["segments"] < 0).float().mean() < 0.02
-    short = long_items({"a": [60, 60], "b": [2, 2]})  # 1,020 and 904 tokens
-    assert len(passes(short, True, "cuda")) == 1, "a pass that is not busy takes whatever fits"
-    assert [len(part) for part in passes(long_items({str(n): [9, 9] for n in range(9)}), True, "cuda")] == [8, 8, 2]
+    rows = lay_out(items, share_prefix=True)
+    for budget, expected in ((1024, ["a", "c", "b", "d", "e", "f"]), (4096, ["ac", "bd", "ef"])):
+        parts = passes(rows, budget)
+        assert ["".join(items[row.items[0]].sample_id[0] for row in part) for part in parts] == expected
+    assert all(shape_of(part)[2] < 0.02 for part in passes(rows, 4096))
+    short = lay_out(long_items({"a": [60, 60], "b": [2, 2]}), True)  # 1,020 and 904 tokens
+    assert len(passes(short, 4096)) == 1, "a pass that is not busy takes whatever fits"
+    nine = lay_out(long_items({str(n): [9, 9] for n in range(9)}), True)
+    assert [len(part) for part in passes(nine, 4096)] == [4, 4, 1]
 
 
-def test_passes_hold_every_question_once_in_the_order_given_and_never_part_an_image():
-    items = long_items({name: [20 + 7 * number] * (1 + number % 5) for number, name in enumerate("abcdefg")})
-    mixed = items[::2] + items[1::2]
-    parts = passes(mixed, True)
-    assert len(parts) > 1
-    assert sorted(item.sample_id for part in parts for item in part) == sorted(item.sample_id for item in items)
-    place = {item.sample_id: number for number, item in enumerate(mixed)}
-    assert all([place[i.sample_id] for i in part] == sorted(place[i.sample_id] for i in part) for part in parts)
-    assert sum(len({item.images for item in part}) for part in parts) == 7
+@pytest.mark.parametrize("pass_tokens", [1, 1200, 4096, 10**6])
+@pytest.mark.parametrize("world_size", [1, 2, 3, 7])
+def test_every_question_is_laid_out_once_in_passes_within_the_budget(pass_tokens, world_size):
+    lengths = {name: [20 + 7 * number] * (1 + 3 * number) for number, name in enumerate("abcdefg")}
+    items = long_items(lengths | {"many": [40] * 300})
+    items = items[::2] + items[1::2]
+    shares = share_out(items, True, world_size)
+    assert sorted(index for share in shares for index in share) == list(range(len(items))) and shares == share_out(
+        items, True, world_size
+    )
+    for share in shares:
+        own = [items[index] for index in share]
+        rows = lay_out(own, True, pass_tokens)
+        parts = passes(rows, pass_tokens)
+        assert sorted(index for part in parts for row in part for index in row.items) == list(range(len(own)))
+        for part in parts:
+            count, padded, _ = shape_of(part)
+            assert padded <= pass_tokens or (count == 1 and len(part[0].items) == 1)
+    if world_size == 1:
+        assert len(lay_out(items, True)) == 8, "a row an image where the budget allows it"
 
 
-def test_rows_that_share_nothing_stay_together_as_long_as_they_fit():
-    pages = long_items({str(number): [100 * number] for number in range(1, 5)})
-    for share_prefix in (True, False):
-        assert passes(pages, share_prefix) == [pages]
-    papers = long_items({str(number): [4100] for number in range(9)})  # 5,000 tokens each
-    for device, checkpointing, expected in (("cpu", False, 3), ("cuda", True, 3), ("cuda", False, 1)):
-        assert [len(part) for part in passes(papers, True, device, checkpointing)] == [expected] * (9 // expected)
+def test_whole_images_go_to_ranks_by_their_tokens_and_only_one_too_many_for_a_rank_is_parted():
+    items = long_items({name: [30] * count for name, count in zip("abcdefgh", (9, 8, 7, 6, 5, 4, 3, 2), strict=True)})
+    shares = share_out(items, True, 2)
+    images = [{items[index].images for index in share} for share in shares]
+    assert not images[0] & images[1] and len(images[0] | images[1]) == 8
+    tokens = [sum(row.tokens for row in lay_out([items[index] for index in share], True)) for share in shares]
+    assert min(tokens) / max(tokens) > 0.98
+    alone = long_items({"a": [40] * 300})
+    assert [len(share) for share in share_out(alone, True, 3)] == [100, 100, 100]
+
+
+def test_a_pass_of_a_part_of_the_items_is_the_collation_of_those_items_alone():
+    items = long_items({"a": [5, 6], "b": [7]})
+    images = {name: ModelImage(name, np.zeros((1, 3), dtype=np.uint8), (2, 2), None) for name in "ab"}
+    row = lay_out(items, True)[1]
+    part, alone = collate(items, images, True, 0, [row]), collate(items[2:], images, True, 0)
+    assert part.keys() == alone.keys()
+    assert all(torch.equal(part[k], alone[k]) if torch.is_tensor(part[k]) else part[k] == alone[k] for k in alone)

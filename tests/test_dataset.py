@@ -213,29 +213,54 @@ def test_an_unknown_template_is_an_error_with_the_known_ones(tiny_models):
 # ------------------------------------------------------------------------------------------------ steps and evaluation
 
 
-def steps_of(run, samples, batch, ranks, train_bs, order="random", **changes) -> list[list[list[dict]]]:
-    """[step][rank] → micro-batches"""
+def steps_of(run, samples, batch, ranks, pass_tokens, order="random", **changes) -> list[list[dict]]:
+    """[step][rank] -> what the rank loads"""
     plan = BatchPlan(len(samples), batch, 1, order, 0, [sample.get("image") for sample in samples])
     datasets = [
-        StepDataset(SampleList(samples, "s"), run.encoder(**changes), True, plan, train_bs, rank, ranks)
+        StepDataset(SampleList(samples, "s"), run.encoder(**changes), True, plan, pass_tokens, rank, ranks)
         for rank in range(ranks)
     ]
-    return [[dataset[step]["micro_batches"] for dataset in datasets] for step in range(plan.total_steps)]
+    return [[dataset[step] for dataset in datasets] for step in range(plan.total_steps)]
 
 
-@pytest.mark.parametrize(("ranks", "train_bs"), [(1, 8), (1, 3), (2, 4), (2, 2), (4, 1)])
-def test_a_step_holds_the_same_questions_in_the_same_order_however_it_is_cut(tiny_models, ranks, train_bs):
+@pytest.mark.parametrize(("ranks", "pass_tokens"), [(1, 1000), (1, 1), (2, 60), (3, 1000), (5, 1)])
+def test_a_step_holds_the_same_questions_once_and_tells_their_places_however_it_is_cut(tiny_models, ranks, pass_tokens):
     run, samples = tiny_run(tiny_models, "qwen3_vl"), vqa_samples(3, 4)
-    steps = steps_of(run, samples, batch=8, ranks=ranks, train_bs=train_bs)
+    steps = steps_of(run, samples, batch=8, ranks=ranks, pass_tokens=pass_tokens)
     order = BatchPlan(12, 8, 1, "random", 0).epoch_order(0)
-    asked = [id for step in steps for rank in step for batch in rank for id in batch["sample_ids"]]
-    assert asked == [samples[row]["id"] for row in order]
-    assert all(len(batch["sample_ids"]) <= train_bs for step in steps for rank in step for batch in rank)
+    told = []
+    for step in steps:
+        told += [sample_id for _, sample_id in sorted(place for rank in step for place in rank["sample_ids"])]
+    assert told == [samples[row]["id"] for row in order]
+    for step in steps:
+        for rank in step:
+            laid_out = [id for batch in rank["micro_batches"] for id in batch["sample_ids"]]
+            weighted = sum(batch["answer_tokens"] for batch in rank["micro_batches"])
+            assert sorted(laid_out) == sorted(id for _, id in rank["sample_ids"]) or (
+                not weighted and len(laid_out) == 1
+            )
+
+
+def test_whole_images_go_to_ranks(tiny_models):
+    run, samples = tiny_run(tiny_models, "qwen3_vl"), vqa_samples(3, 4)
+    ((first, second),) = steps_of(run, samples, batch=12, ranks=2, pass_tokens=1000)
+    images = [{id.partition("q")[0] for _, id in rank["sample_ids"]} for rank in (first, second)]
+    assert sorted(map(len, images)) == [1, 2] and not images[0] & images[1]
+
+
+def test_no_pass_is_larger_than_its_budget_but_for_one_row_that_is_longer_by_itself(tiny_models):
+    run, samples = tiny_run(tiny_models, "qwen3_vl"), vqa_samples(3, 30)
+    for budget in (40, 100, 300, 5000):
+        ((rank,),) = steps_of(run, samples, batch=90, ranks=1, pass_tokens=budget)
+        shapes = [batch["input_ids"].shape for batch in rank["micro_batches"]]
+        assert all(rows * length <= budget or rows == 1 for rows, length in shapes)
+        assert all(int((batch["slots"] >= 0).sum()) == 1 for batch in rank["micro_batches"]) or budget > 40
+    assert len(rank["micro_batches"]) == 1 or max(rows * length for rows, length in shapes) > 1000
 
 
 def test_a_rank_without_a_question_in_the_last_small_step_gets_one_that_weighs_nothing(tiny_models):
     run = tiny_run(tiny_models, "qwen3_vl")
-    last = steps_of(run, vqa_samples(1, 1), batch=3, ranks=3, train_bs=1)[-1]
+    last = [rank["micro_batches"] for rank in steps_of(run, vqa_samples(1, 1), batch=3, ranks=3, pass_tokens=1)[-1]]
     assert [rank[0]["answer_tokens"] for rank in last] == [2, 0, 0]
     assert (last[2][0]["targets"] == IGNORE).all() and last[2][0]["patches"] is not None
 
@@ -246,7 +271,7 @@ def test_an_image_is_decoded_once_for_all_its_questions_in_a_step(tiny_models, m
     encoder = run.encoder()
     decoded = []
     monkeypatch.setattr(encoder, "load_image", lambda path: decoded.append(path) or run.encoder().load_image(path))
-    StepDataset(SampleList(samples, "s"), encoder, True, plan, 2, 0, 1)[0]
+    StepDataset(SampleList(samples, "s"), encoder, True, plan, 30, 0, 1)[0]
     assert sorted(decoded) == ["0.png", "1.png", "2.png"]
 
 
@@ -257,9 +282,9 @@ def test_a_bad_image_met_by_a_worker_is_one_line_with_file_and_row(tiny_models, 
     (tmp_path / "1.png").write_bytes(b"no image")
     encoder = run.encoder(data=replace(run.config.data, image_root=str(tmp_path)))
     samples = SampleList(vqa_samples(2, 2), "train.json")
-    dataset = StepDataset(samples, encoder, True, BatchPlan(4, 2, 1, "sequential", 0), 2, 0, 1)
+    dataset = StepDataset(samples, encoder, True, BatchPlan(4, 2, 1, "sequential", 0), 100, 0, 1)
     steps = load(dataset, range(2), workers, CPU)
-    assert next(steps)["questions"] == 2
+    assert len(next(steps)["sample_ids"]) == 2
     with pytest.raises(UserError) as caught:
         next(steps)
     assert str(caught.value).startswith("train.json row 3 (id p1q0): image") and "\n" not in str(caught.value)
@@ -268,7 +293,7 @@ def test_a_bad_image_met_by_a_worker_is_one_line_with_file_and_row(tiny_models, 
 def test_workers_deliver_the_steps_in_order_and_the_same_as_without_them(tiny_models):
     run = tiny_run(tiny_models, "qwen3_vl")
     plan = BatchPlan(12, 5, 2, "random", 0)
-    dataset = StepDataset(SampleList(vqa_samples(3, 4), "s"), run.encoder(), True, plan, 2, 0, 1)
+    dataset = StepDataset(SampleList(vqa_samples(3, 4), "s"), run.encoder(), True, plan, 30, 0, 1)
     alone, with_workers = (list(load(dataset, range(6), workers, CPU)) for workers in (0, 2))
     for first, second in zip(alone, with_workers, strict=True):
         for a, b in zip(first["micro_batches"], second["micro_batches"], strict=True):

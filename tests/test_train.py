@@ -25,6 +25,7 @@ from support.run_helpers import (
     write_samples,
 )
 
+import forecast
 import inference
 import run_folder
 import train
@@ -332,16 +333,53 @@ def test_a_second_job_in_the_same_folder_fails_at_once_and_names_the_owner(run, 
     OutputLock(output)  # a dead owner's lock does not block the next
 
 
-def test_out_of_memory_names_grid_length_micro_batch_and_two_remedies(run, monkeypatch):
+def run_out_of_memory(monkeypatch, fits):
+    """Passes for which fits(rows, tokens of a row) is False run out of memory; tried at the start, as on a GPU."""
+    forward, tried = train.modeling.AnswerLoss.forward, []
+
+    def limited(self, batch):
+        if torch.is_grad_enabled():
+            tried.append(tuple(batch["input_ids"].shape))
+            if not fits(*tried[-1]):
+                raise torch.OutOfMemoryError("CUDA out of memory")
+        return forward(self, batch)
+
+    monkeypatch.setattr(train.modeling.AnswerLoss, "forward", limited)
+    monkeypatch.setattr(forecast, "TRIED_ON", ("cpu",))
+    return tried
+
+
+def test_a_budget_that_does_not_fit_is_halved_before_the_first_step_and_kept_on_resume(run, monkeypatch, capsys):
+    tried = run_out_of_memory(monkeypatch, lambda rows, tokens: rows * tokens <= 300)
+    whole = run("whole", pass_tokens=1000)
+    said = capsys.readouterr().out
+    assert "Out of memory on a pass of 1,000 tokens: going on with pass_tokens=500" in said
+    assert "going on with pass_tokens=250" in said and "in passes of up to 250 tokens" in said
+    assert max(rows * tokens for rows, tokens in tried[-20:]) <= 250
+    state = json.loads((whole / "checkpoint-6" / "trainer_state.json").read_text())
+    assert (state["pass_tokens"], state["device"]) == (250, "cpu")
+    monkeypatch.setattr(forecast, "TRIED_ON", ("cuda",))
+    untouched = run("untouched", pass_tokens=250)
+    assert weights(whole) == weights(untouched), "trying passes out leaves no trace"
+
+
+def test_a_single_sample_that_does_not_fit_is_one_line_with_its_name_and_three_remedies(run, monkeypatch):
+    run_out_of_memory(monkeypatch, lambda rows, tokens: False)
+    with pytest.raises(UserError) as raised:
+        run("oom")
+    message = str(raised.value)
+    assert "out of memory on" in message and "(id " in message and "1 rows of" in message and "4×4 patches" in message
+    assert "gradient_checkpointing=true" in message and "image_size" in message and "quantization=nf4" in message
+    assert "\n" not in message
+
+
+def test_out_of_memory_in_a_step_names_the_pass_and_the_remedies(run, monkeypatch):
     def out_of_memory(self, batch):
         raise torch.OutOfMemoryError("CUDA out of memory")
 
     monkeypatch.setattr(train.modeling.AnswerLoss, "forward", out_of_memory)
-    with pytest.raises(UserError) as raised:
+    with pytest.raises(UserError, match=r"out of memory on a pass of step 1: .* 4×4 patches.*checkpointing=true"):
         run("oom")
-    message = str(raised.value)
-    assert "micro-batch of 2 questions" in message and "4×4 patches" in message and "tokens" in message
-    assert "train_bs=1 grad_accum=4" in message and "gradient_checkpointing=true" in message
 
 
 def test_a_busy_rendezvous_port_is_one_line_that_names_it(data, tiny_models, tmp_path):

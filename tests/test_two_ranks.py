@@ -75,11 +75,11 @@ def test_a_rank_alone_needs_no_process_group():
 
 
 @pytest.mark.parametrize("name", ["eight", "eight_by_ones", "uneven", "one_question"])
-def test_loss_and_gradients_do_not_depend_on_how_a_step_is_cut_into_ranks_and_micro_batches(two_ranks, run, name):
-    """float64: one rank with all questions at once, one rank with micro-batches, and two ranks with each of both."""
-    samples, train_bs = steps_to_compare()[name]
-    whole, gradients = step_gradients(run, samples, len(samples), ALONE)
-    cut, cut_gradients = step_gradients(run, samples, train_bs, ALONE)
+def test_loss_and_gradients_do_not_depend_on_how_a_step_is_cut_into_ranks_and_passes(two_ranks, run, name):
+    """float64: one rank with all questions at once, one rank with many passes, and two ranks."""
+    samples, pass_tokens = steps_to_compare()[name]
+    whole, gradients = step_gradients(run, samples, 10**6, ALONE)
+    cut, cut_gradients = step_gradients(run, samples, pass_tokens, ALONE)
     assert cut["answer_tokens"] == whole["answer_tokens"] == sum(f["losses"][name][1] for f in two_ranks) / 2
     assert cut["nll"] == pytest.approx(whole["nll"], rel=1e-12)
     assert sum(f["losses"][name][0] for f in two_ranks) == pytest.approx(whole["nll"], rel=1e-12)

@@ -159,24 +159,26 @@ def loss_and_gradients(loss, batch: dict):
 
 
 def steps_to_compare() -> dict[str, tuple[list[dict], int]]:
-    """name → (the questions of one optimizer step, train_bs): even and uneven cuts, and a rank without a question."""
+    """name -> (the questions of one step, pass_tokens): few and many passes, and a rank without a question."""
     samples = vqa_samples(3, 4)
     mixed = [samples[i] for i in (0, 4, 1, 8, 2, 5, 9, 3)]
     return {
-        "eight": (mixed, 4),
+        "eight": (mixed, 200),
         "eight_by_ones": (mixed, 1),
-        "uneven": (mixed[:5], 2),
-        "one_question": (mixed[:1], 1),
+        "uneven": (mixed[:5], 100),
+        "one_question": (mixed[:1], 1000),
     }
 
 
-def step_gradients(run: TinyRun, samples, train_bs: int, ranks) -> tuple[dict, dict]:
+def step_gradients(run: TinyRun, samples, pass_tokens: int, ranks) -> tuple[dict, dict]:
     """({"nll" of this rank, "answer_tokens" of the step}, gradients over all ranks) of one step in float64."""
     from distributed import sum_gradients
     from train import backward
 
     plan = BatchPlan(len(samples), len(samples), 1, "sequential", 0)
-    dataset = StepDataset(SampleList(samples, "s"), run.encoder(), True, plan, train_bs, ranks.rank, ranks.world_size)
+    dataset = StepDataset(
+        SampleList(samples, "s"), run.encoder(), True, plan, pass_tokens, ranks.rank, ranks.world_size
+    )
     loss = AnswerLoss(run.model(torch.float64), run.family)
     loss.zero_grad()
     nll, tokens = backward(loss, dataset[0]["micro_batches"], ranks, "ddp", contextlib.nullcontext)

@@ -32,8 +32,8 @@ def main(model_folder: Path, results: Path) -> None:
     found["gather_nothing"] = ranks.gather([])
 
     found["losses"] = {}
-    for name, (samples, train_bs) in steps_to_compare().items():
-        sums, gradients = step_gradients(run, samples, train_bs, ranks)
+    for name, (samples, pass_tokens) in steps_to_compare().items():
+        sums, gradients = step_gradients(run, samples, pass_tokens, ranks)
         found["losses"][name] = [sums["nll"], sums["answer_tokens"]]
         save_file(gradients, results / f"{name}-rank{ranks.rank}.safetensors")
 
