@@ -1,15 +1,18 @@
 """Two processes give the numbers of one: losses, gradients, answers. (All in one start of two_ranks_worker.py.)"""
 
 import json
+from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import load_file
 from support.forked import start_forked
 from support.tiny_runs import (
+    TRAINED,
     build_items,
     largest_relative_difference,
     loss_and_gradients,
+    mixed_run,
     short_answers,
     step_gradients,
     steps_to_compare,
@@ -26,15 +29,20 @@ from model import AnswerLoss
 ALONE = Ranks(0, 1, torch.device("cpu"))
 
 
+def on_ranks(world_size: int, results: Path, *arguments) -> list[dict]:
+    """What each rank of two_ranks_worker.py found. arguments: the model's folder, and what goes behind `results`."""
+    model, *others = arguments
+    worker = start_forked("tests/support/two_ranks_worker.py", model, results, *others, ranks=world_size)
+    text, _ = worker.communicate(timeout=600)
+    assert worker.returncode == 0, text
+    found = [json.loads((results / f"rank{rank}.json").read_text()) for rank in range(world_size)]
+    return [{**f, "folder": results} for f in found]
+
+
 @pytest.fixture(scope="module")
 def two_ranks(tiny_models, tmp_path_factory) -> list[dict]:
     """What each of the two ranks found."""
-    results = tmp_path_factory.mktemp("two_ranks")
-    worker = start_forked("tests/support/two_ranks_worker.py", tiny_models["qwen3_vl"], results, ranks=2)
-    text, _ = worker.communicate(timeout=180)
-    assert worker.returncode == 0, text
-    found = [json.loads((results / f"rank{rank}.json").read_text()) for rank in range(2)]
-    return [{**f, "folder": results} for f in found]
+    return on_ranks(2, tmp_path_factory.mktemp("two_ranks"), tiny_models["qwen3_vl"])
 
 
 @pytest.fixture
@@ -101,6 +109,52 @@ def test_the_gradient_is_that_of_the_mean_over_the_answer_tokens_of_the_whole_st
     assert largest_relative_difference(mean, gradients) < 1e-10
     lengths = {len(sample["answer"]) for sample in samples}
     assert len(lengths) > 2, "answers of one length could not tell the two apart"
+
+
+def assert_as_in_one_process(run, found: list[dict], trained: str, cuts) -> None:
+    """found: what each rank says of its runs over mixed samples."""
+    gradients, weights = mixed_run(run, trained, 6, ALONE)
+    with_vision = [any("visual" in name for name in step) for step in gradients]
+    vision_is_trained = TRAINED[trained].get("projector_frozen") is False
+    assert with_vision == [vision_is_trained, False, vision_is_trained, vision_is_trained]
+    for train_bs in cuts:
+        name = f"{trained}-{train_bs}"
+        assert all(of_rank["mixed"][name] == found[0]["mixed"][name] for of_rank in found), "a rank stepped alone"
+        for step, expected in enumerate([*gradients, weights]):
+            on_ranks = load_file(found[0]["folder"] / f"{name}-{step}.safetensors")
+            assert largest_relative_difference(expected, on_ranks) < 1e-10, (name, step)
+
+
+def test_with_a_trained_vision_tower_ranks_whose_passes_hold_no_image_step_with_the_others(two_ranks, run):
+    """Steps with images on both ranks, on none, and on one alone, the last step of the run among them."""
+    assert_as_in_one_process(run, two_ranks, "everything", (2,))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("world_size", [2, 3])
+def test_whatever_is_trained_and_however_a_step_is_cut_the_ranks_step_as_one_process(
+    tiny_models, tmp_path, run, world_size
+):
+    found = on_ranks(world_size, tmp_path, tiny_models["qwen3_vl"], ",".join(TRAINED))
+    for trained in TRAINED:
+        assert_as_in_one_process(run, found, trained, (1, 2, 6))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("trained", TRAINED)
+def test_one_process_steps_alike_however_a_step_is_cut(run, trained):
+    whole, weights = mixed_run(run, trained, 6, ALONE)
+    for train_bs in (1, 2, 4):
+        cut, cut_weights = mixed_run(run, trained, train_bs, ALONE)
+        for expected, found in zip([*whole, weights], [*cut, cut_weights], strict=True):
+            assert largest_relative_difference(expected, found) < 1e-10
+
+
+def test_only_the_first_rank_checks_the_samples_after_it_has_locked_the_folder(two_ranks):
+    told = "as far as this test goes"
+    (source, locked), error = two_ranks[0]["checked"]
+    assert source.endswith("train.json") and locked and error == told
+    assert two_ranks[1]["checked"] == [told]
 
 
 # ------------------------------------------------------------------------------------------------------- evaluation

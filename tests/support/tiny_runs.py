@@ -2,6 +2,7 @@
 
 import contextlib
 import functools
+import hashlib
 import io
 import runpy
 import signal
@@ -21,7 +22,7 @@ from batches import BatchPlan
 from config import load_config
 from dataset import SampleEncoder, SampleList, StepDataset
 from family import Family, load_family
-from model import LANGUAGE, AnswerLoss, attach_lora, load_base, load_tokenizer
+from model import AnswerLoss, load_base, load_tokenizer, prepare_training, trainable_parameters
 from support import configs
 from support.configs import IMAGE_SIZE  # noqa: F401 - for the tests
 from templates import IGNORE
@@ -96,16 +97,22 @@ class TinyRun:
     @functools.lru_cache(maxsize=4)  # noqa: B019 - the run lives as long as the session
     def model(self, dtype: torch.dtype = torch.float32):
         """The adapted model. Its adapter is random in both halves: a fresh one has B = 0 and hides half the path."""
-        model = attach_lora(load_base(self.config.model_name, dtype), self.config.lora, [LANGUAGE], seed=0).to(dtype)
+        return self.fresh_model(dtype).eval()
+
+    def fresh_model(self, dtype: torch.dtype, **changes):
+        """As `model`, for a changed config, and of the caller's own."""
+        config = replace(self.config, **changes)
+        model = prepare_training(load_base(config.model_name, torch.float32), config)
         generator = torch.Generator().manual_seed(1)
         for name, parameter in model.named_parameters():
             if "lora_B" in name:
-                parameter.data = (torch.randn(parameter.shape, generator=generator) * 0.05).to(dtype)
+                parameter.data = torch.randn(parameter.shape, generator=generator) * 0.05
+        model = model.to(dtype)
         if dtype == torch.float64:
             for module in model.modules():
                 if type(module).__name__.endswith("RMSNorm"):
                     module.forward = types.MethodType(_exact_rms_norm, module)
-        return model.eval()
+        return model
 
 
 def _exact_rms_norm(self, hidden: torch.Tensor) -> torch.Tensor:
@@ -190,10 +197,87 @@ def step_gradients(run: TinyRun, samples, pass_tokens: int, ranks) -> tuple[dict
     return {"nll": nll, "answer_tokens": tokens}, gradients
 
 
+VISION_TOO = {"vision_frozen": False, "projector_frozen": False}
+TRAINED = {
+    "adapter": {},
+    "adapter_on_vision_too": VISION_TOO,
+    "language_model": {"finetuning": "full"},
+    "language_model_and_projector": {"finetuning": "full", "projector_frozen": False},
+    "everything": {"finetuning": "full", **VISION_TOO},
+}
+
+
+def mixed_samples() -> list[dict]:
+    """For steps of six questions: with no, one and three images; without any; with one in the last question alone; and
+    two questions more, the second without an image."""
+    text = [{key: value for key, value in sample.items() if key != "image"} for sample in vqa_samples(3, 4)]
+    one, three = vqa_samples(3, 4), vqa_samples(3, 4, images_each=3)
+    first = [text[0], one[1], three[2], text[3], one[2], text[5]]
+    return [*first, *text[:6], *text[6:11], three[5], one[9], text[11]]
+
+
+def mixed_run(run: TinyRun, trained: str, train_bs: int, ranks) -> tuple[list[dict], dict]:
+    """(gradients of each step, weights at the end) of `training_step` over `mixed_samples`, in float64. Plain SGD: what
+    AdamW makes of a gradient that is zero but for rounding is as large as a step gets."""
+    import train
+    from checkpoint import TrainerState
+
+    samples = SampleList(mixed_samples(), "s")
+    plan = BatchPlan(len(samples), 6, 1, "sequential", 0)
+    config = replace(run.config, max_grad_norm=1e9, lr_scheduler_type="constant", **TRAINED[trained])
+    dataset = StepDataset(samples, run.encoder(), True, plan, train_bs, ranks.rank, ranks.world_size)
+    model = run.fresh_model(torch.float64, **TRAINED[trained]).train()
+    trainable = trainable_parameters(model)
+    optimizer = torch.optim.SGD(trainable.values(), lr=0.1)
+    gradients = []
+    optimizer.register_step_pre_hook(
+        lambda *_: gradients.append({name: p.grad.clone() for name, p in trainable.items() if p.grad is not None})
+    )
+    steps = train.Run(
+        config=config,
+        encoder=dataset.encoder,
+        splits={"train": samples},
+        plan=plan,
+        ranks=ranks,
+        stop=types.SimpleNamespace(requested=False),
+        log=None,
+        state=TrainerState(),
+        model=model,
+        loss=AnswerLoss(model, run.family),
+        trainable=trainable,
+        optimizer=optimizer,
+        peak_rates=[0.1],
+        kept={},
+        lock=None,
+    )
+    with exact_rotary_embedding():
+        for step in range(plan.total_steps):
+            train.training_step(steps, dataset[step]["micro_batches"], 0.0)
+    return gradients, {name: parameter.detach() for name, parameter in trainable.items()}
+
+
+@contextlib.contextmanager
+def exact_rotary_embedding():
+    """The vision tower's in float64: transformers' own rounds queries, keys and their gradients to float32."""
+    from transformers.models.qwen3_vl import modeling_qwen3_vl
+
+    def rotate(q, k, cos, sin):
+        cos, sin = cos.unsqueeze(-2).to(q.dtype), sin.unsqueeze(-2).to(q.dtype)
+        return tuple(x * cos + modeling_qwen3_vl.rotate_half(x) * sin for x in (q, k))
+
+    with mock.patch.object(modeling_qwen3_vl, "apply_rotary_pos_emb_vision", rotate):
+        yield
+
+
+def sha256_of(tensors: dict) -> str:
+    parts = [name.encode() + tensors[name].numpy().tobytes() for name in sorted(tensors)]
+    return hashlib.sha256(b"".join(parts)).hexdigest()
+
+
 def largest_relative_difference(first: dict, second: dict) -> float:
     """Of two sets of named tensors, over the tensors: norm of the difference / norm."""
     assert first.keys() == second.keys() and first
-    return max(float((first[name] - second[name]).norm() / first[name].norm()) for name in first)
+    return max(float((first[name] - second[name]).norm() / first[name].norm().clamp_min(1e-30)) for name in first)
 
 
 @contextlib.contextmanager

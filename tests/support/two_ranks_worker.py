@@ -1,27 +1,80 @@
-"""One of the two ranks of test_two_ranks.py: python two_ranks_worker.py MODEL_FOLDER RESULTS_FOLDER
+"""One of the ranks of test_two_ranks.py: python two_ranks_worker.py MODEL_FOLDER RESULTS_FOLDER [TRAINED,...]
 
-Does everything that needs two processes in one start, and leaves the results for the tests to judge.
+Does everything that needs two processes in one start, and leaves the results for the tests to judge. With names of
+`tiny_runs.TRAINED` it does only the runs over mixed samples, cut in every way, on any number of ranks.
 """
 
 import contextlib
 import json
 import sys
 from pathlib import Path
+from unittest import mock
 
 import torch
 from safetensors.torch import save_file
 
+import train
 from dataset import SampleList
-from distributed import end_process, start_ranks, stop_ranks
+from distributed import Ranks, end_process, start_ranks, stop_ranks
+from errors import UserError
 from inference import Stopped, answer_split, split_loss
 from model import AnswerLoss
-from support.tiny_runs import TinyRun, short_answers, step_gradients, steps_to_compare, vqa_samples
+from support.tiny_runs import (
+    TinyRun,
+    mixed_run,
+    sha256_of,
+    short_answers,
+    step_gradients,
+    steps_to_compare,
+    vqa_samples,
+)
 
 
-def main(model_folder: Path, results: Path) -> None:
+def mixed_runs(run: TinyRun, ranks: Ranks, results: Path, names, cuts) -> dict:
+    """Name of a run -> SHA-256 of this rank's gradients of each step and of its weights at the end. The first rank's
+    are kept as files."""
+    found = {}
+    for trained in names:
+        for train_bs in cuts:
+            name = f"{trained}-{train_bs}"
+            gradients, weights = mixed_run(run, trained, train_bs, ranks)
+            found[name] = [sha256_of(tensors) for tensors in (*gradients, weights)]
+            for step, tensors in enumerate([*gradients, weights] if ranks.is_first else []):
+                save_file(tensors, results / f"{name}-{step}.safetensors")
+    return found
+
+
+def who_checks(run: TinyRun, ranks: Ranks) -> list:
+    """The splits that this rank has checked before a training, and whether the folder was locked by then."""
+    checked = []
+
+    def check(samples, encoder):
+        checked.append([samples.source, (Path(run.config.output_dir) / ".lock").is_file()])
+        raise UserError("as far as this test goes")
+
+    with mock.patch.multiple("train", check_samples=check, start_ranks=lambda: ranks, StopSignal=mock.MagicMock()):
+        try:
+            train.set_up(run.config, "c.yaml")
+        except UserError as error:
+            checked.append(str(error))
+    return checked
+
+
+def main(model_folder: Path, results: Path, only_trained: str = "") -> None:
     ranks = start_ranks()
     torch.set_num_threads(1)
     run = TinyRun(model_folder, results / f"run{ranks.rank}", "qwen3_vl")
+    if only_trained:
+        found = {"mixed": mixed_runs(run, ranks, results, only_trained.split(","), (1, 2, 6))}
+    else:
+        found = all_but_training(run, ranks, results)
+        found["mixed"] = mixed_runs(run, ranks, results, ["everything"], (2,))
+    (results / f"rank{ranks.rank}.json").write_text(json.dumps(found))
+    ranks.barrier()
+    stop_ranks()
+
+
+def all_but_training(run: TinyRun, ranks: Ranks, results: Path) -> dict:
     found = {"rank": ranks.rank, "world": ranks.world_size, "describe": ranks.describe()}
 
     found["sum"] = ranks.sum(1 / 3 + ranks.rank, 1e16, ranks.rank, -(2.0**-60))
@@ -49,12 +102,11 @@ def main(model_folder: Path, results: Path) -> None:
         answer_split(run.model(), samples, run.encoder(eval_bs=1), ranks, stop=lambda: ranks.rank == 1)
         stopped = None
     found["stopped"] = stopped is False
-    (results / f"rank{ranks.rank}.json").write_text(json.dumps(found))
-    ranks.barrier()
-    stop_ranks()
+    found["checked"] = who_checks(run, ranks)
+    return found
 
 
 if __name__ == "__main__":
     with short_answers():
-        main(Path(sys.argv[1]), Path(sys.argv[2]))
+        main(Path(sys.argv[1]), Path(sys.argv[2]), *sys.argv[3:])
     end_process()
