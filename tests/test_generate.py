@@ -5,6 +5,7 @@ import torch
 from support.tiny_runs import END, FAMILIES, build_items, calls_to, tiny_run, vqa_samples
 from transformers import AutoImageProcessor
 
+import attention
 from batches import collate
 from dataset import EvalDataset, SampleList
 from images import letterbox, open_image
@@ -39,6 +40,12 @@ def answers(run, samples, batch_size: int, share_prefix: bool, **options) -> dic
         tokens = greedy(run.model(), batch, run.family, end_ids(run), options.get("max_new_tokens", NEW_TOKENS))
         found |= dict(zip(batch["sample_ids"], tokens, strict=True))
     return found
+
+
+def answers_one_by_one(run) -> dict[str, tuple[list[int], bool]]:
+    if run.name not in ONE_BY_ONE:
+        ONE_BY_ONE[run.name] = answers(run, prompts(), batch_size=1, share_prefix=False)
+    return ONE_BY_ONE[run.name]
 
 
 def by_transformers(run, sample) -> list[int]:
@@ -78,9 +85,15 @@ def test_answers_equal_those_of_generate_one_by_one(run):
 
 @pytest.mark.parametrize(("batch_size", "share_prefix"), [(16, True), (5, True), (3, False)])
 def test_answers_do_not_depend_on_the_batch_or_on_sharing(run, batch_size, share_prefix):
-    if run.name not in ONE_BY_ONE:
-        ONE_BY_ONE[run.name] = answers(run, prompts(), batch_size=1, share_prefix=False)
-    assert answers(run, prompts(), batch_size, share_prefix) == ONE_BY_ONE[run.name]
+    assert answers(run, prompts(), batch_size, share_prefix) == answers_one_by_one(run)
+
+
+def test_answers_are_the_same_with_the_heads_laid_out_as_on_a_gpu(run, monkeypatch):
+    """There the query heads that read the same keys stand together, and so must the masks of several questions."""
+    monkeypatch.setattr(attention, "heads_together", lambda query, key: query.shape[1] // key.shape[1])
+    text_config = run.model().config.get_text_config()
+    assert text_config.num_attention_heads > text_config.num_key_value_heads
+    assert answers(run, prompts(), 16, True) == answers_one_by_one(run)
 
 
 class Scripted(torch.nn.Module):

@@ -208,6 +208,22 @@ def test_the_adapter_added_in_the_product_equals_pefts_own_forward(run):
         assert torch.equal(layers[0](hidden), layers[0].base_layer(hidden))
 
 
+def test_the_adapters_dropout_in_training_is_pefts_own(run):
+    model = fresh(run, lora=Lora(4, 12, 0.5)).train()
+    for name, parameter in trainable_parameters(model).items():
+        if "lora_B" in name:
+            nn.init.normal_(parameter, std=0.05)
+    layer = next(module for module in model.modules() if hasattr(module, "lora_A") and hasattr(module, "base_layer"))
+    hidden = torch.randn(2, 5, layer.in_features)
+    outputs = []
+    for forward in (layer.forward, lambda x: type(layer).forward(layer, x), layer.eval().forward):
+        layer.train(len(outputs) < 2)
+        torch.manual_seed(0)
+        outputs.append(forward(hidden))
+    own, pefts, evaluated = outputs
+    assert torch.allclose(own, pefts, atol=1e-6) and not torch.allclose(own, evaluated, atol=1e-3)
+
+
 def test_lora_without_a_match_is_an_error():
     with pytest.raises(UserError, match="no linear layer in the vision tower"):
         attach_lora(nn.ModuleDict({"other": nn.ReLU()}), Lora(), [VISION], seed=0)

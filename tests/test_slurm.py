@@ -100,6 +100,31 @@ def test_job_files_are_small_and_name_nobody():
         )
 
 
+def stop_again(folder, checkpoints, restarts):
+    """What launch.sh does with a run in `folder` that was stopped once more: (code, what it remembers, printed)."""
+    programs = folder / "programs"
+    programs.mkdir(parents=True)
+    for name, printed in (("torchrun", ""), ("squeue", "COMPLETING")):
+        (programs / name).write_text(f"#!/bin/sh\necho {printed}\n")
+        (programs / name).chmod(0o755)
+    for step in checkpoints:
+        (folder / f"checkpoint-{step}").mkdir()
+    (folder / "restarts").write_text(restarts)
+    job = {"SLURM_SUBMIT_DIR": str(folder), "SLURM_RESTART_COUNT": "3", "SLURM_JOB_ID": "1", "SLURM_JOB_NAME": "job",
+           "SLURM_JOB_NODELIST": "node", "PATH": f"{programs}:{os.environ['PATH']}"}  # fmt: skip
+    stop = f"source {REPO_ROOT}/slurm/launch.sh; leave_stopped {folder} train"
+    done = subprocess.run(["bash", "-c", stop], env=job, capture_output=True, text=True)
+    return done.returncode, (folder / "restarts").read_text().strip(), done.stdout + done.stderr
+
+
+def test_a_run_that_gets_on_is_requeued_and_one_that_does_not_is_given_up(tmp_path):
+    """Checkpoints are in the order of their steps: 1000 comes after 900."""
+    code, remembered, printed = stop_again(tmp_path / "on", [900, 1000], "2 checkpoint-900")
+    assert (code, remembered) == (75, "0 checkpoint-1000"), printed
+    code, remembered, printed = stop_again(tmp_path / "stuck", [900, 1000], "2 checkpoint-1000")
+    assert (code, remembered) == (1, "3 checkpoint-1000") and "stopped 3 times in a row" in printed
+
+
 @pytest.mark.slurm
 @pytest.mark.parametrize("file", JOB_FILES, ids=lambda file: file.stem)
 def test_slurm_accepts_the_resources_of_every_job_file(slurm, file):
