@@ -46,7 +46,7 @@ def class_logits(model: nn.Module, batch: dict, family: Family) -> torch.Tensor:
 
 
 class ClassLoss(nn.Module):
-    """What DDP wraps: one micro-batch → the summed cross-entropy of its documents' labels (see `model.AnswerLoss`)."""
+    """One pass -> the summed cross-entropy of its documents' labels (see `model.AnswerLoss`)."""
 
     def __init__(self, model: nn.Module, family: Family):
         super().__init__()

@@ -1,4 +1,4 @@
-"""Load Qwen-VL, freeze, attach LoRA, name the parameter groups, and compute the loss of a micro-batch.
+"""Load Qwen-VL, freeze, attach LoRA, name the parameter groups, and compute the loss of a pass.
 
 The loss asks only for what training uses: vision under `no_grad` where it is frozen, once per distinct image, and
 logits at supervised positions alone.
@@ -27,7 +27,7 @@ OLDEST_TRANSFORMERS = (5, 23)  # an older one would ignore the images' features 
 
 
 def load_tokenizer(model_name: str):
-    """Errors: `UserError` where the folder or hub name has none."""
+    """Raises: `UserError` where the folder or hub name has none."""
     from transformers import AutoTokenizer
 
     try:
@@ -120,7 +120,7 @@ def refuse_misfit(path: Path, shapes: Mapping[str, list[int]], places: Mapping[s
 
 
 def _nf4():
-    """Errors: `UserError` with the command that installs what is missing."""
+    """Raises: `UserError` with the command that installs what is missing."""
     import importlib.util
 
     from transformers import BitsAndBytesConfig
@@ -190,7 +190,7 @@ def trains(name: str, config: Config) -> bool:
 def lora_target_pattern(model: nn.Module, groups: list[str]) -> str:
     """A regular expression that matches exactly the linear layers of these groups by full module path (lm_head is not
     adapted). Bare names would also hit the vision tower, and `proj` a convolution.
-    Errors: `UserError` where a group has no linear layer."""
+    Raises: `UserError` where a group has no linear layer."""
     patterns = []
     for group in groups:
         names = [
@@ -383,10 +383,10 @@ def model_inputs(model: nn.Module, batch: dict, family: Family) -> dict:
 
 
 class AnswerLoss(nn.Module):
-    """What DDP wraps: one micro-batch → the summed negative log-likelihood of its answer tokens.
+    """One pass -> the summed negative log-likelihood of its answer tokens.
 
     The sum, not the mean: the training step divides by the tokens of the whole optimizer step, so that the loss does
-    not depend on how the step is cut into micro-batches and ranks.
+    not depend on how the step is cut into passes and ranks.
     """
 
     def __init__(self, model: nn.Module, family: Family):
