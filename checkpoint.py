@@ -87,8 +87,11 @@ def hash_files(folder: Path, paths: Iterable[Path]) -> dict[str, str]:
     """Path within the folder → SHA-256 of the content, of several files at once: large ones take seconds."""
 
     def sha256(path: Path) -> str:
+        digest = hashlib.sha256()
         with open(path, "rb") as file:
-            return hashlib.file_digest(file, "sha256").hexdigest()
+            while block := file.read(2**20):
+                digest.update(block)
+        return digest.hexdigest()
 
     paths = list(paths)
     with ThreadPoolExecutor() as threads:
