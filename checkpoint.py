@@ -47,6 +47,7 @@ class TrainerState:
     pass_tokens: int = 0  # the budget of a pass, and the device it was for: a resumed run cuts its steps alike
     device: str = ""
     train_data: str = ""  # SHA-256 of the training samples
+    input_hashes: dict = field(default_factory=dict)  # of images and prompt, see `preflight.input_hashes`
     config: dict = field(default_factory=dict)
     interval: dict = field(default_factory=dict)  # sums since the last log line
     evaluation_due: bool = False  # stopped inside the evaluation of this step

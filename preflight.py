@@ -3,6 +3,8 @@
 `check_samples` is quick and runs before every training; `full_check` is `train.py --check` and decodes every image.
 """
 
+import hashlib
+import os
 from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -25,6 +27,9 @@ from templates import IGNORE, image_paths
 SHOWN = 10  # problems printed one by one; the rest is counted
 MANY_SAMPLES = 50_000  # to be looked at for more than a few seconds
 TEMPLATE_TOKENS = 300  # more than any template adds to a sample's own text
+SAMPLES_RENDERED = 32  # at most, for the hash of the prompt
+END_BYTES = 4096  # at either end of an image file, for the hash of the images
+FILES_AT_ONCE = 10_000
 STEPS_LOOKED_AT = 20  # by `prefix_sharing`
 
 
@@ -96,6 +101,55 @@ def missing_candidates(samples: SampleList) -> list[str]:
     listed = (turn for turn in turns if "answer" in turn and isinstance(turn.get("candidates"), list))
     count = sum(answer_outside_candidates(turn, "answer") for turn in listed)
     return [f"WARNING: {count:,} answers of {samples.source} are not in their own candidate list"] if count else []
+
+
+def input_hashes(samples: SampleList, encoder: SampleEncoder) -> dict[str, str]:
+    """SHA-256 of what a resumed run must see as before: `images`, the files that the samples show, and `prompt`, some
+    samples as the model reads them.
+
+    Of an image file, its size and its two ends count. Times would refuse a data set that was copied, and to read all
+    of a million files takes an hour. In a compressed file every pixel moves the end; the middle of an uncompressed one
+    could change unnoticed.
+    Raises: `UserError` where an image cannot be read.
+    """
+    root = encoder.config.data.image_root
+    paths = sorted({path for sample in samples for path in encoder.images_of(sample)})
+    images, prompt = hashlib.sha256(), hashlib.sha256()
+    with ThreadPoolExecutor(16) as threads:  # they wait for the disk
+        for start in range(0, len(paths), FILES_AT_ONCE):
+            some = paths[start : start + FILES_AT_ONCE]
+            for path, ends in zip(some, threads.map(_size_and_ends, [image_path(root, p) for p in some]), strict=True):
+                images.update(f"{path}\0".encode() + ends)
+    for row in range(0, len(samples), -(-len(samples) // SAMPLES_RENDERED)):
+        shown = [encoder.size_only(path) for path in encoder.images_of(samples[row])]
+        item = encoder.encode(samples[row], shown)
+        prompt.update(item.input_ids.tobytes() + item.labels.tobytes() + str(item.class_label).encode())
+    return {"images": images.hexdigest(), "prompt": prompt.hexdigest()}
+
+
+def _size_and_ends(path: Path) -> bytes:
+    try:
+        with open(path, "rb") as file:
+            first, size = file.read(END_BYTES), os.fstat(file.fileno()).st_size
+            file.seek(max(0, size - END_BYTES))
+            return b"%d\0" % size + first + file.read()
+    except OSError as error:
+        raise UserError(f"image {path}: {error.strerror}; correct the path or data.image_root") from None
+
+
+def check_input_hashes(folder: Path, recorded: Mapping[str, str], found: Mapping[str, str], config: Config) -> None:
+    """Raises: `UserError` where a run that goes on from a checkpoint would see other images or prompts than before."""
+    names = {
+        "images": f"image files of data.train in {config.data.image_root}",
+        "prompt": "the prompt (templates.py, or the model's tokenizer or chat template)",
+    }
+    # Other images may have another number of tokens. Older checkpoints have no record.
+    changed = next((names[key] for key in names if recorded.get(key, found[key]) != found[key]), None)
+    if changed:
+        raise UserError(
+            f"{changed} changed since {folder} was saved; set this back, or choose a new output_dir for the new "
+            "experiment"
+        )
 
 
 def report_problems(problems: list[str], shown: int) -> None:
@@ -273,7 +327,7 @@ def batch_arithmetic(config: Config, plan: BatchPlan, world_size: int, pass_toke
     warnings = []
     if config.warmup_steps >= plan.total_steps:
         warnings.append(
-            f"Warning: warmup_steps is {config.warmup_steps} and the run has {plan.total_steps:,} steps: it ends "
+            f"WARNING: warmup_steps is {config.warmup_steps} and the run has {plan.total_steps:,} steps: it ends "
             "before learning_rate is reached"
         )
     return [

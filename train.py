@@ -41,10 +41,12 @@ from forecast import device_name, does_not_fit, pass_budget, try_largest_passes
 from inference import Stopped, scores_while_training
 from preflight import (
     batch_arithmetic,
+    check_input_hashes,
     check_samples,
     describe_images,
     full_check,
     images_and_text,
+    input_hashes,
     make_plan,
     missing_candidates,
     open_encoder,
@@ -124,15 +126,19 @@ def open_data(config: Config, source: str) -> tuple[SampleEncoder, dict[str, Sam
 
 
 def find_start(config: Config, encoder: SampleEncoder, splits: dict[str, SampleList], plan: BatchPlan) -> list:
-    """[the checkpoint to go on from or "", lines about it], after everything that can be wrong with data and folder has
-    been looked at. On the first rank, for all: a folder that changes meanwhile could split them."""
+    """[the checkpoint to go on from or "", lines about it, hashes of images and prompt], after everything that can be
+    wrong with data and folder has been looked at. On the first rank, for all: a folder that changes meanwhile could
+    split them."""
     for samples in splits.values():
         check_samples(samples, encoder)
     resume_from, notes = find_resume(config, plan.batch, splits["train"].sha256)
+    hashes = input_hashes(splits["train"], encoder)
+    if resume_from:
+        check_input_hashes(resume_from, checkpoint.read_state(resume_from).input_hashes, hashes, config)
     check_record(resume_from, encoder.family, config)
     if not resume_from:
         refuse_leakage(config, splits)
-    return [str(resume_from or ""), notes + missing_candidates(splits["train"])]
+    return [str(resume_from or ""), notes + missing_candidates(splits["train"]), hashes]
 
 
 def set_up(config: Config, source: str) -> Run | None:
@@ -147,8 +153,9 @@ def set_up(config: Config, source: str) -> Run | None:
     output = Path(config.output_dir)
     lock = all_or_raise(ranks, lambda: OutputLock(output) if ranks.is_first else None)
     start = all_or_raise(ranks, lambda: find_start(config, encoder, splits, plan) if ranks.is_first else None)
-    resume_from, notes = ranks.gather([start] if ranks.is_first else [])[0]
+    resume_from, notes, hashes = ranks.gather([start] if ranks.is_first else [])[0]
     state = checkpoint.read_state(Path(resume_from)) if resume_from else TrainerState()
+    state.input_hashes = hashes
     if ranks.any(ranks.is_first and checkpoint.has_lost_best(state, resume_from, output)):
         state.best_step = state.best_score = None
         notes.append("The best checkpoint so far is not in this folder: the best is chosen anew")

@@ -1,6 +1,8 @@
 """Whatever is wrong with a run or its data is told in seconds, in one line, before any weights load."""
 
 import json
+import os
+import shutil
 import time
 from dataclasses import replace
 
@@ -14,6 +16,8 @@ from support.tiny_runs import FAMILIES, build_items, config_values, run_script, 
 from test_images import BAD_FILES
 
 import model as modeling
+import templates
+import train
 from batches import BatchPlan
 from config import load_config
 from dataset import SampleEncoder, SampleList
@@ -21,9 +25,11 @@ from errors import UserError
 from family import load_family
 from model import load_base, parameter_table, prepare_training
 from preflight import (
+    END_BYTES,
     batch_arithmetic,
     check_samples,
     count_parameters,
+    input_hashes,
     make_plan,
     marked_text,
     missing_candidates,
@@ -165,8 +171,8 @@ def test_a_run_starts_with_a_warning_of_answers_that_are_no_candidates(tiny_mode
     run = tiny_run(tiny_models, "qwen3_vl")
     config, encoder = replace(run.config, output_dir=str(tmp_path / "out")), run.encoder()
     splits = {"train": SampleList(vqa_samples(3, 4), "train.json")}
-    start = find_start(config, encoder, splits, make_plan(config, splits["train"], encoder, 1))
-    assert start == ["", ["WARNING: 3 answers of train.json are not in their own candidate list"]]
+    resume_from, notes, _ = find_start(config, encoder, splits, make_plan(config, splits["train"], encoder, 1))
+    assert [resume_from, notes] == ["", ["WARNING: 3 answers of train.json are not in their own candidate list"]]
 
 
 def test_many_bad_samples_are_counted_and_the_first_ten_listed(command, data):
@@ -325,7 +331,7 @@ def test_a_warmup_that_the_run_does_not_reach_the_end_of_is_said(tiny_models):
     said = [len(batch_arithmetic(replace(run.config, warmup_steps=steps), plan, 1)) == 3 for steps in (0, 9, 10, 500)]
     assert said == [False, False, True, True]
     *_, line = batch_arithmetic(replace(run.config, warmup_steps=500), plan, 1)
-    assert line.startswith("Warning: warmup_steps is 500 and the run has 10 steps")
+    assert line.startswith("WARNING: warmup_steps is 500 and the run has 10 steps")
 
 
 def test_the_plan_takes_batch_order_and_seed_from_the_config(tiny_models):
@@ -350,3 +356,96 @@ def test_the_log_says_behind_how_many_prefixes_a_step_lies_however_it_is_cut(tin
     said = "Sharing: a step's 8 questions lie behind {} image prefixes"
     assert line() == line(train_bs=8, grad_accum=1) == line(num_train_epochs=0.3) == [said.format("1.0")]
     assert line(share_prefix=False) == line(image="none") == line(train_bs=1, grad_accum=1) == []
+
+
+# --------------------------------------------------------------------------------------- what a resume must see again
+
+
+@pytest.fixture
+def hashes(tiny_models, tmp_path):
+    """hashes(samples, **changes) of samples whose images lie in `tmp_path`."""
+    run = tiny_run(tiny_models, "qwen3_vl")
+    write_images(tmp_path, ["0.png", "1.png", "2.png"])
+
+    def hashes(samples=None, folder=tmp_path, **changes):
+        encoder = run.encoder(data=replace(run.config.data, image_root=str(folder)), **changes)
+        return input_hashes(SampleList(samples or vqa_samples(3, 2), "s"), encoder)
+
+    return hashes
+
+
+def test_the_hash_of_the_images_survives_a_copy_and_new_times_and_no_other_bytes(hashes, tmp_path):
+    before = hashes()
+    copy = shutil.copytree(tmp_path, tmp_path / "copy", copy_function=shutil.copyfile)
+    os.utime(copy / "1.png", (1, 1))
+    write_images(copy, ["of no sample.png"])
+    assert hashes(folder=copy) == before
+    content = {name: (copy / name).read_bytes() for name in ("0.png", "1.png", "2.png")}
+    last_byte = content["1.png"][:-1] + b"?"
+    for other in ({"1.png": content["1.png"] + b"?"}, {"1.png": last_byte}, {"0.png": content["1.png"]}):
+        for name, changed in (content | other).items():
+            (copy / name).write_bytes(changed)
+        now = hashes(folder=copy)
+        assert now["images"] != before["images"] and now["prompt"] == before["prompt"]
+    assert hashes(folder=copy, image="none") == hashes(image="none"), "no image is shown"
+    (copy / "2.png").unlink()
+    with pytest.raises(UserError, match=r"2\.png: No such file"):
+        hashes(folder=copy)
+
+
+def test_an_image_that_is_turned_in_its_header_alone_is_another_one(hashes, tmp_path):
+    noise = Image.fromarray(np.random.default_rng(0).integers(0, 256, (300, 300, 3), dtype=np.uint8))
+    found = []
+    for orientation in (1, 3):
+        exif = Image.Exif()
+        exif[0x0112] = orientation
+        noise.save(tmp_path / "0.jpg", exif=exif)
+        assert (tmp_path / "0.jpg").stat().st_size > 3 * END_BYTES
+        found.append(hashes([{**vqa_samples(1, 1)[0], "image": "0.jpg"}])["images"])
+    assert len(set(found)) == 2
+
+
+def test_the_hash_of_the_prompt_is_that_of_token_ids_and_labels_of_samples_throughout_the_file(hashes, monkeypatch):
+    samples = [{**vqa_samples(1, 1)[0], "id": str(i)} for i in range(300)]
+    before = hashes(samples)["prompt"]
+    assert hashes(samples)["prompt"] == before
+    for row in range(0, 300, 70):
+        changed = [dict(sample) for sample in samples]
+        for sample in changed[row : row + 10]:
+            sample["answer"] = "blue"  # tokens are labels
+        assert hashes(changed)["prompt"] != before
+    assert hashes(samples, template="plain")["prompt"] != before
+    monkeypatch.setitem(templates.SYSTEM_PROMPTS, "ultra_condensed", "Answer.")
+    assert hashes(samples)["prompt"] != before
+
+
+def test_a_resume_refuses_replaced_images_and_a_changed_prompt_until_they_are_set_back(
+    data, tiny_models, monkeypatch, capsys
+):
+    values = config_values(data, tiny_models["qwen3_vl"], num_train_epochs=1, data={"val": None, "test": None})
+    path = str(write_values(data / "c.yaml", values))
+
+    def refused() -> str:
+        with pytest.raises(UserError) as caught:
+            train.main(["--config", path])
+        assert "\n" not in str(caught.value) and "set this back, or choose a new output_dir" in str(caught.value)
+        return str(caught.value)
+
+    train.main(["--config", path])
+    before = (data / "1.png").read_bytes()
+    (data / "1.png").write_bytes((data / "2.png").read_bytes())
+    assert refused().startswith(f"image files of data.train in {data} changed since {data}/out/checkpoint-1 was saved")
+    (data / "1.png").write_bytes(before)
+    with monkeypatch.context() as patch:
+        patch.setitem(templates.SYSTEM_PROMPTS, "ultra_condensed", "Answer.")
+        assert refused().startswith(
+            "the prompt (templates.py, or the model's tokenizer or chat template) changed since"
+        )
+        state = data / "out" / "checkpoint-1" / "trainer_state.json"
+        recorded = json.loads(state.read_text())
+        state.write_text(json.dumps({key: recorded[key] for key in recorded if key != "input_hashes"}))
+        train.main(["--config", path])  # an older checkpoint
+        state.write_text(json.dumps(recorded))
+    capsys.readouterr()
+    train.main(["--config", path])
+    assert "already complete" in capsys.readouterr().out

@@ -247,7 +247,7 @@ def mixed_run(run: TinyRun, trained: str, train_bs: int, ranks) -> tuple[list[di
         trainable=trainable,
         optimizer=optimizer,
         peak_rates=[0.1],
-        kept={},
+        records={},
         lock=None,
     )
     with exact_rotary_embedding():

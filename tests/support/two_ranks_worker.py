@@ -7,6 +7,7 @@ Does everything that needs two processes in one start, and leaves the results fo
 import contextlib
 import json
 import sys
+from dataclasses import replace
 from pathlib import Path
 from unittest import mock
 
@@ -47,14 +48,17 @@ def mixed_runs(run: TinyRun, ranks: Ranks, results: Path, names, cuts) -> dict:
 def who_checks(run: TinyRun, ranks: Ranks) -> list:
     """The splits that this rank has checked before a training, and whether the folder was locked by then."""
     checked = []
+    train_file = run.folder / "train.json"
+    train_file.write_text(json.dumps(vqa_samples(1, 2)))
+    config = replace(run.config, data=replace(run.config.data, train=str(train_file), val=None, test=None))
 
     def check(samples, encoder):
-        checked.append([samples.source, (Path(run.config.output_dir) / ".lock").is_file()])
+        checked.append([samples.source, (Path(config.output_dir) / ".lock").is_file()])
         raise UserError("as far as this test goes")
 
     with mock.patch.multiple("train", check_samples=check, start_ranks=lambda: ranks, StopSignal=mock.MagicMock()):
         try:
-            train.set_up(run.config, "c.yaml")
+            train.set_up(config, "c.yaml")
         except UserError as error:
             checked.append(str(error))
     return checked
