@@ -5,6 +5,7 @@ logits at supervised positions alone.
 """
 
 import contextlib
+import logging
 import re
 import types
 import warnings
@@ -61,7 +62,11 @@ def load_base(model_name: str, dtype: torch.dtype | str, quantization: str = "no
     if tuple(map(int, transformers.__version__.split(".")[:2])) < OLDEST_TRANSFORMERS:
         raise UserError(f"transformers {transformers.__version__} is too old; run: pip install -r requirements.txt")
     transformers_logging.disable_progress_bar()
-    transformers_logging.get_logger("transformers.modeling_utils").setLevel("ERROR")  # its report of keys is ours below
+    # Its report of keys is ours below. (On that level, it would list every layer as not sharded.)
+    for name in ("modeling_utils", "distributed.tensor_parallel"):
+        transformers_logging.get_logger(f"transformers.{name}").setLevel("ERROR")
+    if quantization == "none":
+        logging.getLogger("bitsandbytes").setLevel("ERROR")  # peft imports it; its missing kernels do not matter here
     without_cudnn()
     try:
         model, report = auto_class(AutoConfig.from_pretrained(model_name)).from_pretrained(
