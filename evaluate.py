@@ -54,6 +54,11 @@ def table(scores: dict) -> list[str]:
             f"  {'majority_unseen':<28}{scores['majority_unseen']:6d} questions that training never asks; the majority "
             "answer counts as wrong there"
         )
+    if scores.get("last_turns"):
+        lines.append(
+            f"  {'last_turns':<28}{scores['last_turns']:6d} conversations, scored on their last answer alone, with the "
+            "gold earlier ones in view"
+        )
     if scores.get("unparsable"):
         lines.append(f"  {'unparsable':<28}{scores['unparsable']:6d} answers without a point, counted as wrong")
     if scores.get("cut_texts"):

@@ -89,12 +89,13 @@ def main(arguments: list[str] | None = None) -> None:
     # Everything that can be wrong comes before the weights: a wrong path costs no minutes.
     original = open_image(args.image[0]) if args.image else None
     # The images come from anywhere on this machine, one at a time.
+    run_config = config
     config = replace(config, data=replace(config.data, image_root="/"), dataloader_num_workers=0)
     encoder = open_encoder(config, str(folder), folder)
     candidates = [text.strip() for text in args.candidates.split(";") if text.strip()]
     images = [path.resolve() for path in args.image]
     sample = {"id": "prompt", "images": list(map(str, images))}
-    sample |= encoder.task.sample_to_predict(images, args.prompt, candidates)
+    sample |= encoder.task.sample_to_predict(images, args.prompt, candidates, run_config)
     samples = SampleList([sample], "--prompt")
     check_samples(samples, encoder)
     ranks = start_ranks()

@@ -15,7 +15,7 @@ A fourth task is one more module here, a line in `TASKS`, and its name in `confi
     selection_score(values) -> what chooses the best of several evaluations on val: the greater list
     record(family, config) -> the content of RECORD_FILE; weights are never read under another one
     draw(rows, config, folder), which writes images beside the scores
-    sample_to_predict(images, prompt, candidates) -> a sample for predict.py
+    sample_to_predict(images, prompt, candidates, config) -> a sample for predict.py
     describe(row) -> the lines that predict.py prints
 
 None of them imports torch.

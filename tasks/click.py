@@ -68,7 +68,7 @@ def draw(rows: list[dict], config: Config, folder: Path) -> None:
     print(f"The worst misses are drawn in {path}")
 
 
-def sample_to_predict(images: list[Path], prompt: str, candidates: list[str]) -> dict:
+def sample_to_predict(images: list[Path], prompt: str, candidates: list[str], config: Config) -> dict:
     if not images or not prompt:
         raise UserError("task 'click' needs both --image and --prompt")
     return {"instruction": prompt, "point": [0, 0]}

@@ -98,7 +98,7 @@ def draw(rows: list[dict], config: Config, folder: Path) -> None:
     print(f"Drawn: {folder / 'reliability.png'}" + (f", {folder / 'loss_curves.png'}" if log else ""))
 
 
-def sample_to_predict(images: list[Path], prompt: str, candidates: list[str]) -> dict:
+def sample_to_predict(images: list[Path], prompt: str, candidates: list[str], config: Config) -> dict:
     return {**({"text": prompt} if prompt else {}), "label": 0}
 
 

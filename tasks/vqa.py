@@ -22,8 +22,12 @@ def prompt(sample: dict, encoder, images: int, placement: Placement | None = Non
 
 def row(sample: dict, encoder, output: tuple[str, bool]) -> dict:
     """A line of predictions: id, images, question, answer (gold), prediction, correct, outside_candidates, cut_off (no
-    end within the token limit), and every other key of the sample."""
-    line = answered(sample, to_messages(sample, encoder.config.template), output)
+    end within the token limit), gold_answers_in_view (of a conversation, whose last answer alone is asked for), and
+    every other key of the sample."""
+    messages = to_messages(sample, encoder.config.template)
+    line = answered(sample, messages, output)
+    if in_view := sum(message["role"] == "assistant" for message in messages[:-1]):
+        line["gold_answers_in_view"] = in_view
     line["correct"] = metrics.answer_correct(line)
     line["outside_candidates"] = metrics.answer_outside_candidates({**sample, **line})
     return with_other_keys(line, sample)
@@ -59,7 +63,8 @@ def with_other_keys(line: dict, sample: dict) -> dict:
 def score(rows: list[dict], config: Config) -> dict:
     from report.baseline import majority_answers_for  # it imports torch
 
-    return metrics.score_vqa(rows, majority_answers_for({row["question"] for row in rows}, config))
+    scores = metrics.score_vqa(rows, majority_answers_for({row["question"] for row in rows}, config))
+    return scores | {"last_turns": sum("gold_answers_in_view" in row for row in rows)}
 
 
 def selection_score(values: dict[str, float]) -> list[float]:
@@ -74,11 +79,31 @@ def draw(rows: list[dict], config: Config, folder: Path) -> None:
     """Nothing."""
 
 
-def sample_to_predict(images: list[Path], prompt: str, candidates: list[str]) -> dict:
+def sample_to_predict(images: list[Path], prompt: str, candidates: list[str], config: Config) -> dict:
     """Its gold answer is a form to be filled: it never enters the prompt."""
     if not images or not prompt:
         raise UserError("task 'vqa' needs both --image and --prompt")
+    if not candidates and config.template != "plain":
+        candidates = _trained_candidates(prompt, config)
     return {"question": prompt, "answer": "-", "candidates": candidates}
+
+
+def _trained_candidates(question: str, config: Config) -> list[str]:
+    """The candidates that the run's training data gives this question, with a line that says so, or warns."""
+    from dataset import load_samples  # it imports torch
+
+    try:
+        asked = (sample for sample in load_samples(config.data.train) if sample.get("question") == question)
+        candidates = next((sample["candidates"] for sample in asked if sample.get("candidates")), [])
+        where = f"{config.data.train} asks no such question with candidates"
+    except UserError as error:
+        candidates, where = [], str(error)
+    if candidates:
+        print(f"Candidates, as in {config.data.train}: {'; '.join(candidates)}")
+    else:
+        print(f"WARNING: template '{config.template}' is trained with candidates, and none are given: {where}. "
+              "Give them with --candidates 'A; B; C'")  # fmt: skip
+    return candidates
 
 
 def describe(row: dict) -> list[str]:

@@ -6,6 +6,7 @@ import pytest
 import torch
 from support.tiny_runs import END, FAMILIES, build_items, short_answers, tiny_run, vqa_samples
 
+import evaluate
 import inference
 import tasks
 from batches import collate
@@ -95,7 +96,7 @@ def test_an_answer_without_an_end_is_cut_off_and_says_so(run):
     assert [line["cut_off"] for line in lines] == [True, True]
 
 
-def test_a_chat_is_answered_at_its_last_turn(run, say):
+def test_a_chat_is_answered_at_its_last_turn_and_the_scores_say_so(run, say, monkeypatch):
     chat = {
         "id": "c",
         "images": ["0.png"],
@@ -109,7 +110,11 @@ def test_a_chat_is_answered_at_its_last_turn(run, say):
     say({"c": ("center", True)})
     (line,) = answered(run, [chat])
     assert (line["question"], line["answer"], line["correct"]) == ("Where?", "center", True)
-    assert "messages" not in line
+    assert "messages" not in line and line["gold_answers_in_view"] == 1
+    alone = {key: value for key, value in line.items() if key != "gold_answers_in_view"}
+    monkeypatch.setattr("report.baseline.majority_answers_for", lambda questions, config: {})
+    assert tasks.vqa.score([line, alone], run.config)["last_turns"] == 1
+    assert any("gold earlier ones in view" in row for row in evaluate.table({"last_turns": 1}))
 
 
 def test_control_tokens_that_a_model_says_are_no_part_of_the_answer(run, monkeypatch):

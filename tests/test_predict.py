@@ -107,6 +107,12 @@ def test_a_trained_question_is_answered_and_needs_the_candidates_it_was_trained_
         printed = ask(capsys, *arguments, "--prompt", sample["question"], "--candidates", "red; blue; green; none")
         assert printed.splitlines()[0] == f"Answer: {sample['answer']}"
         assert "Point" not in printed
+        found = ask(capsys, *arguments, "--prompt", sample["question"])
+        assert found.startswith(f"Candidates, as in {tmp_path / 'all.json'}: red; blue; green; none\nAnswer: ")
+        assert f"Answer: {sample['answer']}\n" in found, "those of the run's data, where none are given"
+    assert "asks no such question with candidates. Give them with --candidates" in ask(
+        capsys, *arguments, "--prompt", "?"
+    )
     with pytest.raises(UserError, match="--draw marks clicks, and this model's task is 'vqa'"):
         ask(capsys, *arguments, "--prompt", "?", "--draw", tmp_path / "mark.png")
 
