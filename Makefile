@@ -1,5 +1,5 @@
 # make demo    tiny model, drawn images, training on two processes, scores: under five minutes on two cores
-# make test    the quick tests, under six minutes on two cores (make test-slow: the others, with a real Slurm)
+# make test    the quick tests, under four minutes on two cores (make test-slow: the others, with a real Slurm)
 # make lint    ruff and shellcheck
 # make clean   remove what the demo made (make distclean: .venv too)
 #

@@ -7,6 +7,7 @@ import sys
 import pytest
 import torch
 from conftest import REPO_ROOT, shared_data
+from support.forked import start_forked
 
 sys.path.insert(0, str(REPO_ROOT / "bench"))
 import workload
@@ -16,9 +17,10 @@ from images import native_size
 
 
 def run(*command: str) -> str:
-    finished = subprocess.run([sys.executable, *command], cwd=REPO_ROOT, capture_output=True, text=True, timeout=300)
-    assert finished.returncode == 0, finished.stderr
-    return finished.stdout
+    process = start_forked(*command)
+    printed, _ = process.communicate(timeout=300)
+    assert process.returncode == 0, printed
+    return printed
 
 
 def columns(output: str) -> dict[str, list[str]]:

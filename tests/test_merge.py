@@ -318,7 +318,7 @@ def run_merge(hub, home, *arguments, token=TOKEN):
                    "HF_HOME": str(home)}  # fmt: skip
     return subprocess.run(
         [sys.executable, "merge.py", *map(str, arguments)],
-        cwd=tiny_runs.REPO_ROOT, env=environment, capture_output=True, text=True, timeout=120,
+        cwd=tiny_runs.REPO_ROOT, env=environment, capture_output=True, text=True, timeout=300,
     )  # fmt: skip
 
 
