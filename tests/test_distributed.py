@@ -149,3 +149,82 @@ def test_before_the_ranks_have_met_only_the_warning_of_slurm_is_noted_and_then_e
     signal.signal(signal.SIGHUP, signal.SIG_IGN)  # nohup
     StopSignal().ranks_have_met()
     assert signal.getsignal(signal.SIGHUP) == signal.SIG_IGN
+
+
+# ------------------------------------------------------------------------------------- real processes under torchrun
+
+
+@pytest.fixture
+def config(tiny_models, tmp_path):
+    """config(**changes) writes the config of a small run into `tmp_path / "out"`, with data workers."""
+    write_samples(tmp_path / "data")
+
+    def config(**changes):
+        defaults = {"num_train_epochs": 500, "save_steps": 10_000, "dataloader_num_workers": 2}
+        return write_config(tmp_path / "data", tiny_models["qwen3_vl"], tmp_path / "out", **{**defaults, **changes})
+
+    return config
+
+
+def saved_steps(output) -> list[str]:
+    return sorted(folder.name for folder in output.glob("checkpoint-*"))
+
+
+@pytest.mark.slow
+def test_workers_whose_torchrun_is_killed_save_end_and_leave_the_folder_free(config, tmp_path):
+    output = tmp_path / "out"
+    process = start(config(), ranks=2)
+    wait_for_step(output, 3, process)
+    process.kill()
+    _, text = finish(process)  # the workers have closed their end of the pipe
+    stopped = json.loads((output / "PREEMPTED").read_text())
+    assert stopped["signal"] == "the end of torchrun" and saved_steps(output) == [f"checkpoint-{stopped['step']}"], text
+    OutputLock(output)
+
+
+@pytest.mark.slow
+def test_a_worker_without_torchrun_ends_where_the_rank_that_it_waits_for_is_gone_too(config, tmp_path):
+    output = tmp_path / "out"
+    process = start(config(), ranks=2)
+    wait_for_step(output, 3, process)
+    rank_1 = children(process)[1]
+    process.kill()
+    send(rank_1, signal.SIGKILL)
+    finish(process, timeout=60)
+    OutputLock(output)
+
+
+@pytest.mark.slow
+def test_torchrun_told_to_stop_waits_for_a_save_of_more_than_30_seconds_with_the_grace_of_the_launcher(
+    config, tmp_path
+):
+    lines = (REPO_ROOT / "slurm" / "launch.sh").read_text().splitlines()
+    (line,) = [line for line in lines if line.startswith("export TORCH_ELASTIC_SHUTDOWN_TIMEOUT=")]
+    told = subprocess.run(["bash", "-c", f"{line}; env"], capture_output=True, text=True).stdout
+    grace = re.search(r"^TORCH_ELASTIC_SHUTDOWN_TIMEOUT=(\d+)$", told, re.M).group(1)
+    output = tmp_path / "out"
+    environment = {"FAULT": "slow_save", "TORCH_ELASTIC_SHUTDOWN_TIMEOUT": grace}
+    process = start(config(), ranks=2, script=WRAPPED, environment=environment)
+    wait_for_step(output, 3, process)
+    send(process.pid, signal.SIGTERM)
+    _, text = finish(process)
+    stopped = json.loads((output / "PREEMPTED").read_text())
+    assert stopped["signal"] == "SIGTERM" and saved_steps(output) == [f"checkpoint-{stopped['step']}"], text
+
+
+@pytest.mark.slow
+def test_a_mistake_that_only_the_first_rank_meets_is_the_last_line_and_nobody_is_waited_for(config, tmp_path):
+    """Here a folder in use; the other ranks have started, and handle SIGTERM."""
+    lock = OutputLock(tmp_path / "out")
+    code, text = finish(start(config(), ranks=2))
+    assert lock and code == 1 and "exitcode  : 2 " in text
+    told = f"error: output_dir {tmp_path / 'out'} is in use by process {os.getpid()} on "
+    assert len(re.findall(f"^{re.escape(told)}", text, re.M)) == 1 and "error (rank 1)" not in text
+    assert [line for line in text.splitlines() if line.strip("= ")][-1].startswith(f"  traceback : {told}")
+    assert "SIGKILL" not in text and "forcefully" not in text
+
+
+@pytest.mark.slow
+def test_three_ranks_stopped_and_resumed_equal_an_uninterrupted_run_bit_for_bit(config, tiny_models, tmp_path):
+    """Three addends tell in which order they were added. Vision is trained, and some questions are without an image."""
+    samples = json.loads((tmp_path / "data" / "samples.json").read_text()) if False else None
