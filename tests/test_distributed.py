@@ -1,15 +1,42 @@
 """How a process ends whose work is done or has failed, and what asks it to stop."""
 
+import json
 import os
+import re
 import signal
 import subprocess
 import sys
 
+import pytest
+import torch
 from conftest import REPO_ROOT
+from support.document_runs import document_config, write_documents
+from support.run_helpers import (
+    children,
+    finish,
+    history,
+    order,
+    send,
+    start,
+    start_train,
+    wait_for_step,
+    weights,
+    write_config,
+    write_samples,
+)
+from support.tiny_runs import tiny_run, vqa_samples
 
 import distributed
+from batches import BatchPlan
+from config import load_config
+from dataset import SampleList, StepDataset, load_samples
 from distributed import StopSignal, run_command
 from errors import UserError
+from preflight import open_encoder
+from run_folder import OutputLock
+from templates import IGNORE
+
+WRAPPED = REPO_ROOT / "tests" / "support" / "wrapped_train.py"
 
 # A thread that never ends and a data worker that ignores SIGTERM each hold up a Python that is taken apart; and the
 # last object of the interpreter is one whose end must not be met.
@@ -149,3 +176,120 @@ def test_before_the_ranks_have_met_only_the_warning_of_slurm_is_noted_and_then_e
     signal.signal(signal.SIGHUP, signal.SIG_IGN)  # nohup
     StopSignal().ranks_have_met()
     assert signal.getsignal(signal.SIGHUP) == signal.SIG_IGN
+
+
+# ------------------------------------------------------------------------------------- real processes under torchrun
+
+
+@pytest.fixture
+def config(tiny_models, tmp_path):
+    """config(**changes) writes the config of a small run into the folder `output`, with data workers."""
+    write_samples(tmp_path / "data")
+
+    def config(output="out", **changes):
+        defaults = {"num_train_epochs": 500, "save_steps": 10_000, "dataloader_num_workers": 2}
+        return write_config(tmp_path / "data", tiny_models["qwen3_vl"], tmp_path / output, **{**defaults, **changes})
+
+    return config
+
+
+def saved_steps(output) -> list[str]:
+    return sorted(folder.name for folder in output.glob("checkpoint-*"))
+
+
+@pytest.mark.slow
+def test_workers_whose_torchrun_is_killed_save_end_and_leave_the_folder_free(config, tmp_path):
+    output = tmp_path / "out"
+    process = start(config(), ranks=2)
+    wait_for_step(output, 3, process)
+    process.kill()
+    _, text = finish(process)  # the workers have closed their end of the pipe
+    stopped = json.loads((output / "PREEMPTED").read_text())
+    assert stopped["signal"] == "the end of torchrun" and saved_steps(output) == [f"checkpoint-{stopped['step']}"], text
+    OutputLock(output)
+
+
+@pytest.mark.slow
+def test_a_worker_without_torchrun_ends_where_the_rank_that_it_waits_for_is_gone_too(config, tmp_path):
+    output = tmp_path / "out"
+    process = start(config(), ranks=2)
+    wait_for_step(output, 3, process)
+    rank_1 = children(process)[1]
+    process.kill()
+    send(rank_1, signal.SIGKILL)
+    finish(process, timeout=60)
+    OutputLock(output)
+
+
+@pytest.mark.slow
+def test_torchrun_told_to_stop_waits_for_a_save_of_more_than_30_seconds_with_the_grace_of_the_launcher(
+    config, tmp_path
+):
+    lines = (REPO_ROOT / "slurm" / "launch.sh").read_text().splitlines()
+    (line,) = [line for line in lines if line.startswith("export TORCH_ELASTIC_SHUTDOWN_TIMEOUT=")]
+    told = subprocess.run(["bash", "-c", f"{line}; env"], capture_output=True, text=True).stdout
+    grace = re.search(r"^TORCH_ELASTIC_SHUTDOWN_TIMEOUT=(\d+)$", told, re.M).group(1)
+    output = tmp_path / "out"
+    environment = {"FAULT": "slow_save", "TORCH_ELASTIC_SHUTDOWN_TIMEOUT": grace}
+    process = start(config(), ranks=2, script=WRAPPED, environment=environment)
+    wait_for_step(output, 3, process)
+    send(process.pid, signal.SIGTERM)
+    _, text = finish(process)
+    stopped = json.loads((output / "PREEMPTED").read_text())
+    assert stopped["signal"] == "SIGTERM" and saved_steps(output) == [f"checkpoint-{stopped['step']}"], text
+
+
+@pytest.mark.slow
+def test_a_mistake_that_only_the_first_rank_meets_is_the_last_line_and_nobody_is_waited_for(config, tmp_path):
+    """Here a folder in use; the other ranks have started, and handle SIGTERM."""
+    lock = OutputLock(tmp_path / "out")
+    code, text = finish(start(config(), ranks=2))
+    assert lock and code == 1 and "exitcode  : 2 " in text
+    told = f"error: output_dir {tmp_path / 'out'} is in use by process {os.getpid()} on "
+    assert len(re.findall(f"^{re.escape(told)}", text, re.M)) == 1 and "error (rank 1)" not in text
+    assert [line for line in text.splitlines() if line.strip("= ")][-1].startswith(f"  traceback : {told}")
+    assert "SIGKILL" not in text and "forcefully" not in text
+
+
+@pytest.mark.slow
+def test_three_ranks_stopped_and_resumed_equal_an_uninterrupted_run_bit_for_bit(config, tmp_path):
+    """Three addends tell in which order they were added. Vision is trained, and some questions are without an image."""
+    changes = {"num_train_epochs": 6, "vision_frozen": False, "projector_frozen": False, "grad_accum": 1}
+    cut, whole = config(**changes), config(output="whole", **changes)
+    path = tmp_path / "data" / "samples.json"
+    samples = json.loads(path.read_text())
+    for sample in samples[::3]:
+        del sample["image"]
+    path.write_text(json.dumps(samples))
+    first = start_train(cut, ranks=3, script=WRAPPED, environment={"FAULT": "slow_steps"})
+    wait_for_step(tmp_path / "out", 4, first)
+    send(children(first)[2])
+    code, text = finish(first)
+    assert code == 0 and 4 <= json.loads((tmp_path / "out" / "PREEMPTED").read_text())["step"] < 18, text
+    for path in (cut, whole):
+        code, text = finish(start_train(path, ranks=3))
+        assert code == 0, text
+    assert "Resuming from" not in text and len(order(tmp_path / "whole")) == 18
+    assert history(tmp_path / "out") == history(tmp_path / "whole")
+    assert order(tmp_path / "out") == order(tmp_path / "whole")
+    assert weights(tmp_path / "out") == weights(tmp_path / "whole")
+
+
+# --------------------------------------------------------------------------------------------------------- an idle rank
+
+
+def test_a_rank_without_a_question_has_nothing_supervised_neither_tokens_nor_classes(tiny_models, tmp_path):
+    """It joins the step with somebody else's question, which must not count twice."""
+    documents = write_documents(tmp_path / "documents", train=2, val=1, test=1)
+    path = document_config(documents, tiny_models["qwen2"], tmp_path / "cls")
+    classes = open_encoder(load_config(path), "c.yaml"), load_samples(documents / "text_train.json")
+    run = tiny_run(tiny_models, "qwen3_vl")
+    answers = run.encoder(), SampleList(vqa_samples(1, 2), "s")
+    for encoder, samples in (classes, answers):
+        plan = BatchPlan(len(samples), 3, 1, "sequential", 0)
+        shares = [StepDataset(samples, encoder, False, plan, 1000, rank, 3)[0] for rank in range(3)]
+        supervised = [sum(batch["answer_tokens"] for batch in share["micro_batches"]) for share in shares]
+        (idle,) = [share for share in shares if not share["sample_ids"]]
+        (batch,) = idle["micro_batches"]
+        assert sorted(map(bool, supervised)) == [False, True, True]
+        assert (batch["targets"] == IGNORE).all() and (batch.get("class_labels", IGNORE) == torch.tensor(IGNORE)).all()

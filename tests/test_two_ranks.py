@@ -8,6 +8,7 @@ import torch
 from safetensors.torch import load_file
 from support.forked import start_forked
 from support.tiny_runs import (
+    CUTS,
     TRAINED,
     build_items,
     largest_relative_difference,
@@ -113,12 +114,12 @@ def test_the_gradient_is_that_of_the_mean_over_the_answer_tokens_of_the_whole_st
 
 def assert_as_in_one_process(run, found: list[dict], trained: str, cuts) -> None:
     """found: what each rank says of its runs over mixed samples."""
-    gradients, weights = mixed_run(run, trained, 6, ALONE)
+    gradients, weights = mixed_run(run, trained, CUTS[-1], ALONE)
     with_vision = [any("visual" in name for name in step) for step in gradients]
     vision_is_trained = TRAINED[trained].get("projector_frozen") is False
     assert with_vision == [vision_is_trained, False, vision_is_trained, vision_is_trained]
-    for train_bs in cuts:
-        name = f"{trained}-{train_bs}"
+    for pass_tokens in cuts:
+        name = f"{trained}-{pass_tokens}"
         assert all(of_rank["mixed"][name] == found[0]["mixed"][name] for of_rank in found), "a rank stepped alone"
         for step, expected in enumerate([*gradients, weights]):
             on_ranks = load_file(found[0]["folder"] / f"{name}-{step}.safetensors")
@@ -127,7 +128,7 @@ def assert_as_in_one_process(run, found: list[dict], trained: str, cuts) -> None
 
 def test_with_a_trained_vision_tower_ranks_whose_passes_hold_no_image_step_with_the_others(two_ranks, run):
     """Steps with images on both ranks, on none, and on one alone, the last step of the run among them."""
-    assert_as_in_one_process(run, two_ranks, "everything", (2,))
+    assert_as_in_one_process(run, two_ranks, "everything", CUTS[:1])
 
 
 @pytest.mark.slow
@@ -137,15 +138,15 @@ def test_whatever_is_trained_and_however_a_step_is_cut_the_ranks_step_as_one_pro
 ):
     found = on_ranks(world_size, tmp_path, tiny_models["qwen3_vl"], ",".join(TRAINED))
     for trained in TRAINED:
-        assert_as_in_one_process(run, found, trained, (1, 2, 6))
+        assert_as_in_one_process(run, found, trained, CUTS)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("trained", TRAINED)
 def test_one_process_steps_alike_however_a_step_is_cut(run, trained):
-    whole, weights = mixed_run(run, trained, 6, ALONE)
-    for train_bs in (1, 2, 4):
-        cut, cut_weights = mixed_run(run, trained, train_bs, ALONE)
+    whole, weights = mixed_run(run, trained, CUTS[-1], ALONE)
+    for pass_tokens in CUTS[:-1]:
+        cut, cut_weights = mixed_run(run, trained, pass_tokens, ALONE)
         for expected, found in zip([*whole, weights], [*cut, cut_weights], strict=True):
             assert largest_relative_difference(expected, found) < 1e-10
 

@@ -205,6 +205,7 @@ TRAINED = {
     "language_model_and_projector": {"finetuning": "full", "projector_frozen": False},
     "everything": {"finetuning": "full", **VISION_TOO},
 }
+CUTS = (1, 200, 100_000)  # pass_tokens: each image's row in a pass of its own, some rows together, all in one
 
 
 def mixed_samples() -> list[dict]:
@@ -216,7 +217,7 @@ def mixed_samples() -> list[dict]:
     return [*first, *text[:6], *text[6:11], three[5], one[9], text[11]]
 
 
-def mixed_run(run: TinyRun, trained: str, train_bs: int, ranks) -> tuple[list[dict], dict]:
+def mixed_run(run: TinyRun, trained: str, pass_tokens: int, ranks) -> tuple[list[dict], dict]:
     """(gradients of each step, weights at the end) of `training_step` over `mixed_samples`, in float64. Plain SGD: what
     AdamW makes of a gradient that is zero but for rounding is as large as a step gets."""
     import train
@@ -225,7 +226,7 @@ def mixed_run(run: TinyRun, trained: str, train_bs: int, ranks) -> tuple[list[di
     samples = SampleList(mixed_samples(), "s")
     plan = BatchPlan(len(samples), 6, 1, "sequential", 0)
     config = replace(run.config, max_grad_norm=1e9, lr_scheduler_type="constant", **TRAINED[trained])
-    dataset = StepDataset(samples, run.encoder(), True, plan, train_bs, ranks.rank, ranks.world_size)
+    dataset = StepDataset(samples, run.encoder(), True, plan, pass_tokens, ranks.rank, ranks.world_size)
     model = run.fresh_model(torch.float64, **TRAINED[trained]).train()
     trainable = trainable_parameters(model)
     optimizer = torch.optim.SGD(trainable.values(), lr=0.1)

@@ -21,6 +21,7 @@ from errors import UserError
 from inference import Stopped, answer_split, split_loss
 from model import AnswerLoss
 from support.tiny_runs import (
+    CUTS,
     TinyRun,
     mixed_run,
     sha256_of,
@@ -36,9 +37,9 @@ def mixed_runs(run: TinyRun, ranks: Ranks, results: Path, names, cuts) -> dict:
     are kept as files."""
     found = {}
     for trained in names:
-        for train_bs in cuts:
-            name = f"{trained}-{train_bs}"
-            gradients, weights = mixed_run(run, trained, train_bs, ranks)
+        for pass_tokens in cuts:
+            name = f"{trained}-{pass_tokens}"
+            gradients, weights = mixed_run(run, trained, pass_tokens, ranks)
             found[name] = [sha256_of(tensors) for tensors in (*gradients, weights)]
             for step, tensors in enumerate([*gradients, weights] if ranks.is_first else []):
                 save_file(tensors, results / f"{name}-{step}.safetensors")
@@ -69,10 +70,10 @@ def main(model_folder: Path, results: Path, only_trained: str = "") -> None:
     torch.set_num_threads(1)
     run = TinyRun(model_folder, results / f"run{ranks.rank}", "qwen3_vl")
     if only_trained:
-        found = {"mixed": mixed_runs(run, ranks, results, only_trained.split(","), (1, 2, 6))}
+        found = {"mixed": mixed_runs(run, ranks, results, only_trained.split(","), CUTS)}
     else:
         found = all_but_training(run, ranks, results)
-        found["mixed"] = mixed_runs(run, ranks, results, ["everything"], (2,))
+        found["mixed"] = mixed_runs(run, ranks, results, ["everything"], CUTS[:1])
     (results / f"rank{ranks.rank}.json").write_text(json.dumps(found))
     ranks.barrier()
     stop_ranks()

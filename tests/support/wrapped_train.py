@@ -1,8 +1,10 @@
-"""train.py with a fault planted, for tests: `FAULT=nan_on_rank_1` or `FAULT=slow_steps` in the environment."""
+"""train.py with a fault planted, for tests: `FAULT=nan_on_rank_1`, `FAULT=slow_steps` or `FAULT=slow_save` (of more
+than 30 s) in the environment."""
 
 import os
 import time
 
+import checkpoint
 import model
 import train
 from distributed import run_command
@@ -26,6 +28,16 @@ def faulty(self, batch):
     return loss
 
 
+save_adapter = checkpoint.save_adapter
+
+
+def slow_save(*arguments):
+    time.sleep(33)
+    save_adapter(*arguments)
+
+
 model.AnswerLoss.forward = faulty
+if fault == "slow_save":
+    checkpoint.save_adapter = slow_save
 if __name__ == "__main__":
     run_command(train.main)
