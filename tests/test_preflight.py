@@ -201,7 +201,7 @@ def test_check_shows_a_sample_with_its_label_mask_counts_parameters_and_steps_an
     assert "train: 4 samples in" in out and "test: 2 samples in" in out and "Every image decodes." in out
     assert "[16 image tokens]" in out and "⟦red<|im_end|>⟧" in out and out.count("⟦") == 2
     assert "Image 0.png: 60×45 → 128×128 (content 128×96 at (0, 16))" in out
-    assert "Batch: 2 questions × 2 micro-steps × 1 ranks = 4 a step" in out
+    assert "Batch: train_bs 2 × grad_accum 2 × 1 ranks = 4 questions a step" in out
     assert "Steps: 4 questions / 4 = 1 an epoch, 2.5 epochs = 3 steps over 10 questions" in out
     assert out.endswith("Check passed: nothing was trained.\n")
     assert not list((data / "out").glob("*.safetensors")) and not (data / "results").exists()
@@ -212,7 +212,7 @@ def test_under_torchrun_one_rank_checks_for_all(command, monkeypatch):
     monkeypatch.setenv("RANK", "1")
     assert command(arguments=["--check"]) == (0, "", "")
     monkeypatch.setenv("RANK", "0")
-    assert "2 questions × 2 micro-steps × 2 ranks = 8 a step" in command(arguments=["--check"])[1]
+    assert "train_bs 2 × grad_accum 2 × 2 ranks = 8 questions a step" in command(arguments=["--check"])[1]
 
 
 def test_check_finds_every_bad_image_and_path_and_lists_each_with_file_and_row(command, data):
@@ -320,7 +320,7 @@ def test_the_plan_of_exp2_is_printed_as_the_arithmetic_of_its_batches(tiny_model
     config = load_config(write_values(tmp_path / "c.yaml", values))
     plan = BatchPlan(41_079, config.train_bs * config.grad_accum * 2, config.num_train_epochs, config.order, 42)
     assert batch_arithmetic(config, plan, 2) == [
-        "Batch: 4 questions × 8 micro-steps × 2 ranks = 64 a step",
+        "Batch: train_bs 4 × grad_accum 8 × 2 ranks = 64 questions a step",
         "Steps: 41,079 questions / 64 = 642 an epoch, 3 epochs = 1,926 steps over 123,237 questions",
     ]
 

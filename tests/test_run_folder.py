@@ -104,7 +104,7 @@ def test_of_equally_good_checkpoints_the_earliest_is_the_best(run, monkeypatch):
 
 FREE = {"experiment", "data", "output_dir", "results_dir", "eval_bs", "eval_steps", "eval_max_samples", "logging_steps",
         "save_steps", "save_total_limit", "dataloader_num_workers", "resume", "share_prefix", "gradient_checkpointing",
-        "train_bs", "grad_accum"}  # fmt: skip
+        "train_bs", "grad_accum", "pass_tokens"}  # fmt: skip
 
 
 def another(value):
@@ -115,6 +115,8 @@ def another(value):
         return replace(value, image_root="elsewhere")
     if isinstance(value, bool):
         return not value
+    if value is None:
+        return 7
     return value + 1 if isinstance(value, int | float) else f"{value}-other"
 
 

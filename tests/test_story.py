@@ -86,7 +86,11 @@ def test_the_scores_say_the_same_and_the_answers_end_by_themselves(story):
 def test_the_log_reads_as_one_story_with_the_lines_that_people_grep_for(story):
     folder, printed = story
     log = printed["train.py"]
-    for line in ("✓ Letterbox mode enabled: 96×96", "THE STORY", "Batch: 9 questions × 2 micro-steps × 1 ranks = 18"):
+    for line in (
+        "✓ Letterbox mode enabled: 96×96",
+        "THE STORY",
+        "Batch: train_bs 9 × grad_accum 2 × 1 ranks = 18 questions a step",
+    ):
         assert line in log
     steps = [line for line in log.splitlines() if line.startswith("step ")]
     rows = [json.loads(line) for line in (folder / "out/log.jsonl").read_text().splitlines()]

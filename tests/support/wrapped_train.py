@@ -4,6 +4,8 @@ than 30 s) in the environment."""
 import os
 import time
 
+import torch
+
 import checkpoint
 import model
 import train
@@ -13,14 +15,9 @@ fault = os.environ.get("FAULT", "")
 forward = model.AnswerLoss.forward
 
 
-calls = 0
-
-
 def faulty(self, batch):
-    global calls
-    calls += 1
     loss = forward(self, batch)
-    step = (calls + 1) // 2  # two micro-batches a step
+    step = torch.initial_seed() // 4_099 - 42 * 1_000_003 + 1  # dropout is seeded from (seed, step, rank)
     if fault == "nan_on_rank_1" and os.environ["RANK"] == "1" and step in (2, 5, 6, 7):
         return loss * float("nan")
     if fault == "slow_steps":
