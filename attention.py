@@ -28,7 +28,7 @@ VARLEN_TYPES = (torch.bfloat16, torch.float16)  # of its kernel
 
 
 def attention_mask(segments: torch.Tensor) -> torch.Tensor:
-    """(B, T) segments → bool (B, 1, T, T), True = attend: the prefix and the own segment, never the future."""
+    """(B, T) segments -> bool (B, 1, T, T), True = attend: the prefix and the own segment, never the future."""
     query, key = segments[:, None, :, None], segments[:, None, None, :]
     length = segments.shape[1]
     causal = torch.ones(length, length, dtype=torch.bool, device=segments.device).tril()
@@ -75,7 +75,7 @@ def chosen_path(device: torch.device) -> str:
 
 
 def two_part(query, key, value, prefix: int, bias: torch.Tensor, scaling: float) -> torch.Tensor:
-    """query (B, H, T, D), key and value (B, K, T, D) with H a multiple of K → (B, H, T, D). prefix, bias: those of
+    """query (B, H, T, D), key and value (B, K, T, D) with H a multiple of K -> (B, H, T, D). prefix, bias: those of
     `SharedRows`."""
     first, rest = query.split([prefix, query.shape[2] - prefix], dim=2)
     rest = masked(rest, key, value, bias, scaling)
@@ -88,7 +88,7 @@ def two_part(query, key, value, prefix: int, bias: torch.Tensor, scaling: float)
 
 
 def masked(query, key, value, mask: torch.Tensor, scaling: float) -> torch.Tensor:
-    """SDPA with a mask: query (B, H, T, D), key and value (B, K, S, D) → (B, H, T, D).
+    """SDPA with a mask: query (B, H, T, D), key and value (B, K, S, D) -> (B, H, T, D).
 
     mask: (B, 1, G × T, S), bool or added. With G > 1, the G query heads that read the same keys stand one after the
     other as queries of one head: see `heads_together`.
@@ -148,9 +148,9 @@ def varlen_layout(segments: torch.Tensor) -> dict:
 
 
 def varlen(query, key, value, layout: dict, scaling: float, attend=None) -> torch.Tensor:
-    """query (B, H, T, D), key and value (B, K, T, D) → (B, H, T, D).
+    """query (B, H, T, D), key and value (B, K, T, D) -> (B, H, T, D).
 
-    attend: (queries (Q, H, D), keys, values (N, K, D), cu_q, cu_k, max_q, max_k, scale) → (Q, H, D), causal with the
+    attend: (queries (Q, H, D), keys, values (N, K, D), cu_q, cu_k, max_q, max_k, scale) -> (Q, H, D), causal with the
     last query at the last key; by default PyTorch's kernel.
     """
     batch, heads, length, size = query.shape

@@ -59,8 +59,8 @@ class TrainerState:
     train_seconds: float = 0.0
     # Dropout is seeded anew at each step from (seed, step, rank), so this number is the whole RNG state.
     rng: dict = field(default_factory=dict)
-    files: dict = field(default_factory=dict)  # name → bytes
-    sha256: dict = field(default_factory=dict)  # name → of the content
+    files: dict = field(default_factory=dict)  # name -> bytes
+    sha256: dict = field(default_factory=dict)  # name -> of the content
 
 
 def whats_wrong(folder: Path, content: bool = False) -> str | None:
@@ -85,7 +85,7 @@ def whats_wrong(folder: Path, content: bool = False) -> str | None:
 
 
 def hash_files(folder: Path, paths: Iterable[Path]) -> dict[str, str]:
-    """Path within the folder → SHA-256 of the content, of several files at once: large ones take seconds."""
+    """Path within the folder -> SHA-256 of the content, of several files at once: large ones take seconds."""
 
     def sha256(path: Path) -> str:
         digest = hashlib.sha256()
@@ -157,7 +157,7 @@ def save(
 ) -> tuple[int, float]:
     """Write checkpoint-<step>: what is trained, the optimizer's state and the trainer's. Returns (bytes, seconds).
 
-    records: file name → content of further JSON files that belong to the weights.
+    records: file name -> content of further JSON files that belong to the weights.
     Frozen base weights are never written: they are `model_name`'s. All ranks: contains all_reduces; where one rank
     cannot save, all raise `UserError`."""
     sharded = config.parallel == "fsdp"

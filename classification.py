@@ -23,7 +23,7 @@ HEAD_FILE = "cls_head.safetensors"  # weight (num_labels, hidden_size) and bias 
 
 
 def attach_head(model: nn.Module, num_labels: int, seed: int) -> None:
-    """Give a transformers model the module `cls_head`, float32 whatever the model's type. Same seed → same head on all
+    """Give a transformers model the module `cls_head`, float32 whatever the model's type. Same seed -> same head on all
     ranks. Its weights start as those of transformers' own heads: normal, of the config's initializer_range."""
     text_config = model.config.get_text_config()
     head = nn.Linear(text_config.hidden_size, num_labels)
@@ -35,7 +35,7 @@ def attach_head(model: nn.Module, num_labels: int, seed: int) -> None:
 
 
 def class_logits(model: nn.Module, batch: dict, family: Family) -> torch.Tensor:
-    """A collated batch of documents → logits (items, num_labels), float32, in the order of the items."""
+    """A collated batch of documents -> logits (items, num_labels), float32, in the order of the items."""
     base = base_of(model)
     hidden = base.model(**model_inputs(model, batch, family), use_cache=False).last_hidden_state  # (B, T, hidden_size)
     last = hidden[last_tokens(batch["segments"])]  # (items, hidden_size), in the order of the slots

@@ -27,7 +27,7 @@ COORDINATES = {
 def units(placement: Placement, family: Family) -> tuple[float, float]:
     """Size (width, height) of the image the model sees, in the family's coordinate units.
 
-    Source: makers' cookbooks; Qwen2-VL and Qwen3-VL speak thousandths, Qwen2.5-VL pixels. Errors: `UserError` for a
+    Source: makers' cookbooks; Qwen2-VL and Qwen3-VL speak thousandths, Qwen2.5-VL pixels. Raises: `UserError` for a
     text model."""
     if family.coordinates is None:
         raise UserError(f"task 'click' needs a model that sees images; {family.model_type} is a text model")
@@ -116,7 +116,7 @@ def parse_point(text: str) -> tuple[float, float] | None:
 
 
 def image_of(sample: dict) -> str:
-    """The one image of a click sample. Errors: `UserError` where it has none or several."""
+    """The one image of a click sample. Raises: `UserError` where it has none or several."""
     paths = image_paths(sample)
     if len(paths) != 1:
         raise UserError(f"a click sample needs one image in key 'image', and this one has {len(paths)}")
@@ -124,14 +124,14 @@ def image_of(sample: dict) -> str:
 
 
 def stated_size(sample: dict) -> tuple[int, int] | None:
-    """(width, height) of the image as the sample states it in `image_size`, or None. Errors: `UserError`."""
+    """(width, height) of the image as the sample states it in `image_size`, or None. Raises: `UserError`."""
     return _numbers(sample, "image_size", 2)
 
 
 def as_question(sample: dict, placement: Placement, family: Family) -> dict:
     """A click sample as question and answer texts, for `templates.to_messages`.
 
-    Errors: `UserError` that says what is wrong with it; a point outside its image is wrong."""
+    Raises: `UserError` that says what is wrong with it; a point outside its image is wrong."""
     image_of(sample)
     instruction = sample.get("instruction")
     if not isinstance(instruction, str) or not instruction.strip():

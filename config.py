@@ -1,6 +1,6 @@
 """python config.py --config configs/exp2.yaml [key=value ...] [--get output_dir]
 
-One YAML file → one frozen `Config`. Every mistake is named here, before a GPU is touched: unknown, missing, ill-typed
+One YAML file -> one frozen `Config`. Every mistake is named here, before a GPU is touched: unknown, missing, ill-typed
 and contradictory keys are fatal, and the message names the key, the file and the nearest valid key. Run as a script it
 prints the resolved config, or one value of it for shell scripts.
 """
@@ -121,7 +121,7 @@ class _UniqueKeyLoader(yaml.SafeLoader):
 
 
 def read_yaml(path) -> dict:
-    """The mapping in a YAML file. Errors: `UserError` with file and line."""
+    """The mapping in a YAML file. Raises: `UserError` with file and line."""
     try:
         with open(path, encoding="utf-8") as stream:
             loaded = yaml.load(stream, _UniqueKeyLoader)
@@ -137,7 +137,7 @@ def read_yaml(path) -> dict:
 
 
 def load_config(path, overrides: typing.Sequence[str] = ()) -> Config:
-    """The config of a file, with `key=value` overrides (`lora.r=32`) on top. Errors: `UserError` naming the cure."""
+    """The config of a file, with `key=value` overrides (`lora.r=32`) on top. Raises: `UserError` naming the cure."""
     return build_config(read_yaml(path), str(path), overrides)
 
 
@@ -285,7 +285,7 @@ def to_yaml(config: Config) -> str:
 
 
 def check_data_files(config: Config, splits: typing.Iterable[str]) -> None:
-    """Every named split must be given and exist. Errors: `UserError` with key and path."""
+    """Every named split must be given and exist. Raises: `UserError` with key and path."""
     for split in splits:
         path = getattr(config.data, split)
         if path is None:

@@ -82,7 +82,7 @@ class Ranks:
 def start_ranks() -> Ranks:
     """Join the process group that torchrun announces, or run alone without it. NCCL on GPUs, gloo on CPU.
 
-    Errors: `UserError` where there are more local ranks than GPUs, or the rendezvous port is taken."""
+    Raises: `UserError` where there are more local ranks than GPUs, or the rendezvous port is taken."""
     world_size, rank = int(os.environ.get("WORLD_SIZE", "1")), int(os.environ.get("RANK", "0"))
     local_rank = int(os.environ.get("LOCAL_RANK", "0"))
     device = torch.device("cpu")

@@ -42,7 +42,7 @@ class Family:
         return self.patch_size * self.merge_size
 
     def check_image_size(self, image_size: int | None, source: str) -> None:
-        """Errors: `UserError` with the nearest sizes that fit (768 is no multiple of 28: the stock processor would
+        """Raises: `UserError` with the nearest sizes that fit (768 is no multiple of 28: the stock processor would
         silently train on 756)."""
         if image_size is None:
             raise UserError(f"{source}: resize 'letterbox' needs key 'image_size', a multiple of {self.factor}")
@@ -72,7 +72,7 @@ def hub_is_asked(model_name: str) -> bool:
 
 
 def load_family(model_name: str) -> Family:
-    """Family of a hub name or a folder. Errors: `UserError` where it cannot be read or is none of ours."""
+    """Family of a hub name or a folder. Raises: `UserError` where it cannot be read or is none of ours."""
     from transformers import AutoConfig, AutoImageProcessor
 
     online = hub_is_asked(model_name)

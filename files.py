@@ -18,7 +18,7 @@ RESUME = "start again: the run resumes from the checkpoint before"
 def save_atomically(folder: Path, write, then: str = RESUME) -> tuple[int, float]:
     """Let `write(temporary_folder)` fill a folder that appears under its name only when it is complete and on disk.
 
-    Returns (bytes, seconds). Errors: `UserError` with path and free space where the disk is full or not writable;
+    Returns (bytes, seconds). Raises: `UserError` with path and free space where the disk is full or not writable;
     what was there before stays, and nothing partial is left."""
     started = time.perf_counter()
     temporary = folder.with_name(f".{folder.name}.tmp")

@@ -1,4 +1,4 @@
-"""An image file → the pixels the model sees: decode, letterbox or native resize, cut into patches.
+"""An image file -> the pixels the model sees: decode, letterbox or native resize, cut into patches.
 
 Pixels travel as uint8 patches without the temporal copy (1.8 MB for 768², where the stock processor's float32 is
 14 MB); `model.normalise_patches` finishes the work on the device, equal to the family's own image processor.
@@ -25,7 +25,7 @@ _OPENING = threading.Lock()  # warning filters belong to the whole process, and 
 
 @contextlib.contextmanager
 def _opened(path):
-    """An image file with its header read. Errors: `UserError` naming the file, whatever its reader stumbles over."""
+    """An image file with its header read. Raises: `UserError` naming the file, whatever its reader stumbles over."""
     try:
         with _OPENING, warnings.catch_warnings():
             warnings.simplefilter("error", Image.DecompressionBombWarning)
@@ -45,7 +45,7 @@ def _opened(path):
 def open_image(path) -> Image.Image:
     """Decode an image fully, turned upright by its EXIF orientation, as RGB.
 
-    Transparent pixels lie on white; 16-bit values keep their upper 8 bits. Errors: `UserError` naming the file, also
+    Transparent pixels lie on white; 16-bit values keep their upper 8 bits. Raises: `UserError` naming the file, also
     for a truncated file (Pillow's `open` and `verify` accept half a JPEG) and for a decompression bomb.
     """
     with _opened(path) as image:
@@ -94,7 +94,7 @@ class Placement:
 
 
 def upright_size(path) -> tuple[int, int]:
-    """(width, height) of an image file as `open_image` gives it, from its header alone. Errors: `UserError`."""
+    """(width, height) of an image file as `open_image` gives it, from its header alone. Raises: `UserError`."""
     with _opened(path) as image:
         return image.size[::-1] if image.getexif().get(0x0112, 1) >= 5 else image.size  # turned by EXIF
 
@@ -118,7 +118,7 @@ def letterbox(image: Image.Image, size: int) -> tuple[Image.Image, Placement]:
 def native_size(width: int, height: int, factor: int, min_pixels: int, max_pixels: int) -> tuple[int, int]:
     """The (width, height) of the families' own resizing: multiples of `factor`, total between the two bounds.
 
-    Source: Qwen2-VL's image processor; a test holds the two equal. Errors: `UserError` for a strip longer than 200 : 1.
+    Source: Qwen2-VL's image processor; a test holds the two equal. Raises: `UserError` for a strip longer than 200 : 1.
     """
     if max(width, height) > 200 * min(width, height):
         raise UserError(f"image of {width}×{height} is longer than 200:1; use resize: letterbox or crop it")
@@ -154,7 +154,7 @@ def patchify(image: Image.Image, patch_size: int, merge_size: int) -> np.ndarray
     pixels = np.asarray(image, dtype=np.uint8)  # (height, width, 3)
     rows, columns = pixels.shape[0] // (patch_size * merge_size), pixels.shape[1] // (patch_size * merge_size)
     pixels = pixels.reshape(rows, merge_size, patch_size, columns, merge_size, patch_size, 3)
-    # → (row, column, row in token, column in token, channel, y, x)
+    # -> (row, column, row in token, column in token, channel, y, x)
     return pixels.transpose(0, 3, 1, 4, 6, 2, 5).reshape(-1, 3 * patch_size * patch_size)
 
 
@@ -176,7 +176,7 @@ class ModelImage:
 
 
 def image_path(image_root, relative: str) -> Path:
-    """The file of an image path in a sample. Errors: `UserError` where it leaves `image_root`.
+    """The file of an image path in a sample. Raises: `UserError` where it leaves `image_root`.
 
     Purely lexical, so that a symbolic link inside the root may point to another disk, and `link/..` is the root again.
     """

@@ -1,6 +1,6 @@
 """python merge.py --adapter-path outputs/exp2 --out merged/exp2 [--push USER/REPO]
 
-An adapter and its base → one plain model folder that `from_pretrained` loads, with tokenizer, image processor, greedy
+An adapter and its base -> one plain model folder that `from_pretrained` loads, with tokenizer, image processor, greedy
 generation config and model card. The folder appears only after merged and adapted logits agreed on real inputs. --push
 uploads exactly that folder; the token comes from HF_TOKEN or `hf auth login`. Without --adapter-path, --push uploads a
 folder that was merged before.
@@ -111,7 +111,7 @@ def base_logits(model: torch.nn.Module, samples: SampleList, encoder: SampleEnco
 def compare(merged, adapted, alone, what: str, dtype: torch.dtype) -> str:
     """Sentences about how far the merged model's logits are from those of base and adapter.
 
-    Errors: `UserError` where they are farther than `TOLERANCE`, or no numbers."""
+    Raises: `UserError` where they are farther than `TOLERANCE`, or no numbers."""
     difference, tolerance = relative_difference(merged, adapted), TOLERANCE[dtype]
     check = (
         f"On {what} ({len(adapted)} answer tokens), the logits of the merged model differ from those of base and "
@@ -131,7 +131,7 @@ def compare(merged, adapted, alone, what: str, dtype: torch.dtype) -> str:
 
 
 def load_plainly(folder: Path) -> torch.nn.Module:
-    """As any user of the folder loads it. Errors: `UserError` where a key is missing, unexpected or misshapen."""
+    """As any user of the folder loads it. Raises: `UserError` where a key is missing, unexpected or misshapen."""
     from transformers import AutoModelForImageTextToText
 
     model, report = AutoModelForImageTextToText.from_pretrained(folder, dtype="auto", output_loading_info=True)
@@ -165,7 +165,7 @@ def write_model(model: torch.nn.Module, config: Config, family: Family, temporar
 
 
 def refuse_full_disk(model: torch.nn.Module, out: Path) -> None:
-    """Errors: `UserError` where the merged weights would not fit."""
+    """Raises: `UserError` where the merged weights would not fit."""
     parent = next(folder for folder in out.absolute().parents if folder.exists())
     weights = (p for name, p in model.named_parameters() if ".lora_" not in name)
     needed, free = sum(p.numel() * p.element_size() for p in weights), shutil.disk_usage(parent).free

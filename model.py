@@ -218,7 +218,7 @@ def quiet_peft():
 
 
 def attach_lora(model: nn.Module, lora: Lora, groups: list[str], seed: int) -> nn.Module:
-    """Wrap the model with a fresh adapter, float32 whatever the base's type. Same seed → same adapter on all ranks."""
+    """Wrap the model with a fresh adapter, float32 whatever the base's type. Same seed -> same adapter on all ranks."""
     from peft import LoraConfig
 
     pattern = lora_target_pattern(model, groups)
@@ -332,7 +332,7 @@ def to_device(batch: dict, device: torch.device) -> dict:
 
 
 def normalise_patches(patches: torch.Tensor, family: Family) -> torch.Tensor:
-    """uint8 patches (N, 3 × patch²) → what the family's image processor gives, float32 (N, 3 × time × patch²).
+    """uint8 patches (N, 3 × patch²) -> what the family's image processor gives, float32 (N, 3 × time × patch²).
 
     Same order of operations and same roundings as the stock processor: scale in float64, then float32 statistics.
     """

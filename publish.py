@@ -1,4 +1,4 @@
-"""A merged model folder → its model card, and its upload to the hub: exactly its own files, no path of this machine.
+"""A merged model folder -> its model card, and its upload to the hub: exactly its own files, no path of this machine.
 
 The token comes from the environment (HF_TOKEN) or the hub's own login. It is never an argument, because everybody on a
 cluster can read those, and it is kept out of every message.
@@ -155,7 +155,7 @@ def _rows(head: tuple[str, str], rows: dict[str, str]) -> str:
 
 
 def check_access(repo: str) -> None:
-    """Whether there is a token that the hub knows, before hours of work. Errors: `UserError` with the cure."""
+    """Whether there is a token that the hub knows, before hours of work. Raises: `UserError` with the cure."""
     from huggingface_hub import HfApi, get_token
     from huggingface_hub.utils import HFValidationError, validate_repo_id
 
@@ -172,7 +172,7 @@ def check_access(repo: str) -> None:
 
 
 def files_of(folder: Path) -> list[str]:
-    """The names of a merged model's files. Errors: `UserError` naming a file that does not belong to one."""
+    """The names of a merged model's files. Raises: `UserError` naming a file that does not belong to one."""
     names = sorted(str(path.relative_to(folder)) for path in folder.rglob("*") if not path.is_dir())
     strangers = [name for name in names if not any(fnmatch.fnmatchcase(name, pattern) for pattern in ALLOWED)]
     if strangers:
@@ -188,7 +188,7 @@ def files_of(folder: Path) -> list[str]:
 
 def push(folder: Path, repo: str) -> str:
     """Upload the folder's files to a repository of the hub, which is made (private) where it does not exist; returns
-    its address. Errors: `UserError`, without the token."""
+    its address. Raises: `UserError`, without the token."""
     from huggingface_hub import HfApi
 
     names = files_of(folder)

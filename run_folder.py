@@ -22,7 +22,7 @@ class OutputLock:
     data workers do not hold it), and ends with its owner, however that
     ends; the file's text only says who it is.
 
-    Errors: `UserError` naming the owner."""
+    Raises: `UserError` naming the owner."""
 
     def __init__(self, output_dir):
         try:
@@ -79,7 +79,7 @@ CONFIG_FILE, MERGED_CONFIG_FILE = "config.yaml", "finetune_config.yaml"
 def config_of(folder: Path, overrides=()) -> Config:
     """The config of the run that made a folder: an output folder, one of its checkpoints, or a merged model.
 
-    A folder that holds a whole model is its own `model_name`. Errors: `UserError` where no config is found."""
+    A folder that holds a whole model is its own `model_name`. Raises: `UserError` where no config is found."""
     candidates = [folder / MERGED_CONFIG_FILE, folder / CONFIG_FILE]
     if re.fullmatch(r"checkpoint-\d+", folder.name):
         candidates.append(folder.absolute().parent / CONFIG_FILE)
@@ -130,7 +130,7 @@ def find_resume(config: Config, global_batch: int, train_data: str) -> tuple[Pat
 def check_same_mathematics(
     state: TrainerState, config: Config, global_batch: int, train_data: str, folder: Path
 ) -> None:
-    """Errors: `UserError` naming the keys in which a resumed run would not be the same experiment."""
+    """Raises: `UserError` naming the keys in which a resumed run would not be the same experiment."""
     old, new = _flatten(state.config), _flatten(to_dict(config))
     changed = [
         f"{key}: {old.get(key)!r} → {new.get(key)!r}"

@@ -93,7 +93,7 @@ class RunLog:
 
 @contextlib.contextmanager
 def _disk_full_is_said(file):
-    """Errors: `UserError` with path and free space where a line cannot be written."""
+    """Raises: `UserError` with path and free space where a line cannot be written."""
     try:
         yield
     except OSError as error:

@@ -104,7 +104,7 @@ def _entries(trainable: dict[str, nn.Parameter], optimizer: torch.optim.Optimize
 def save_shards(folder: Path, trainable: dict[str, nn.Parameter], optimizer: torch.optim.Optimizer) -> None:
     """Write this rank's share of weights and optimizer state into a folder that all ranks see.
 
-    All ranks: contains collectives. Errors: on all ranks where one cannot write, `OSError` for the disk's."""
+    All ranks: contains collectives. Raises: on all ranks where one cannot write, `OSError` for the disk's."""
     entries = _entries(trainable, optimizer)
     files, filled = {}, 0
     for name, tensor in entries.items():
@@ -147,7 +147,7 @@ def load_unsharded(folder: Path, model: nn.Module) -> None:
 
 
 def stored_shapes(folder: Path) -> dict[str, list[int]]:
-    """Name → shape of what `save_shards` has written. Raises: `UserError` where a file cannot be read."""
+    """Name -> shape of what `save_shards` has written. Raises: `UserError` where a file cannot be read."""
     try:
         stored = dcp.HuggingFaceStorageReader(str(folder)).read_metadata().state_dict_metadata
     except (OSError, ValueError, KeyError) as error:

@@ -1,4 +1,4 @@
-"""Sample → chat messages → token ids and label mask.
+"""Sample -> chat messages -> token ids and label mask.
 
 A sample holds facts; a template decides how they are said. The model's own chat template lays the messages out, so the
 prompt of training and the prompt of inference are the same tokens.
@@ -26,7 +26,7 @@ STANDARD = (
 )
 SEQUENTIAL_COT = f"{ULTRA_CONDENSED}\n- The questions follow one another: build on your earlier answers about the image"
 
-# template → system prompt; None: the chat template's own default
+# template -> system prompt; None: the chat template's own default
 SYSTEM_PROMPTS = {
     "ultra_condensed": ULTRA_CONDENSED,
     "standard": STANDARD,
@@ -48,7 +48,7 @@ def to_messages(sample: dict, template: str, image_shown: bool = True) -> list[d
     """Chat messages of a sample in any of the forms of the README, the gold answer as the last assistant turn.
 
     Returns [{"role", "content"}] where content is a text, or a list of {"type": "image"} and {"type": "text", "text"}
-    parts. Errors: `UserError` that says what is wrong with the sample (the caller adds its name).
+    parts. Raises: `UserError` that says what is wrong with the sample (the caller adds its name).
     """
     if "turns" in sample:
         return _question_by_question(sample, template, image_shown)
@@ -84,7 +84,7 @@ def _check_question(sample: dict) -> None:
 
 def as_conversations(samples: list[dict]) -> list[dict]:
     """One sample per image, whose `turns` are the image's questions in stage order (file order inside a stage).
-    Errors: `UserError` naming the sample."""
+    Raises: `UserError` naming the sample."""
     by_image: dict[tuple, list[dict]] = {}
     for sample in samples:
         try:
@@ -209,7 +209,7 @@ def encode(messages: list[dict], tokenizer, image_tokens: list[int], image_token
     image_tokens: tokens of each image, in order. Each assistant turn's text and its end token are supervised and
     tokenised on their own, so that the tokens before them are exactly the inference prompt. generation: the messages
     end with a user turn, and the prompt for the answer is added.
-    Errors: `UserError` where a text holds a control token such as <|im_end|>.
+    Raises: `UserError` where a text holds a control token such as <|im_end|>.
     """
     control = _control_tokens(tokenizer)
     for message in messages:
@@ -248,7 +248,7 @@ def encode(messages: list[dict], tokenizer, image_tokens: list[int], image_token
 def cut_text(encoded: Encoded, text: str, too_many: int, tokenizer) -> Encoded:
     """Without the last `too_many` tokens of a document's text, which ends the last turn before the generation prompt.
 
-    Errors: `UserError` where that would leave nothing of it."""
+    Raises: `UserError` where that would leave nothing of it."""
     if too_many >= len(tokenizer(text.strip(), add_special_tokens=False)["input_ids"]):
         raise UserError("the pages and the instruction alone fill max_tokens; raise it, or show fewer or smaller pages")
     ids = encoded.input_ids
