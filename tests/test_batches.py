@@ -148,7 +148,7 @@ def test_decoded_labels_are_the_answers_and_their_end_tokens_and_nothing_else(
     tiny_models, name, template, share_prefix
 ):
     run = tiny_run(tiny_models, name)
-    samples = vqa_samples() if template != "sequential_cot" else as_conversations(vqa_samples())
+    samples = vqa_samples() if template != "sequential_cot" else list(as_conversations(vqa_samples()))
     samples += chats()
     batch = one_batch(run.encoder(template=template), samples, share_prefix)
     assert supervised_text(batch, run.tokenizer) == ["".join(answers(sample)) for sample in samples]

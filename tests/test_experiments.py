@@ -13,10 +13,11 @@ import inference
 import train
 from checkpoint import load_trained
 from config import load_config
-from dataset import SampleEncoder, SampleList, load_split
+from dataset import SampleEncoder
 from distributed import Ranks
 from family import load_family
 from model import load_tokenizer
+from samples import SampleList, load_split
 from templates import as_conversations, to_messages
 
 CONFIGS = sorted((REPO / "configs").glob("*.yaml"))

@@ -45,10 +45,10 @@ def test_a_missing_json_file_or_a_folder_in_its_place_is_one_line(tmp_path):
 def test_json_lines_keep_their_numbers_over_blank_lines_and_unicode_line_ends(tmp_path):
     path = tmp_path / "rows.jsonl"
     path.write_bytes('\ufeff{"a": "x\u2028y"}\n\n[2]\r\n'.encode())
-    assert read_json_lines(path, "") == [(1, {"a": "x\u2028y"}), (3, [2])]
+    assert list(read_json_lines(path, "")) == [(1, {"a": "x\u2028y"}), (3, [2])]
     path.write_text('{"a": 1}\n\n' + "[" * 100_000 + "\n")
     with pytest.raises(UserError, match=r"rows\.jsonl line 3: not valid JSON"):
-        read_json_lines(path, "mend it")
+        list(read_json_lines(path, "mend it"))
 
 
 def test_of_files_written_together_none_changes_when_one_fails(tmp_path):

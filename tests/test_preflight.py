@@ -20,7 +20,7 @@ import templates
 import train
 from batches import BatchPlan
 from config import load_config
-from dataset import SampleEncoder, SampleList
+from dataset import SampleEncoder
 from errors import UserError
 from family import load_family
 from model import load_base, parameter_table, prepare_training
@@ -35,6 +35,7 @@ from preflight import (
     missing_candidates,
     prefix_sharing,
 )
+from samples import SampleList
 from templates import as_conversations
 from train import find_start
 
