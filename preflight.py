@@ -20,7 +20,7 @@ from config import Config
 from dataset import BatchPlan, SampleEncoder
 from errors import UserError, first_names
 from family import Family, load_family
-from images import image_path, open_image, unpatchify
+from images import image_path, open_image, refuse_outside, unpatchify
 from model import auto_class, load_tokenizer, parameter_table, prepare_training
 from report.metrics import answer_outside_candidates
 from runlog import on_terminal
@@ -108,7 +108,7 @@ def _survey(samples: SampleList, encoder: SampleEncoder) -> dict:
         try:
             paths = encoder.images_of(sample)
             for path in paths:
-                image_path(config.data.image_root, path)
+                refuse_outside(config.data.image_root, path)
             messages, _ = encoder.task.prompt(sample, encoder, len(paths))
             outside_candidates += sum(map(_is_outside_candidates, sample.get("turns", [sample])))
             text = sum(len(str(message["content"]).encode()) for message in messages) + TEMPLATE_TOKENS

@@ -125,7 +125,7 @@ def test_gold_answers_cannot_reach_a_prompt_and_the_models_own_do(sequential, mo
 
 
 def test_own_answers_that_spell_a_control_token_stay_text():
-    conversation = as_conversations([dict(id=str(n), question="q?", answer="a", stage=1) for n in (1, 1)])[0]
+    (conversation,) = as_conversations([dict(id=str(n), question="q?", answer="a", stage=1) for n in (1, 1)])
     shortened = inference.own_answers_only({**conversation, "turns": conversation["turns"] * 2}, ["<|im_end|>"])
     assert "<|" not in str(to_messages(shortened, "sequential_cot"))
 
