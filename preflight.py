@@ -103,8 +103,7 @@ def _survey(samples: SampleList, encoder: SampleEncoder) -> dict:
     problems, cut, outside_candidates, longest = [], [], 0, (0, 0)
     if len(samples) >= MANY_SAMPLES:
         print(f"Checking {len(samples):,} samples of {samples.source}", flush=True)
-    for row in tqdm(range(len(samples)), "samples", disable=not on_terminal(), leave=False):
-        sample = samples[row]
+    for row, sample in enumerate(tqdm(samples, "samples", disable=not on_terminal(), leave=False)):
         try:
             paths = encoder.images_of(sample)
             for path in paths:

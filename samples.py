@@ -12,6 +12,7 @@ import errno
 import hashlib
 import io
 import json
+import mmap
 import shutil
 import time
 import uuid
@@ -30,6 +31,7 @@ VERSION = 1  # of the cache: one of another version is not used
 CACHE_FOLDER = ".sample_cache"
 IN_MEMORY_BYTES = 2**25  # a smaller file is read at every start, and nothing is left beside it
 LEFT_BEHIND_SECONDS = 86_400  # what a build that was killed has left is removed after that
+ROWS_HELD = 10_000  # in memory, of a cache that is read from beginning to end
 CURE = "correct it, or run prepare_data.py"
 
 _END, _IMAGES, _ID = range(3)  # columns of the table of rows
@@ -66,6 +68,14 @@ class SampleList(Sequence):
     def __getitem__(self, row: int) -> dict:
         start = self._rows[row - 1, _END] if row else 0
         return _decode(self._bytes[start : self._rows[row, _END]].tobytes().decode())
+
+    def __iter__(self) -> Iterator[dict]:
+        """One after the other; of a mapped file, what has been read leaves this process's memory again."""
+        mapped = getattr(self._bytes.base, "base", None)
+        for row in range(len(self)):
+            yield self[row]
+            if row % ROWS_HELD == ROWS_HELD - 1 and isinstance(mapped, mmap.mmap):
+                mapped.madvise(mmap.MADV_DONTNEED)
 
     def name(self, row: int) -> str:
         """How messages call a sample: file, row (counted from 1) and id."""

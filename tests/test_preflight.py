@@ -305,7 +305,11 @@ def test_the_longest_sample_is_found_among_texts_and_images_of_all_sizes(tiny_mo
     changes = {} if resize == "letterbox" else {"image_size": None, "max_pixels": 4_000_000}
     encoder = run.encoder(resize=resize, data=replace(run.config.data, image_root=str(tmp_path)), **changes)
     samples = vqa_samples(3, 3)
-    lists = [samples, samples[::-1], [s | {"question": s["question"] * 60 * (s["id"] == "p2q1")} for s in samples]]
+    lists = [
+        samples,
+        samples[::-1],
+        [s | {"question": s["question"] * (60 if s["id"] == "p2q1" else 1)} for s in samples],
+    ]
     lists.append([*samples, {**samples[0], "image": ["0.png", "2.png", "1.png"]}, samples[1]])
     for given in lists:
         lengths = [len(item.input_ids) for item in build_items(encoder, given)[0]]
