@@ -5,7 +5,6 @@ from collections import Counter
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
-import clicks
 import errors
 import leakage
 from errors import UserError, first_names
@@ -14,6 +13,7 @@ from prepare import splits, tables
 from prepare.rows import RowProblems, read_rows, refuse_lone_surrogates
 from prepare.splits import SPLITS
 from report.metrics import target_size
+from tasks import clicks
 from templates import image_paths
 
 # The names under which published sets keep each fact, the first one found wins.

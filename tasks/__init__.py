@@ -18,7 +18,7 @@ A fourth task is one more module here, a line in `TASKS`, and its name in `confi
     sample_to_predict(images, prompt, candidates, config) -> a sample for predict.py
     describe(row) -> the lines that predict.py prints
 
-None of them imports torch.
+None of them imports torch. `clicks.py` is not a task, but the coordinates of one.
 """
 
 from pathlib import Path

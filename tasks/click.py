@@ -1,15 +1,14 @@
-"""Task `click`: an instruction and a screenshot, answered with a point. `clicks.py` has the coordinates."""
+"""Task `click`: an instruction and a screenshot, answered with a point. `clicks.py` beside it has the coordinates."""
 
 from pathlib import Path
 
-import clicks
-from clicks import COORDINATES, as_question, image_of, stated_size
 from config import Config
 from errors import UserError
 from family import Family
 from images import Placement, image_path
 from report import metrics
-from tasks import vqa
+from tasks import clicks, vqa
+from tasks.clicks import COORDINATES, as_question, image_of, stated_size
 from templates import SYSTEM_PROMPTS, to_messages
 
 TEMPLATES = SYSTEM_PROMPTS

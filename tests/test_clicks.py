@@ -7,12 +7,12 @@ from dataclasses import replace
 import pytest
 from conftest import shared_data
 
-import clicks
 import tasks
 from config import Config, Data
 from errors import UserError
 from family import COORDINATES, Family
 from images import letterbox_placement, native_placement
+from tasks import clicks
 
 FACTORS = {"qwen2_vl": (14, 2), "qwen2_5_vl": (14, 2), "qwen3_vl": (16, 2)}
 

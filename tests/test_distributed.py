@@ -29,11 +29,12 @@ from support.tiny_runs import tiny_run, vqa_samples
 import distributed
 from batches import BatchPlan
 from config import load_config
-from dataset import SampleList, StepDataset, load_samples
+from dataset import StepDataset
 from distributed import StopSignal, run_command
 from errors import UserError
 from preflight import open_encoder
 from run_folder import OutputLock
+from samples import SampleList, load_samples
 from templates import IGNORE
 
 WRAPPED = REPO_ROOT / "tests" / "support" / "wrapped_train.py"
