@@ -303,7 +303,8 @@ def test_the_longest_sample_is_found_among_texts_and_images_of_all_sizes(tiny_mo
     for number, size in enumerate([(90, 90), (400, 300), (200, 200)]):
         write_images(tmp_path, [f"{number}.png"], size=size)
     changes = {} if resize == "letterbox" else {"image_size": None, "max_pixels": 4_000_000}
-    encoder = run.encoder(resize=resize, data=replace(run.config.data, image_root=str(tmp_path)), **changes)
+    changes |= {"max_tokens": 4000, "data": replace(run.config.data, image_root=str(tmp_path))}
+    encoder = run.encoder(resize=resize, **changes)
     samples = vqa_samples(3, 3)
     lists = [
         samples,
