@@ -73,7 +73,7 @@ class Peaks(threading.Thread):
 
     def __init__(self):
         super().__init__(daemon=True)
-        self.kilobytes = {"Pss": 0, "Rss": 0, "Private_Dirty": 0}
+        self.kilobytes, self.ended = {"Pss": 0, "Rss": 0, "Private_Dirty": 0}, False
 
     def look(self) -> None:
         for line in Path("/proc/self/smaps_rollup").read_text().splitlines()[1:]:
@@ -82,7 +82,7 @@ class Peaks(threading.Thread):
                 self.kilobytes[name] = max(self.kilobytes[name], value)
 
     def run(self) -> None:
-        while True:
+        while not self.ended:
             self.look()
             time.sleep(0.25)
 
@@ -115,12 +115,14 @@ def worker(folder: Path, in_memory: bool) -> None:
         train.set_up(load_config(path), path)
     except Reached:
         reached_at = time.time()
+    peaks.ended = True
     peaks.look()
+    kilobytes = dict(peaks.kilobytes)  # without what the comparison of orders reads
     plan, split = planned
     digest = hashlib.sha256(split.sha256.encode())
     for row in plan.epoch_order(0)[:: max(1, len(split) // 10_000)]:
         digest.update(split[int(row)]["id"].encode())
-    found = {"reached": reached_at, "cpu": sum(os.times()[:2]), "order": digest.hexdigest(), **peaks.kilobytes}
+    found = {"reached": reached_at, "cpu": sum(os.times()[:2]), "order": digest.hexdigest(), **kilobytes}
     (folder / f"rank-{os.environ['RANK']}.json").write_text(json.dumps(found))
     end_process()
 
