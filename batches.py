@@ -43,8 +43,9 @@ class BatchPlan:
     the questions, rounded up.
     """
 
-    def __init__(self, samples: int, batch: int, epochs: float, order: str, seed: int, image_of: list | None = None):
-        """batch: questions of one optimizer step, over all ranks. image_of: each sample's image, for 'images'."""
+    def __init__(self, samples: int, batch: int, epochs: float, order: str, seed: int, image_of=None):
+        """batch: questions of one optimizer step, over all ranks. image_of: for order 'images', a number
+        for each sample that it shares with those of the same image."""
         self.samples, self.batch, self.order, self.seed, self._image_of = samples, batch, order, seed, image_of
         whole_epochs = int(epochs)
         self.steps_per_epoch = -(-samples // batch)
@@ -64,11 +65,10 @@ class BatchPlan:
             elif self.order == "random":
                 order = generator.permutation(self.samples)
             else:  # images: shuffled images, the questions of each together and in file order
-                groups: dict = {}
-                for index, image in enumerate(self._image_of):
-                    groups.setdefault(image, []).append(index)
-                groups = list(groups.values())
-                order = np.concatenate([groups[group] for group in generator.permutation(len(groups))])
+                _, first, image = np.unique(self._image_of, return_index=True, return_inverse=True)
+                place = np.empty_like(first)  # of an image in this epoch; they are counted as they appear in the file
+                place[np.argsort(first)[generator.permutation(len(first))]] = np.arange(len(first))
+                order = np.argsort(place[image], kind="stable")
             self._cached = (epoch, order)
         return self._cached[1]
 

@@ -1,4 +1,4 @@
-"""Sample files -> tokenised questions with their images -> a rank's passes of a step, in loader workers.
+"""Samples -> tokenised questions with their images -> a rank's passes of a step, in loader workers.
 
 A worker builds one rank's whole share of a step at a time, so that an image is decoded once for all its questions in
 the step. Every rank tokenises the whole step, because who does what depends on lengths; it decodes its own images.
@@ -7,10 +7,7 @@ Which questions make up a step, and how they are laid out, is decided in `batche
 
 import functools
 import hashlib
-import json
-from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
-from pathlib import Path
 
 import numpy as np
 import torch
@@ -19,9 +16,8 @@ from torch.utils.data import DataLoader, Dataset
 from batches import BatchPlan, Item, collate, lay_out, passes, share_out, weightless
 from config import Config
 from distributed import ignore_stop_signals
-from errors import UserError, first_names
+from errors import UserError
 from family import Family
-from files import read_json, read_json_lines
 from images import (
     ModelImage,
     Placement,
@@ -34,92 +30,11 @@ from images import (
     patchify,
     upright_size,
 )
+from samples import SampleList
 from tasks import task_of
-from templates import (
-    CONVERSATION_TEMPLATE,
-    as_conversations,
-    cut_text,
-    encode,
-    image_paths,
-    split_answer,
-)
+from templates import cut_text, encode, image_paths, split_answer
 
 SIZES_KEPT = 65_536  # images whose size a worker remembers
-
-
-class SampleList(Sequence):
-    """Samples of a split as one block of JSON bytes: forked workers share it, where a list of dicts would be copied
-    page by page as reference counts change."""
-
-    def __init__(self, samples: list[dict], source: str):
-        encoded = [_as_bytes(sample, f"{source} row {row}") for row, sample in enumerate(samples, 1)]
-        self.source = source
-        self._ends = np.cumsum([len(line) for line in encoded])
-        self._bytes = np.frombuffer(b"".join(encoded), dtype=np.uint8)
-
-    def __len__(self) -> int:
-        return len(self._ends)
-
-    def __getitem__(self, row: int) -> dict:
-        start = self._ends[row - 1] if row else 0
-        return json.loads(self._bytes[start : self._ends[row]].tobytes())
-
-    @property
-    def sha256(self) -> str:
-        return hashlib.sha256(self._bytes).hexdigest()
-
-    def name(self, row: int) -> str:
-        """How messages call a sample: file, row (counted from 1) and id."""
-        return f"{self.source} row {row + 1} (id {self[row]['id']})"
-
-
-def _as_bytes(sample: dict, name: str) -> bytes:
-    try:
-        return json.dumps(sample, ensure_ascii=False).encode()
-    except UnicodeEncodeError:
-        raise UserError(f"{name}: a text holds a lone surrogate (invalid Unicode); correct it") from None
-
-
-def load_samples(path, max_samples: int | None = None) -> SampleList:
-    """The samples of a split: a JSON list, or one object a line in a .jsonl file. A sample without an id gets its row
-    number. Errors: `UserError` naming file and row."""
-    path = Path(path)
-    cure = "correct it, or run prepare_data.py"
-    if path.suffix == ".jsonl":
-        samples = [sample for _, sample in read_json_lines(path, cure, nan_allowed=True)]
-    else:
-        samples = read_json(path, cure, nan_allowed=True)
-    if not isinstance(samples, list):
-        raise UserError(f"{path}: expected a list of samples, found {type(samples).__name__}")
-    if not samples:
-        raise UserError(f"{path} holds no samples; an empty split can't be used, prepare the data again")
-    samples = samples[:max_samples]
-    for row, sample in enumerate(samples):
-        if not isinstance(sample, dict):
-            raise UserError(f"{path} row {row + 1}: expected an object, found {type(sample).__name__}")
-        sample["id"] = str(sample.get("id", row + 1))
-    return SampleList(samples, str(path))
-
-
-def refuse_repeated_ids(samples: SampleList) -> None:
-    """Raises: `UserError` where an id stands for several samples: their answers could not be told apart."""
-    repeated = [name for name, count in Counter(sample["id"] for sample in samples).items() if count > 1]
-    if repeated:
-        raise UserError(
-            f"{samples.source}: {len(repeated):,} id(s) repeat: {first_names(repeated)}; make them distinct"
-        )
-
-
-def load_split(config: Config, split: str) -> SampleList:
-    """A split of the config as it is trained on and evaluated: with `max_samples` (train), and one conversation per
-    image where the template asks for it."""
-    path = getattr(config.data, split)
-    samples = load_samples(path, config.max_samples if split == "train" else None)
-    if split != "train":  # published training files repeat ids
-        refuse_repeated_ids(samples)
-    return (
-        SampleList(as_conversations(list(samples)), str(path)) if config.template == CONVERSATION_TEMPLATE else samples
-    )
 
 
 # ---------------------------------------------------------------------------------------------------- one sample
@@ -159,6 +74,12 @@ class SampleEncoder:
             known = ", ".join(self.task.TEMPLATES)
             raise UserError(f"key 'template' is '{config.template}'; use one of {known} for task '{config.task}'")
         self.image_shown = config.image == "shown" and family.has_vision
+
+    @functools.cached_property
+    def tokenizer_sha256(self) -> str:
+        """Of all that turns messages into tokens."""
+        parts = self.tokenizer.backend_tokenizer.to_str(), str(self.tokenizer.chat_template)
+        return hashlib.sha256("".join(parts).encode()).hexdigest()
 
     def load_image(self, path: str) -> ModelImage:
         image = open_image(image_path(self.config.data.image_root, path))

@@ -128,6 +128,15 @@ def all_or_raise(ranks: Ranks, action):
     return result
 
 
+def in_turns(ranks: Ranks, action):
+    """What `action()` returns on this rank, where its first call leaves on the disk what later ones find there: the
+    first rank calls it, then the first of each other node, then the others. All ranks: contains all_gathers.
+
+    Raises: as `all_or_raise`."""
+    turn = 0 if ranks.is_first else 1 if os.environ.get("LOCAL_RANK", "0") == "0" else 2
+    return [all_or_raise(ranks, action if turn == now else lambda: None) for now in range(3)][turn]
+
+
 def check_same_start(trainable: dict[str, torch.nn.Parameter], ranks: Ranks) -> None:
     """Every rank has loaded the same weights by itself. All ranks: contains all_gathers."""
     sums = ranks.gather([sum(float(parameter.detach().double().sum()) for parameter in trainable.values())])

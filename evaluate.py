@@ -18,13 +18,12 @@ import torch
 from checkpoint import load_trained
 from classification import make_loss
 from config import Config, check_data_files, load_config
-from dataset import load_split
-from distributed import all_or_raise, run_command, start_ranks, stop_ranks
-from files import write_json, write_text
+from distributed import all_or_raise, in_turns, run_command, start_ranks, stop_ranks
+from files import file_sha256, write_json, write_text
 from inference import predict_split
-from leakage import file_sha256
 from preflight import check_samples, open_encoder
 from report.results import run_history
+from samples import load_split
 
 
 def results_folder(config: Config, split: str) -> Path:
@@ -75,10 +74,10 @@ def evaluate(config: Config, checkpoint: str | None, split: str, source: str) ->
     trained = None if checkpoint == "base" else folder
     encoder = open_encoder(config, source, trained or config.model_name)
     task, family = encoder.task, encoder.family
-    samples = load_split(config, split)
     files = [getattr(config.data, name) for name in ("train", split)]
     is_training_file = len({file_sha256(path) for path in files}) == 1
     ranks = start_ranks()
+    samples = in_turns(ranks, lambda: load_split(config, split))
     all_or_raise(ranks, lambda: ranks.is_first and check_samples(samples, encoder))
     started = time.perf_counter()
     model = load_trained(config, trained, ranks.device)

@@ -1,16 +1,24 @@
 """Files and folders that appear whole or not at all: written beside their place, flushed to the disk, renamed last.
 And JSON read with errors that name file and line."""
 
+import codecs
 import contextlib
+import hashlib
 import json
 import math
 import os
+import re
 import shutil
 import time
 from collections.abc import Iterator
 from pathlib import Path
 
 from errors import UserError
+
+CHUNK_BYTES = 2**22  # of a file, looked at at a time
+LONGEST_TOKEN = 16  # characters of JSON's longest one that is no text, such as -Infinity
+
+_WHITE_SPACE = re.compile(r"[ \t\n\r]*")
 
 RESUME = "start again: the run resumes from the checkpoint before"
 
@@ -141,6 +149,14 @@ def write_json(path: Path, value) -> None:
 # ------------------------------------------------------------------------------------------------------------- reading
 
 
+def file_sha256(path) -> str:
+    digest = hashlib.sha256()
+    with open(path, "rb") as file:
+        while part := file.read(CHUNK_BYTES):
+            digest.update(part)
+    return digest.hexdigest()
+
+
 def read_json(path: Path, what_to_do: str, nan_allowed: bool = False):
     """The value in a JSON file. what_to_do: the cure that the message ends with, such as "run evaluate.py again".
     nan_allowed: for files of others, in which pandas writes it for a missing value.
@@ -149,21 +165,109 @@ def read_json(path: Path, what_to_do: str, nan_allowed: bool = False):
     return _parse(_read_text(path, what_to_do), f"{path} line ", 1, what_to_do, nan_allowed)
 
 
-def read_json_lines(path: Path, what_to_do: str, nan_allowed: bool = False) -> list[tuple[int, object]]:
-    """(line number, value) of each line of a .jsonl file that is not blank. Raises: as `read_json`."""
-    lines = enumerate(_read_text(path, what_to_do).split("\n"), 1)  # not splitlines: a text may hold U+2028
-    lines = [(number, line) for number, line in lines if line.strip()]
-    return [(number, _parse(line, f"{path} line ", number, what_to_do, nan_allowed)) for number, line in lines]
+def read_json_lines(path: Path, what_to_do: str, nan_allowed: bool = False) -> Iterator[tuple[int, object]]:
+    """(line number, value) of each line of a .jsonl file that is not blank, one at a time. Raises: as `read_json`."""
+    with _opened(path, what_to_do) as file:
+        for number, line in enumerate(file, 1):  # split at \n alone: a text may hold U+2028
+            try:
+                text = line.decode("utf-8-sig" if number == 1 else "utf-8")
+            except UnicodeDecodeError as error:
+                raise UserError(f"{path} line {number}: not UTF-8 text ({error.reason}); {what_to_do}") from None
+            if text.strip():
+                yield number, _parse(text, f"{path} line ", number, what_to_do, nan_allowed)
+
+
+def read_json_list(path: Path, what_to_do: str, nan_allowed: bool = False) -> Iterator:
+    """The values of a JSON list, one at a time: a list of a million samples needs several times its file's size as
+    Python objects. Raises: as `read_json`, and where the file holds no list."""
+    with _opened(path, what_to_do) as file:
+        text = _JsonText(file, path, what_to_do, _LENIENT if nan_allowed else _STRICT)
+        if text.next_character() != "[":
+            value = read_json(path, what_to_do, nan_allowed)
+            raise UserError(f"{path}: expected a list of samples, found {type(value).__name__}; {what_to_do}")
+        text.at += 1
+        if text.next_character() != "]":
+            yield text.value()
+            while text.next_character() == ",":
+                text.at += 1
+                text.next_character()
+                yield text.value()
+        text.expect("]", "Expecting ',' delimiter")
+        text.expect("", "Extra data")
+
+
+@contextlib.contextmanager
+def _opened(path: Path, what_to_do: str):
+    try:
+        with open(path, "rb") as file:
+            yield file
+    except OSError as error:
+        raise UserError(f"{path} cannot be read ({error.strerror or error}); {what_to_do}") from None
 
 
 def _read_text(path: Path, what_to_do: str) -> str:
     try:
-        return Path(path).read_bytes().decode("utf-8-sig")  # -sig: some editors put a byte order mark first
-    except OSError as error:
-        raise UserError(f"{path} cannot be read ({error.strerror or error}); {what_to_do}") from None
+        with _opened(path, what_to_do) as file:
+            return file.read().decode("utf-8-sig")  # -sig: some editors put a byte order mark first
     except UnicodeDecodeError as error:
         number = error.object[: error.start].count(b"\n") + 1
         raise UserError(f"{path} line {number}: not UTF-8 text ({error.reason}); {what_to_do}") from None
+
+
+class _JsonText:
+    """The part of a JSON file that is being looked at: `text` from `at` on."""
+
+    def __init__(self, file, path: Path, what_to_do: str, decoder: json.JSONDecoder):
+        self.file, self.path, self.what_to_do, self.decoder = file, path, what_to_do, decoder
+        self.utf8 = codecs.getincrementaldecoder("utf-8-sig")()
+        self.text, self.at, self.line, self.is_all = "", 0, 1, False  # line: the number of the text's first one
+
+    def read_more(self) -> None:
+        """Drop what is done with and read on, twice as much as is left: a value may be as large as the file."""
+        data = self.file.read(max(CHUNK_BYTES, len(self.text) - self.at))
+        self.is_all = not data
+        self.line += self.text.count("\n", 0, self.at)
+        self.text, self.at = self.text[self.at :], 0
+        try:
+            self.text += self.utf8.decode(data, final=self.is_all)
+        except UnicodeDecodeError as error:
+            line = self.line + self.text.count("\n") + error.object[: error.start].count(b"\n")
+            raise self.error(line, None, f"not UTF-8 text ({error.reason})") from None
+
+    def next_character(self) -> str:
+        """The next one that is not white space; "" at the end."""
+        while True:
+            self.at = _WHITE_SPACE.match(self.text, self.at).end()
+            if self.at < len(self.text) or self.is_all:
+                return self.text[self.at : self.at + 1]
+            self.read_more()
+
+    def expect(self, character: str, otherwise: str) -> None:
+        if self.next_character() != character:
+            raise self.error(self.line, self.at, f"not valid JSON ({otherwise})")
+        self.at += len(character)
+
+    def value(self):
+        while True:
+            try:
+                value, end = self.decoder.raw_decode(self.text, self.at)
+                if end < len(self.text) or self.is_all:
+                    self.at = end
+                    return value
+            except json.JSONDecodeError as error:
+                cut_short = error.msg.startswith("Unterminated") or error.pos + LONGEST_TOKEN > len(self.text)
+                if self.is_all or not cut_short:
+                    raise self.error(self.line, error.pos, f"not valid JSON ({error.msg})") from None
+            except RecursionError:
+                raise self.error(self.line, self.at, "not valid JSON (nested too deeply)") from None
+            except ValueError as error:
+                raise self.error(self.line, self.at, f"not valid JSON ({error})") from None
+            self.read_more()
+
+    def error(self, line: int, position: int | None, reason: str) -> UserError:
+        """position: in the text, if `line` is that of its beginning."""
+        line += self.text.count("\n", 0, position) if position else 0
+        return UserError(f"{self.path} line {line}: {reason}; {self.what_to_do}")
 
 
 def _parse(text: str, where: str, first_line: int, what_to_do: str, nan_allowed: bool):

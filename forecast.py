@@ -8,11 +8,12 @@ import torch
 from batches import Item, collate, lay_out
 from checkpoint import TrainerState
 from config import Config
-from dataset import SampleEncoder, SampleList
+from dataset import SampleEncoder
 from distributed import Ranks
 from errors import UserError
 from images import ModelImage
 from model import base_of, to_device
+from samples import SampleList
 
 # Tokens of a pass, with padding, where the config names none. By count, an H100 needs as long for 1,000 tokens of an 8B
 # as the host needs to launch a pass's 10,000 kernels; with four times as many, launch overhead overlaps with compute,
@@ -64,6 +65,7 @@ def activation_bytes_per_token(model: torch.nn.Module, config: Config) -> float:
 def try_largest_passes(
     loss: torch.nn.Module,
     samples: SampleList,
+    longest: int,
     encoder: SampleEncoder,
     pass_tokens: int,
     ranks: Ranks,
@@ -71,12 +73,12 @@ def try_largest_passes(
 ) -> tuple[int, list[str]]:
     """(tokens of a pass that fit, lines for the log): a run that has not enough memory finds it now, not at the largest
     sample hours later. Forward and backward, without an update; nothing of the run's state changes.
+    longest: the row of the sample with the most tokens.
 
     All ranks: contains all_reduces. Raises: `UserError` where the longest sample alone does not fit."""
     told: list[str] = []
     if ranks.device.type not in TRIED_ON:
         return pass_tokens, told
-    longest = longest_sample(samples, encoder)
     while True:
         for batch in largest_passes(samples[longest], encoder, pass_tokens):
             fits = not ranks.any(not _fits(loss, batch, encoder.config, ranks, autocast))
@@ -123,18 +125,6 @@ def does_not_fit(what: str, batch: dict, config: Config) -> str:
         f"out of memory on {what}: {rows} rows of {length} tokens, images {', '.join(grids[:4]) or 'none'}. "
         f"Set {'; or '.join(remedies[:3])}"
     )
-
-
-def longest_sample(samples: SampleList, encoder: SampleEncoder) -> int:
-    """The row with the most tokens: those of its images from the files' headers, of its text by its bytes."""
-
-    def tokens(row: int) -> int:
-        sample = samples[row]
-        grids = [encoder.size_only(path).grid for path in encoder.images_of(sample)]
-        image_tokens = sum(height * width for height, width in grids) // max(1, encoder.family.merge_size**2)
-        return image_tokens + len(str(sample)) // 4
-
-    return max(range(len(samples)), key=tokens)
 
 
 def largest_passes(sample: dict, encoder: SampleEncoder, pass_tokens: int) -> list[dict]:

@@ -176,12 +176,20 @@ class ModelImage:
 
 
 def image_path(image_root, relative: str) -> Path:
-    """The file of an image path in a sample. Raises: `UserError` where it leaves `image_root`.
+    """The file of an image path in a sample. Raises: `UserError` where it leaves `image_root`."""
+    return Path(image_root, refuse_outside(image_root, relative))
+
+
+def refuse_outside(image_root, relative: str) -> str:
+    """The path without `.` and `..`. Raises: `UserError` where it leaves `image_root`.
 
     Purely lexical, so that a symbolic link inside the root may point to another disk, and `link/..` is the root again.
     """
-    root, path = Path(image_root), Path(os.path.normpath(relative))
-    leaves = not path.is_relative_to(os.path.abspath(root)) if path.is_absolute() else path.parts[:1] == ("..",)
+    path = os.path.normpath(relative)
+    if os.path.isabs(path):
+        leaves = not Path(path).is_relative_to(os.path.abspath(image_root))
+    else:
+        leaves = path == ".." or path.startswith("../")
     if leaves:
         raise UserError(f"image path {relative!r} leaves data.image_root ({image_root}); keep images inside it")
-    return root / path
+    return path

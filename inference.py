@@ -14,11 +14,12 @@ from tqdm import tqdm
 from batches import last_tokens
 from classification import ClassLoss
 from config import Config
-from dataset import EvalDataset, SampleEncoder, SampleList, load
+from dataset import EvalDataset, SampleEncoder, load
 from distributed import Ranks
 from family import Family
 from model import AnswerLoss, forward_logits, to_device
 from runlog import on_terminal
+from samples import SampleList
 from templates import CONVERSATION_TEMPLATE
 
 MAX_NEW_TOKENS = 128  # the longest Kvasir-VQA answer, all nine places, has 44

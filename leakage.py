@@ -4,7 +4,6 @@ The hash is the DCT perceptual hash (pHash; Zauner 2010, "Implementation and Ben
 Functions"): 32×32 grey pixels, the 8×8 lowest frequencies, one bit each for above or below their median.
 """
 
-import hashlib
 import html
 import os
 import warnings
@@ -19,6 +18,7 @@ from PIL import Image
 from tqdm import tqdm
 
 from errors import UserError, first_names
+from files import file_sha256
 from images import image_path, open_image
 from report.page import thumbnail
 from templates import image_paths
@@ -63,10 +63,6 @@ def perceptual_hash(image: Image.Image) -> int:
     low = matrix @ np.asarray(grey, dtype=np.float64) @ matrix.T  # (HASH_SIDE, HASH_SIDE)
     bits = (low > np.median(low)).ravel()
     return int.from_bytes(np.packbits(bits).tobytes(), "big")
-
-
-def file_sha256(path: Path) -> str:
-    return hashlib.sha256(Path(path).read_bytes()).hexdigest()
 
 
 def fingerprint(paths: Sequence[Path]) -> tuple[dict[Path, Fingerprint], dict[Path, str]]:

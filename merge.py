@@ -23,12 +23,13 @@ import model as modeling
 import publish
 from checkpoint import load_trained
 from config import Config, load_config, to_yaml
-from dataset import EvalDataset, SampleEncoder, SampleList, load_samples
+from dataset import EvalDataset, SampleEncoder
 from errors import UserError, exit_on_user_error
 from family import Family
 from files import read_json, refuse_unusable_folder, save_atomically, write_json
 from preflight import open_encoder
 from run_folder import MERGED_CONFIG_FILE, config_of, with_own_model
+from samples import SampleList, load_samples
 from tasks import records, task_of
 from templates import IGNORE
 

@@ -22,13 +22,13 @@ from PIL import Image, ImageDraw
 from checkpoint import load_trained
 from classification import make_loss
 from config import load_config
-from dataset import SampleList
 from distributed import start_ranks
 from errors import UserError, exit_on_user_error
 from images import open_image
 from inference import predict_split
 from preflight import check_samples, open_encoder
 from run_folder import config_of, with_own_model
+from samples import SampleList
 from tasks import task_of
 
 RED, WHITE = "#e0352b", "#ffffff"

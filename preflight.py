@@ -3,24 +3,28 @@
 `check_samples` is quick and runs before every training; `full_check` is `train.py --check` and decodes every image.
 """
 
+import functools
 import hashlib
 import os
 from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict
 from pathlib import Path
 
+import numpy as np
 import torch
 from tqdm import tqdm
 
 from classification import attach_head
 from config import Config
-from dataset import BatchPlan, SampleEncoder, SampleList
+from dataset import BatchPlan, SampleEncoder
 from errors import UserError, first_names
 from family import Family, load_family
-from images import ModelImage, image_path, open_image, unpatchify
+from images import image_path, open_image, refuse_outside, unpatchify
 from model import auto_class, load_tokenizer, parameter_table, prepare_training
 from report.metrics import answer_outside_candidates
 from runlog import on_terminal
+from samples import SampleList
 from tasks import check_record, task_of
 from templates import IGNORE, image_paths
 
@@ -30,6 +34,9 @@ TEMPLATE_TOKENS = 300  # more than any template adds to a sample's own text
 SAMPLES_RENDERED = 32  # at most, for the hash of the prompt
 END_BYTES = 4096  # at either end of an image file, for the hash of the images
 FILES_AT_ONCE = 10_000
+BYTES_PER_TOKEN = 4  # of a usual text, to tell which sample is the longest
+# The keys of a config that decide whether a sample can be used, beside image_root.
+SURVEYED_SETTINGS = "task template image image_size resize max_pixels max_tokens num_labels".split()
 STEPS_LOOKED_AT = 20  # by `prefix_sharing`
 
 
@@ -52,55 +59,98 @@ def check_samples(samples: SampleList, encoder: SampleEncoder) -> None:
 
 
 def sample_problems(samples: SampleList, encoder: SampleEncoder) -> list[str]:
-    """A line for each sample that makes no conversation, exceeds max_tokens, or has an image outside image_root.
+    """A line for each sample that makes no conversation, exceeds max_tokens, or has an image outside image_root. Prints
+    how many documents lose their end to max_tokens."""
+    found = survey(samples, encoder)
+    if found["cut_texts"]:
+        print(
+            f"{samples.source}: {found['cut_texts']:,} of {len(samples):,} texts are longer than max_tokens and are "
+            f"cut at the end, by {found['cut_tokens']:,} tokens in the median",
+            flush=True,
+        )
+    return found["problems"]
 
-    Quick: no text has more tokens than bytes, and an image's tokens follow from its file's header, so that only samples
-    that might not fit are tokenised. Prints how many documents lose their end to max_tokens.
-    """
+
+def missing_candidates(samples: SampleList, encoder: SampleEncoder) -> list[str]:
+    """A line that counts the samples whose candidate list lacks their own answer; no line where there is none."""
+    count = survey(samples, encoder)["outside_candidates"]
+    return [f"WARNING: {count:,} answers of {samples.source} are not in their own candidate list"] if count else []
+
+
+def survey(samples: SampleList, encoder: SampleEncoder) -> dict:
+    """What one look at every sample of a split tells; of a cached split without problems it is kept, and looked up
+    where samples, settings, tokenizer and this code are the same. (An image that is replaced later is met when it is
+    read.)
+
+    Returns: problems (a line for each sample that cannot be used), cut_texts (how many documents max_tokens cuts) and
+    cut_tokens (the median of what they lose), outside_candidates (answers that their own candidate list lacks), longest
+    (the row with the most tokens)."""
+    settings = {name: getattr(encoder.config, name) for name in SURVEYED_SETTINGS}
+    settings |= {"image_root": os.path.abspath(encoder.config.data.image_root), "family": asdict(encoder.family)}
+    settings |= {"tokenizer": encoder.tokenizer_sha256, "code": _code_sha256()}
+    return samples.remembered("survey", settings, lambda: _survey(samples, encoder))
+
+
+def _survey(samples: SampleList, encoder: SampleEncoder) -> dict:
+    """Quick: no text has more tokens than bytes, and an image's tokens follow from its file's header, so that only
+    samples that might not fit are tokenised, and only headers are read that might make a sample the longest."""
     config, family = encoder.config, encoder.family
     most_tokens = 0
     if family.has_vision:
         pixels = config.image_size**2 if config.resize == "letterbox" else config.max_pixels or family.max_pixels
         most_tokens = pixels // family.factor**2
-    sizes: dict[str, ModelImage] = {}
-    problems, cut = [], []
+    tokens_of: dict[str, int] = {}  # image -> its tokens
+    problems, cut, outside_candidates, longest = [], [], 0, (0, 0)
     if len(samples) >= MANY_SAMPLES:
         print(f"Checking {len(samples):,} samples of {samples.source}", flush=True)
-    for row in tqdm(range(len(samples)), "samples", disable=not on_terminal(), leave=False):
-        sample = samples[row]
+    for row, sample in enumerate(tqdm(samples, "samples", disable=not on_terminal(), leave=False)):
         try:
             paths = encoder.images_of(sample)
             for path in paths:
-                image_path(config.data.image_root, path)
+                refuse_outside(config.data.image_root, path)
             messages, _ = encoder.task.prompt(sample, encoder, len(paths))
-            length = sum(len(str(message["content"]).encode()) for message in messages) + TEMPLATE_TOKENS
-            if length + len(paths) * most_tokens <= config.max_tokens:
-                continue
-            for path in paths:
-                if path not in sizes:
-                    sizes[path] = encoder.size_only(path)
-            images = [sizes[path] for path in paths]
-            tokens = sum(image.grid[0] * image.grid[1] for image in images) // max(1, family.merge_size**2)
-            if length + tokens > config.max_tokens:
-                item = encoder.encode(sample, images)
+            outside_candidates += sum(map(_is_outside_candidates, sample.get("turns", [sample])))
+            text = sum(len(str(message["content"]).encode()) for message in messages) + TEMPLATE_TOKENS
+            images = len(paths) * most_tokens
+            if text + images > config.max_tokens or (
+                config.resize == "native" and text // BYTES_PER_TOKEN + images > longest[0]
+            ):
+                for path in paths:
+                    if path not in tokens_of:
+                        height, width = encoder.size_only(path).grid
+                        tokens_of[path] = height * width // max(1, family.merge_size**2)
+                images = sum(tokens_of[path] for path in paths)
+            if text + images > config.max_tokens:
+                item = encoder.encode(sample, [encoder.size_only(path) for path in paths])
                 cut += [item.cut_tokens] * bool(item.cut_tokens)
+            longest = max(longest, (text // BYTES_PER_TOKEN + images, -row))
         except UserError as error:
             problems.append(f"{samples.name(row)}: {error}")
-    if cut:
-        print(
-            f"{samples.source}: {len(cut):,} of {len(samples):,} texts are longer than max_tokens and are cut at the "
-            f"end, by {sorted(cut)[len(cut) // 2]:,} tokens in the median",
-            flush=True,
-        )
-    return problems
+    return {
+        "problems": problems,
+        "cut_texts": len(cut),
+        "cut_tokens": sorted(cut)[len(cut) // 2] if cut else 0,
+        "outside_candidates": outside_candidates,
+        "longest": -longest[1],
+    }
 
 
-def missing_candidates(samples: SampleList) -> list[str]:
-    """A line that counts the samples whose candidate list lacks their own answer; no line where there is none."""
-    turns = (turn for sample in samples for turn in sample.get("turns", [sample]))
-    listed = (turn for turn in turns if "answer" in turn and isinstance(turn.get("candidates"), list))
-    count = sum(answer_outside_candidates(turn, "answer") for turn in listed)
-    return [f"WARNING: {count:,} answers of {samples.source} are not in their own candidate list"] if count else []
+def _is_outside_candidates(turn: dict) -> bool:
+    return (
+        "answer" in turn
+        and isinstance(turn.get("candidates"), list)
+        and bool(answer_outside_candidates(turn, "answer"))
+    )
+
+
+@functools.cache
+def _code_sha256() -> str:
+    """Of this repo's Python files that a survey may pass through: after an edit every sample is looked at again."""
+    here = Path(__file__).parent
+    digest = hashlib.sha256()
+    for path in sorted([*here.glob("*.py"), *here.glob("tasks/*.py")]):
+        digest.update(path.read_bytes())
+    return digest.hexdigest()
 
 
 def input_hashes(samples: SampleList, encoder: SampleEncoder) -> dict[str, str]:
@@ -113,7 +163,7 @@ def input_hashes(samples: SampleList, encoder: SampleEncoder) -> dict[str, str]:
     Raises: `UserError` where an image cannot be read.
     """
     root = encoder.config.data.image_root
-    paths = sorted({path for sample in samples for path in encoder.images_of(sample)})
+    paths = sorted({path for sample in samples.one_of_each_image() for path in encoder.images_of(sample)})
     images, prompt = hashlib.sha256(), hashlib.sha256()
     with ThreadPoolExecutor(16) as threads:  # they wait for the disk
         for start in range(0, len(paths), FILES_AT_ONCE):
@@ -171,7 +221,7 @@ def full_check(config: Config, splits: Mapping[str, SampleList], encoder: Sample
     if encoder.family.has_vision:
         print("Every image decodes.", flush=True)
     check_leakage(config, splits)
-    print("".join(f"{line}\n" for line in missing_candidates(splits["train"])), end="")
+    print("".join(f"{line}\n" for line in missing_candidates(splits["train"], encoder)), end="")
     show_sample(splits["train"][0], encoder)
     print("\n".join(["Parameters:", *count_parameters(config)]))
     plan = make_plan(config, splits["train"], encoder, world_size)
@@ -187,7 +237,8 @@ def refuse_leakage(config: Config, splits: Mapping[str, SampleList]) -> dict[str
 
     compared = dict({samples.source: (name, samples) for name, samples in splits.items()}.values())
     if not task_of(config).HAS_HEAD:
-        leakage.refuse_identical(compared, config.data.image_root)
+        shown = {name: samples.one_of_each_image() for name, samples in compared.items()}
+        leakage.refuse_identical(shown, config.data.image_root)
         return compared
     refuse_same_texts(compared)
     # Blank pages and title pages of proceedings may be alike; the first page is the paper's.
@@ -309,15 +360,15 @@ def count_parameters(config: Config) -> list[str]:
 def make_plan(config: Config, samples: SampleList, encoder: SampleEncoder, world_size: int) -> BatchPlan:
     """Errors: `UserError` where the ranks could not train these samples together."""
     if config.parallel == "fsdp" and encoder.image_shown and world_size > 1:
-        shown = [bool(encoder.images_of(sample)) for sample in samples]
-        if any(shown) and not all(shown):
+        shown = samples.image_keys < 0
+        if shown.any() and not shown.all():
             raise UserError(
-                f"{samples.name(shown.index(False))} has no image and others have: under parallel 'fsdp' all ranks "
+                f"{samples.name(int(shown.argmin()))} has no image and others have: under parallel 'fsdp' all ranks "
                 "put the vision tower together at the same time, or none; set parallel: ddp, or train the two apart"
             )
     image_of = None
     if config.order == "images":
-        image_of = [encoder.images_of(samples[row]) or row for row in range(len(samples))]
+        image_of = samples.image_keys if encoder.image_shown else np.arange(len(samples))
     batch = config.train_bs * config.grad_accum * world_size
     return BatchPlan(len(samples), batch, config.num_train_epochs, config.order, config.seed, image_of)
 

@@ -10,10 +10,10 @@ from dataclasses import replace
 from pathlib import Path
 
 from config import Config, Data, to_yaml
-from dataset import load_samples
 from errors import UserError
 from files import read_json
 from run_folder import MERGED_CONFIG_FILE
+from samples import read_samples
 from tasks import task_of
 from templates import SYSTEM_PROMPTS
 
@@ -80,7 +80,8 @@ def data_counts(config: Config) -> dict[str, int | None]:
         path = getattr(config.data, name)
         if path:
             try:
-                counts[name] = len(load_samples(path, config.max_samples if name == "train" else None))
+                most = config.max_samples if name == "train" else None
+                counts[name] = sum(1 for _ in read_samples(path, most))
             except UserError:
                 counts[name] = None
     return counts

@@ -5,6 +5,7 @@ prompt of training and the prompt of inference are the same tokens.
 """
 
 import re
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 from errors import UserError
@@ -82,22 +83,20 @@ def _check_question(sample: dict) -> None:
         raise UserError("key 'candidates' must be a list of texts")
 
 
-def as_conversations(samples: list[dict]) -> list[dict]:
+def as_conversations(samples: Sequence[dict]) -> Iterator[dict]:
     """One sample per image, whose `turns` are the image's questions in stage order (file order inside a stage).
     Raises: `UserError` naming the sample."""
-    by_image: dict[tuple, list[dict]] = {}
-    for sample in samples:
+    by_image: dict[tuple, list[int]] = {}  # rows: the samples themselves may fill the memory
+    for row, sample in enumerate(samples):
         try:
             _check_question(sample)
         except UserError as error:
             raise UserError(f"sample {sample['id']}: {error}") from None
-        by_image.setdefault(tuple(image_paths(sample)) or (sample["id"],), []).append(sample)
-    conversations = []
-    for turns in by_image.values():
-        turns = sorted(turns, key=lambda turn: turn.get("stage") or 0)
+        by_image.setdefault(tuple(image_paths(sample)) or (sample["id"],), []).append(row)
+    for rows in by_image.values():
+        turns = sorted((samples[row] for row in rows), key=lambda turn: turn.get("stage") or 0)
         first = {key: turns[0][key] for key in ("image", "images", "group") if key in turns[0]}
-        conversations.append({"id": f"conversation of {turns[0]['id']}", **first, "turns": turns})
-    return conversations
+        yield {"id": f"conversation of {turns[0]['id']}", **first, "turns": turns}
 
 
 def _question_by_question(sample: dict, template: str, image_shown: bool) -> list[dict]:
@@ -167,9 +166,10 @@ def _conversation(sample: dict) -> list[dict]:
             if not all(isinstance(part.get("text"), str) for part in parts if part["type"] == "text"):
                 raise UserError("a text part has no text")
         elif isinstance(content, str):
+            pieces = re.split(r"(<image>)", content) if "<image>" in content else [content]
             parts = [
                 {"type": "image"} if piece == "<image>" else {"type": "text", "text": piece}
-                for piece in re.split(r"(<image>)", content)
+                for piece in pieces
                 if piece
             ]
         else:

@@ -23,12 +23,13 @@ import sharding
 from batches import BatchPlan
 from checkpoint import TrainerState
 from config import Config, check_data_files, load_config, to_dict, to_yaml
-from dataset import SampleEncoder, SampleList, StepDataset, load, load_split
+from dataset import SampleEncoder, StepDataset, load
 from distributed import (
     Ranks,
     StopSignal,
     all_or_raise,
     check_same_start,
+    in_turns,
     run_command,
     start_ranks,
     stop_ranks,
@@ -52,9 +53,11 @@ from preflight import (
     open_encoder,
     prefix_sharing,
     refuse_leakage,
+    survey,
 )
 from run_folder import OutputLock, find_resume, rotate
 from runlog import Meter, RunLog, git_commit, memory_gb, step_line
+from samples import SampleList, load_split
 from tasks import check_record, records
 
 SAMPLES_ON_TENSORBOARD = 4
@@ -115,20 +118,24 @@ def learning_rate_factor(kind: str, step: int, warmup_steps: int, total_steps: i
 # ------------------------------------------------------------------------------------------------------- set-up
 
 
-def open_data(config: Config, source: str) -> tuple[SampleEncoder, dict[str, SampleList]]:
-    """The encoder and the splits of a config. Raises: `UserError` where one of them cannot be read."""
+def open_data(config: Config, source: str) -> tuple[SampleEncoder, list[str]]:
+    """The encoder and the names of the splits of a config. Raises: `UserError` where a file of theirs is missing."""
     named = [name for name in ("train", "val", "test") if getattr(config.data, name)]
     check_data_files(config, named + ["val"] * bool(config.eval_steps))
     encoder = open_encoder(config, source, config.init_adapter)
     if config.init_adapter:
         checkpoint.check_initial(Path(config.init_adapter), config)
-    return encoder, {name: load_split(config, name) for name in named}
+    return encoder, named
+
+
+def load_splits(config: Config, named: list[str]) -> dict[str, SampleList]:
+    return {name: load_split(config, name) for name in named}
 
 
 def find_start(config: Config, encoder: SampleEncoder, splits: dict[str, SampleList], plan: BatchPlan) -> list:
-    """[the checkpoint to go on from or "", lines about it, hashes of images and prompt], after everything that can be
-    wrong with data and folder has been looked at. On the first rank, for all: a folder that changes meanwhile could
-    split them."""
+    """[the checkpoint to go on from or "", lines about it, hashes of images and prompt, the row of the longest sample],
+    after everything that can be wrong with data and folder has been looked at. On the first rank, for all: a folder
+    that changes meanwhile could split them."""
     for samples in splits.values():
         check_samples(samples, encoder)
     resume_from, notes = find_resume(config, plan.batch, splits["train"].sha256)
@@ -138,7 +145,8 @@ def find_start(config: Config, encoder: SampleEncoder, splits: dict[str, SampleL
     check_record(resume_from, encoder.family, config)
     if not resume_from:
         refuse_leakage(config, splits)
-    return [str(resume_from or ""), notes + missing_candidates(splits["train"]), hashes]
+    notes += missing_candidates(splits["train"], encoder)
+    return [str(resume_from or ""), notes, hashes, survey(splits["train"], encoder)["longest"]]
 
 
 def set_up(config: Config, source: str) -> Run | None:
@@ -146,14 +154,17 @@ def set_up(config: Config, source: str) -> Run | None:
 
     Everything that can be wrong is found before weights load. All ranks: contains all_gathers and all_reduces."""
     stop = StopSignal()
-    encoder, splits = open_data(config, source)
+    encoder, named = open_data(config, source)
     ranks = start_ranks()
     stop.ranks_have_met()
+    splits = in_turns(ranks, lambda: load_splits(config, named))
+    if len(set(ranks.gather([splits["train"].sha256]))) > 1:
+        raise UserError(f"data.train ({config.data.train}) is not the same file on all nodes, or is being written")
     plan = make_plan(config, splits["train"], encoder, ranks.world_size)
     output = Path(config.output_dir)
     lock = all_or_raise(ranks, lambda: OutputLock(output) if ranks.is_first else None)
     start = all_or_raise(ranks, lambda: find_start(config, encoder, splits, plan) if ranks.is_first else None)
-    resume_from, notes, hashes = ranks.gather([start] if ranks.is_first else [])[0]
+    resume_from, notes, hashes, longest = ranks.gather([start] if ranks.is_first else [])[0]
     state = checkpoint.read_state(Path(resume_from)) if resume_from else TrainerState()
     state.input_hashes = hashes
     if ranks.any(ranks.is_first and checkpoint.has_lost_best(state, resume_from, output)):
@@ -192,7 +203,9 @@ def set_up(config: Config, source: str) -> Run | None:
         kept[checkpoint.BASE_FILE] = fingerprint(config.model_name)
     trained = (model, loss, trainable, optimizer, peak_rates)
     run = Run(config, encoder, splits, plan, ranks, stop, log, state, *trained, kept, lock)
-    state.pass_tokens, told = try_largest_passes(loss, splits["train"], encoder, state.pass_tokens, ranks, run.autocast)
+    state.pass_tokens, told = try_largest_passes(
+        loss, splits["train"], longest, encoder, state.pass_tokens, ranks, run.autocast
+    )
     describe(run, resume_from, ready, [*notes, *told])
     return run
 
@@ -452,8 +465,8 @@ def check(config: Config, source: str) -> None:
     """--check: everything that can be found without training, by the first rank alone."""
     if os.environ.get("RANK", "0") != "0":
         return
-    encoder, splits = open_data(config, source)
-    full_check(config, splits, encoder, int(os.environ.get("WORLD_SIZE", "1")))
+    encoder, named = open_data(config, source)
+    full_check(config, load_splits(config, named), encoder, int(os.environ.get("WORLD_SIZE", "1")))
 
 
 def main(arguments: list[str] | None = None) -> None:

@@ -19,11 +19,12 @@ from PIL import Image
 
 from attention import install_shared_attention, install_vision_attention, without_cudnn
 from config import Config, Data, Lora
-from dataset import SampleEncoder, SampleList
+from dataset import SampleEncoder
 from errors import UserError
 from family import Family, load_family
 from images import native_size
 from model import LANGUAGE, attach_lora, load_tokenizer, patch_embed_as_matrix_product, trainable_parameters
+from samples import SampleList
 from toy import tiny_model
 
 # The true sizes of Qwen3-VL-8B, as its config.json on the hub gives them.

@@ -5,7 +5,6 @@ from collections import Counter
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
-import clicks
 import errors
 import leakage
 from errors import UserError, first_names
@@ -14,6 +13,7 @@ from prepare import splits, tables
 from prepare.rows import RowProblems, read_rows, refuse_lone_surrogates
 from prepare.splits import SPLITS
 from report.metrics import target_size
+from tasks import click
 from templates import image_paths
 
 # The names under which published sets keep each fact, the first one found wins.
@@ -33,7 +33,7 @@ def prepare(source: str, out: str, image_root: str | None, coordinates: str, box
     for number, row in enumerate(rows, 1):
         with problems.of_row(number):
             refuse_lone_surrogates(row)
-            image_path(image_root, clicks.image_of(row))
+            image_path(image_root, click.image_of(row))
             targets += [{**target, "row": number} for target in targets_of(row, boxes, counts)]
     problems.refuse()
     refuse_wrong_units(targets, coordinates, source)
@@ -81,7 +81,7 @@ def prepare(source: str, out: str, image_root: str | None, coordinates: str, box
 def targets_of(row: dict, boxes: str, counts: Counter) -> Iterator[dict]:
     """The clicks of a row, as it states them: image, instruction, numbers (x, y) or None, box (x0, y0, x1, y1) or None,
     and rest, its other keys. `counts` gathers what is left out. Raises: `UserError` without the row's name."""
-    image = clicks.image_of(row)
+    image = click.image_of(row)
     if "messages" in row or "conversations" in row:
         yield from _conversation_targets(row, image, counts)
         return
@@ -119,7 +119,7 @@ def _conversation_targets(row: dict, image: str, counts: Counter) -> Iterator[di
         if role in ("user", "human"):
             asked = _without_placeholder(text)
         elif role in ("assistant", "gpt"):
-            target = clicks.parse_target(text)
+            target = click.parse_target(text)
             if not asked:
                 raise UserError("an assistant turn has no instruction before it")
             if target is None:
@@ -194,8 +194,8 @@ def to_sample(target: dict, size: tuple[int, int], sha256: str, coordinates: str
         return [value if unit is None else round(value / unit * size[i % 2], 2) for i, value in enumerate(numbers)]
 
     box = None if target["box"] is None else pixels(target["box"])
-    point = list(clicks.centre(box)) if target["numbers"] is None else pixels(target["numbers"])
-    if wrong := clicks.outside(point, box, size):
+    point = list(click.centre(box)) if target["numbers"] is None else pixels(target["numbers"])
+    if wrong := click.outside(point, box, size):
         raise UserError(wrong)
     sample = {"image": target["image"], "instruction": target["instruction"], "point": point}
     sample |= {} if box is None else {"bbox": box}

@@ -5,8 +5,8 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from config import Config
-from dataset import load_samples
 from report.metrics import majority_answers
+from samples import read_samples
 
 
 def majority_answers_for(questions: Iterable[str], config: Config) -> dict[str, str]:
@@ -16,11 +16,11 @@ def majority_answers_for(questions: Iterable[str], config: Config) -> dict[str, 
     question, the files of all stages in the same folder are counted together.
     """
     own = Path(config.data.train)
-    found = majority_answers(load_samples(own, config.max_samples))
+    found = majority_answers(read_samples(own, config.max_samples))
     files = stage_files(own)
     if len(files) == 1 or found.keys() >= set(questions):
         return found
-    return majority_answers(sample for file in files for sample in load_samples(file, config.max_samples))
+    return majority_answers(sample for file in files for sample in read_samples(file, config.max_samples))
 
 
 def stage_files(path: Path) -> list[Path]:

@@ -6,6 +6,7 @@ from config import Config
 from errors import UserError
 from images import Placement
 from report import metrics
+from samples import read_samples
 from templates import SYSTEM_PROMPTS, image_paths, split_answer, to_messages
 
 TEMPLATES = SYSTEM_PROMPTS
@@ -90,10 +91,8 @@ def sample_to_predict(images: list[Path], prompt: str, candidates: list[str], co
 
 def _trained_candidates(question: str, config: Config) -> list[str]:
     """The candidates that the run's training data gives this question, with a line that says so, or warns."""
-    from dataset import load_samples  # it imports torch
-
     try:
-        asked = (sample for sample in load_samples(config.data.train) if sample.get("question") == question)
+        asked = (sample for sample in read_samples(config.data.train) if sample.get("question") == question)
         candidates = next((sample["candidates"] for sample in asked if sample.get("candidates")), [])
         where = f"{config.data.train} asks no such question with candidates"
     except UserError as error:

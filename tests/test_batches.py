@@ -28,6 +28,16 @@ def joined(steps: list[list[int]]) -> list[int]:
 # -------------------------------------------------------------------------------------------------------- the plan
 
 
+def test_images_are_shuffled_as_they_appear_in_the_file_and_their_questions_keep_its_order():
+    images = np.random.default_rng(0).integers(-9, 9, 60)
+    order = BatchPlan(60, 7, 2, "images", 5, image_of=images).epoch_order(1)
+    rows_of: dict = {}
+    for row, image in enumerate(images):
+        rows_of.setdefault(image, []).append(row)
+    shuffled = np.random.default_rng([5, 1]).permutation(len(rows_of))
+    assert order.tolist() == [row for image in shuffled for row in list(rows_of.values())[image]]
+
+
 @pytest.mark.parametrize("order", ORDERS)
 def test_every_question_is_asked_exactly_once_an_epoch(order):
     a_plan = plan(epochs=3, order=order)
@@ -148,7 +158,7 @@ def test_decoded_labels_are_the_answers_and_their_end_tokens_and_nothing_else(
     tiny_models, name, template, share_prefix
 ):
     run = tiny_run(tiny_models, name)
-    samples = vqa_samples() if template != "sequential_cot" else as_conversations(vqa_samples())
+    samples = vqa_samples() if template != "sequential_cot" else list(as_conversations(vqa_samples()))
     samples += chats()
     batch = one_batch(run.encoder(template=template), samples, share_prefix)
     assert supervised_text(batch, run.tokenizer) == ["".join(answers(sample)) for sample in samples]

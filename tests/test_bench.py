@@ -115,3 +115,9 @@ def test_an_image_of_so_many_tokens_is_not_resized(tokens):
 def test_image_tokens_that_no_image_has_are_an_error():
     with pytest.raises(UserError, match="try 576"):
         workload.image_size(20164, 32)
+
+
+@pytest.mark.slow
+def test_two_ranks_start_from_a_cache_as_from_memory_and_in_the_same_order():
+    rows = columns(run("bench/start.py", "--samples", "3000", "--form", "own", "--order", "images"))
+    assert [rows[start][-1] for start in ("without a cache", "the first", "the next")] == ["yes"] * 3

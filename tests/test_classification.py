@@ -21,13 +21,14 @@ from batches import collate
 from checkpoint import TrainerState, has_lost_best, load_trained
 from classification import ClassLoss, attach_head, class_logits
 from config import load_config
-from dataset import SampleEncoder, SampleList
+from dataset import SampleEncoder
 from distributed import Ranks
 from errors import UserError
 from family import load_family
 from inference import classify_split
 from model import base_of, group_of, load_base, load_tokenizer, optimizer_groups, prepare_training
 from preflight import check_samples
+from samples import SampleList
 
 VISION = ["qwen2_vl", "qwen2_5_vl", "qwen3_vl"]
 ALONE = Ranks(0, 1, torch.device("cpu"))

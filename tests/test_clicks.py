@@ -7,12 +7,12 @@ from dataclasses import replace
 import pytest
 from conftest import shared_data
 
-import clicks
 import tasks
 from config import Config, Data
 from errors import UserError
 from family import COORDINATES, Family
 from images import letterbox_placement, native_placement
+from tasks import click
 
 FACTORS = {"qwen2_vl": (14, 2), "qwen2_5_vl": (14, 2), "qwen3_vl": (16, 2)}
 
@@ -52,23 +52,23 @@ def test_the_published_box_of_the_428x640_image_is_reproduced_in_both_convention
     box = (146, 137, 615, 415)
     for model_type in ("qwen2_vl", "qwen3_vl"):
         placed = placement((640, 428), model_type, "native", 16384)
-        assert list(clicks.box_to_prompt(box, placed, family(model_type))) == facts["qwen2_vl_relative_0_1000"]
+        assert list(click.box_to_prompt(box, placed, family(model_type))) == facts["qwen2_vl_relative_0_1000"]
     placed = placement((640, 428), "qwen2_5_vl", "native", 16384)
     assert placed.model_size == (width, height)
-    spoken = clicks.box_to_prompt(box, placed, family("qwen2_5_vl"))
+    spoken = click.box_to_prompt(box, placed, family("qwen2_5_vl"))
     assert list(spoken) == facts["qwen2_5_vl_absolute_on_resized_428x640_to"]["bbox"]
 
 
 def test_the_calendar_screenshots_boxes_are_spoken_as_published():
     for target in json.loads(shared_data("gui/calendar_boxes.json").read_text(encoding="utf-8")):
         x, y, width, height = target["bbox_xywh_px"]
-        point = clicks.centre((x, y, x + width, y + height))
+        point = click.centre((x, y, x + width, y + height))
         assert list(point) == target["center_px"]
         placed = placement(target["size_wh"], "qwen3_vl", "native", 16384)
-        assert list(clicks.to_prompt(point, placed, family("qwen3_vl"))) == target["center_qwen3vl_0_1000"]
+        assert list(click.to_prompt(point, placed, family("qwen3_vl"))) == target["center_qwen3vl_0_1000"]
         if shares := target["seeclick_readme_point_norm01"]:  # what another model answered to this instruction
-            spoken = [share * clicks.RELATIVE_UNITS for share in shares]
-            x, y = clicks.to_original(spoken, placed, family("qwen3_vl"))
+            spoken = [share * click.RELATIVE_UNITS for share in shares]
+            x, y = click.to_original(spoken, placed, family("qwen3_vl"))
             left, top, width, height = target["bbox_xywh_px"]
             assert left <= x <= left + width and top <= y <= top + height
 
@@ -76,11 +76,11 @@ def test_the_calendar_screenshots_boxes_are_spoken_as_published():
 def test_published_answers_lie_at_their_published_pixels(published):
     phone, scene = (next(fact for fact in published if name in fact["what"]) for name in ("mobile_en", "spatio_case2"))
     placed = placement((1440, 3120), "qwen3_vl", "native", 16384)
-    x, y = clicks.to_original(clicks.parse_point("[447,81]"), placed, family("qwen3_vl"))
+    x, y = click.to_original(click.parse_point("[447,81]"), placed, family("qwen3_vl"))
     assert [round(x), round(y)] == phone["pixel"]
     placed = placement((480, 640), "qwen3_vl", "native", 16384)
-    point = clicks.parse_point('```json\n[{"point_2d": [925, 618], "label": "the cup 3, 4"}]\n```')
-    assert list(clicks.to_original(point, placed, family("qwen3_vl"))) == pytest.approx(scene["pixel"])
+    point = click.parse_point('```json\n[{"point_2d": [925, 618], "label": "the cup 3, 4"}]\n```')
+    assert list(click.to_original(point, placed, family("qwen3_vl"))) == pytest.approx(scene["pixel"])
 
 
 # -------------------------------------------------------------------------------------------------------- round trip
@@ -99,10 +99,10 @@ def test_original_to_model_to_original_is_within_one_unit_of_the_coarser_grid(mo
         placed = placement(size, model_type, resize, limit)
         whole = generator.random() < 0.5
         point = tuple(generator.randint(0, side) if whole else generator.uniform(0, side) for side in size)
-        spoken = clicks.parse_point(clicks.format_point(point, placed, one))
-        back = clicks.to_original(spoken, placed, one)
+        spoken = click.parse_point(click.format_point(point, placed, one))
+        back = click.to_original(spoken, placed, one)
         for axis in (0, 1):
-            unit = placed.model_size[axis] / clicks.units(placed, one)[axis]  # in pixels the model sees
+            unit = placed.model_size[axis] / click.units(placed, one)[axis]  # in pixels the model sees
             unit *= size[axis] / placed.content_size[axis]  # in pixels of the original
             assert 0 <= back[axis] <= size[axis]
             assert abs(back[axis] - point[axis]) <= max(unit, 1.0) * 0.5000001, (size, point, placed)
@@ -110,10 +110,10 @@ def test_original_to_model_to_original_is_within_one_unit_of_the_coarser_grid(mo
 
 def test_letterbox_shifts_the_point_by_the_border():
     placed = letterbox_placement(720, 1280, 768)  # content 432×768 at (168, 0)
-    assert clicks.to_prompt((360, 640), placed, family("qwen3_vl")) == (500, 500)
-    assert clicks.to_prompt((0, 0), placed, family("qwen3_vl")) == (round(168 / 768 * 1000), 0)
+    assert click.to_prompt((360, 640), placed, family("qwen3_vl")) == (500, 500)
+    assert click.to_prompt((0, 0), placed, family("qwen3_vl")) == (round(168 / 768 * 1000), 0)
     placed = letterbox_placement(720, 1280, 756)
-    assert clicks.to_prompt((0, 1280), placed, family("qwen2_5_vl")) == (165, 756)
+    assert click.to_prompt((0, 1280), placed, family("qwen2_5_vl")) == (165, 756)
 
 
 @pytest.mark.parametrize("resize", ["letterbox", "native"])
@@ -121,7 +121,7 @@ def test_a_prediction_outside_the_image_is_clamped_to_it(resize):
     for model_type in FACTORS:
         placed = placement((300, 100), model_type, resize, 20)
         for spoken in ((-50, -50), (99_999, 99_999), (0, 0)):
-            x, y = clicks.to_original(spoken, placed, family(model_type))
+            x, y = click.to_original(spoken, placed, family(model_type))
             assert 0 <= x <= 300 and 0 <= y <= 100
 
 
@@ -173,12 +173,12 @@ def test_a_prediction_outside_the_image_is_clamped_to_it(resize):
     ],
 )
 def test_answers_are_parsed_leniently_and_what_holds_no_point_gives_none(text, point):
-    assert clicks.parse_point(text) == point
+    assert click.parse_point(text) == point
 
 
 def test_an_unparsable_answer_is_a_row_without_a_point():
     placed = letterbox_placement(720, 1280, 128)
-    assert clicks.predicted("no idea", placed, family("qwen3_vl")) == {
+    assert click.predicted("no idea", placed, family("qwen3_vl")) == {
         "predicted_point": None,
         "image_size": [720, 1280],
     }
@@ -193,7 +193,7 @@ def sample(**changes):
 
 def test_a_click_sample_becomes_a_question_with_the_spoken_point_as_its_answer():
     placed = native_placement(200, 400, 32, 4096, 16777216)
-    asked = clicks.as_question(sample(bbox=[0, 0, 50, 50], question="other"), placed, family("qwen3_vl"))
+    asked = click.as_question(sample(bbox=[0, 0, 50, 50], question="other"), placed, family("qwen3_vl"))
     assert asked == {"id": "1", "image": "a.png", "question": "tap on the card", "answer": "[50, 50]"}
 
 
@@ -219,12 +219,12 @@ def test_a_click_sample_becomes_a_question_with_the_spoken_point_as_its_answer()
 def test_a_bad_click_sample_is_an_error_that_says_what_is_wrong(changes, message):
     placed = native_placement(200, 400, 32, 4096, 16777216)
     with pytest.raises(UserError, match=message):
-        clicks.as_question(sample(**changes), placed, family("qwen3_vl"))
+        click.as_question(sample(**changes), placed, family("qwen3_vl"))
 
 
 def test_a_text_model_cannot_click():
     with pytest.raises(UserError, match="text model"):
-        clicks.as_question(sample(), letterbox_placement(200, 400, 64), Family("qwen2", None))
+        click.as_question(sample(), letterbox_placement(200, 400, 64), Family("qwen2", None))
 
 
 # -------------------------------------------------------------------------------------------------------- convention

@@ -7,9 +7,9 @@ from conftest import shared_data
 from PIL import Image
 
 import prepare_data
-from clicks import as_question
 from errors import UserError
 from images import letterbox_placement
+from tasks.click import as_question
 
 SPLITS = ("train", "val", "test")
 

@@ -29,11 +29,12 @@ from support.tiny_runs import tiny_run, vqa_samples
 import distributed
 from batches import BatchPlan
 from config import load_config
-from dataset import SampleList, StepDataset, load_samples
+from dataset import StepDataset
 from distributed import StopSignal, run_command
 from errors import UserError
 from preflight import open_encoder
 from run_folder import OutputLock
+from samples import SampleList, load_samples
 from templates import IGNORE
 
 WRAPPED = REPO_ROOT / "tests" / "support" / "wrapped_train.py"
@@ -300,3 +301,14 @@ def test_a_rank_without_a_question_has_nothing_supervised_neither_tokens_nor_cla
         (batch,) = idle["micro_batches"]
         assert sorted(map(bool, supervised)) == [False, True, True]
         assert (batch["targets"] == IGNORE).all() and (batch.get("class_labels", IGNORE) == torch.tensor(IGNORE)).all()
+
+
+def test_the_first_rank_reads_before_the_first_of_each_node_and_those_before_the_others(monkeypatch):
+    turns: dict[int, list] = {}
+    for rank, local_rank in ((0, 0), (1, 1), (4, 0), (5, 1)):
+        turns[rank] = []
+        monkeypatch.setenv("LOCAL_RANK", str(local_rank))
+        monkeypatch.setattr(distributed, "all_or_raise", lambda _, action, rank=rank: turns[rank].append(action()) or 7)
+        assert distributed.in_turns(distributed.Ranks(rank, 6, torch.device("cpu")), lambda: "read") == 7
+    later, now = None, "read"
+    assert turns == {0: [now, later, later], 1: [later, later, now], 4: [later, now, later], 5: [later, later, now]}

@@ -9,9 +9,9 @@ from support.tiny_runs import REPO_ROOT, run_script, short_answers, tiny_run, vq
 
 import evaluate
 from checkpoint import save_adapter
-from dataset import load_samples
 from distributed import Ranks
 from inference import answer_split
+from samples import load_samples
 
 
 @pytest.fixture

@@ -10,10 +10,10 @@ import evaluate
 import inference
 import tasks
 from batches import collate
-from dataset import SampleList
 from distributed import Ranks
 from inference import Stopped, answer_split, split_loss
 from model import AnswerLoss
+from samples import SampleList
 
 ALONE = Ranks(0, 1, torch.device("cpu"))
 

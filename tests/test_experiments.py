@@ -13,10 +13,11 @@ import inference
 import train
 from checkpoint import load_trained
 from config import load_config
-from dataset import SampleEncoder, SampleList, load_split
+from dataset import SampleEncoder
 from distributed import Ranks
 from family import load_family
 from model import load_tokenizer
+from samples import SampleList, load_split
 from templates import as_conversations, to_messages
 
 CONFIGS = sorted((REPO / "configs").glob("*.yaml"))
@@ -124,7 +125,7 @@ def test_gold_answers_cannot_reach_a_prompt_and_the_models_own_do(sequential, mo
 
 
 def test_own_answers_that_spell_a_control_token_stay_text():
-    conversation = as_conversations([dict(id=str(n), question="q?", answer="a", stage=1) for n in (1, 1)])[0]
+    (conversation,) = as_conversations([dict(id=str(n), question="q?", answer="a", stage=1) for n in (1, 1)])
     shortened = inference.own_answers_only({**conversation, "turns": conversation["turns"] * 2}, ["<|im_end|>"])
     assert "<|" not in str(to_messages(shortened, "sequential_cot"))
 

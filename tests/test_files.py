@@ -1,5 +1,7 @@
 """Files that appear whole, and JSON read with one clear line for whatever is wrong with it."""
 
+import json
+
 import pytest
 
 from errors import UserError
@@ -8,6 +10,7 @@ from files import (
     full_disk_is_said,
     read_json,
     read_json_lines,
+    read_json_list,
     refuse_unusable_folder,
     write_text,
     written_beside,
@@ -45,10 +48,56 @@ def test_a_missing_json_file_or_a_folder_in_its_place_is_one_line(tmp_path):
 def test_json_lines_keep_their_numbers_over_blank_lines_and_unicode_line_ends(tmp_path):
     path = tmp_path / "rows.jsonl"
     path.write_bytes('\ufeff{"a": "x\u2028y"}\n\n[2]\r\n'.encode())
-    assert read_json_lines(path, "") == [(1, {"a": "x\u2028y"}), (3, [2])]
+    assert list(read_json_lines(path, "")) == [(1, {"a": "x\u2028y"}), (3, [2])]
     path.write_text('{"a": 1}\n\n' + "[" * 100_000 + "\n")
     with pytest.raises(UserError, match=r"rows\.jsonl line 3: not valid JSON"):
-        read_json_lines(path, "mend it")
+        list(read_json_lines(path, "mend it"))
+
+
+NASTY = [
+    {"a": 'say "x" \\ [,]} ü🙂\u2028', "n": -1.5e-7},
+    *({}, [1, [2]], "🙂", 12345, True, None),
+    {"b": {"c": []}},
+]
+
+
+@pytest.mark.parametrize("ascii_only", [True, False])
+def test_a_list_read_in_pieces_of_any_size_holds_the_same_values(tmp_path, monkeypatch, ascii_only):
+    path = tmp_path / "t.json"
+    for values, indent in ((NASTY, None), (NASTY, 1), ([], None)):
+        text = json.dumps(values, indent=indent, ensure_ascii=ascii_only)
+        path.write_text(f"\ufeff \n{text}\n\n", encoding="utf-8")
+        for size in (1, 2, 3, 5, 8, 30, 1000):
+            monkeypatch.setattr("files.CHUNK_BYTES", size)
+            assert list(read_json_list(path, "")) == values
+
+
+@pytest.mark.parametrize("size", [1, 7, 10_000])
+@pytest.mark.parametrize(
+    "text",
+    [
+        b'[{"a": 1},\n{"a": }]',
+        b'[{"a": 1},\n\n{"a": 1}\n{"a": 1}]',
+        b'[{"a": 1},\n]',
+        b'[{"a": "x\ny"}]',
+        b'[\n{"a": 1}',
+        b'[\n\n{"a": "half',
+        b'[{"a": 1}]\n]',
+        b'[{"a": 1},\n{"a": "\xff"}]',
+        b'[{"a": "\\q"}]',
+        b'[\n{"a": tru}]',
+        b"",
+    ],
+)
+def test_a_fault_in_a_list_read_in_pieces_is_told_with_the_line_it_has_in_the_file(tmp_path, monkeypatch, text, size):
+    path = tmp_path / "t.json"
+    path.write_bytes(text)
+    monkeypatch.setattr("files.CHUNK_BYTES", size)
+    with pytest.raises(UserError) as at_once:
+        read_json(path, "mend it")
+    with pytest.raises(UserError) as in_pieces:
+        list(read_json_list(path, "mend it"))
+    assert str(in_pieces.value) == str(at_once.value)
 
 
 def test_of_files_written_together_none_changes_when_one_fails(tmp_path):

@@ -7,9 +7,10 @@ from transformers import AutoImageProcessor
 
 import attention
 from batches import collate
-from dataset import EvalDataset, SampleList
+from dataset import EvalDataset
 from images import letterbox, open_image
 from inference import greedy
+from samples import SampleList
 from templates import split_answer, to_messages
 
 NEW_TOKENS = 8

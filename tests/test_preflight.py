@@ -20,7 +20,7 @@ import templates
 import train
 from batches import BatchPlan
 from config import load_config
-from dataset import SampleEncoder, SampleList
+from dataset import SampleEncoder
 from errors import UserError
 from family import load_family
 from model import load_base, parameter_table, prepare_training
@@ -34,7 +34,9 @@ from preflight import (
     marked_text,
     missing_candidates,
     prefix_sharing,
+    survey,
 )
+from samples import SampleList
 from templates import as_conversations
 from train import find_start
 
@@ -156,13 +158,16 @@ def test_a_bad_row_of_val_or_test_ends_training_before_it_starts(command, data, 
     assert code == 2 and f"{split}.json row 2 (id p2q1)" in err and "exceed max_tokens" in err
 
 
-def test_answers_that_their_own_candidate_list_lacks_are_counted_before_training(command, data, capsys):
+def test_answers_that_their_own_candidate_list_lacks_are_counted_before_training(command, data, tiny_models):
+    encoder = tiny_run(tiny_models, "qwen3_vl").encoder()
     samples = SampleList(vqa_samples(3, 4), "train.json")  # every third answer: places, not colours
-    assert missing_candidates(samples) == ["WARNING: 3 answers of train.json are not in their own candidate list"]
+    warning = "WARNING: 3 answers of train.json are not in their own candidate list"
+    assert missing_candidates(samples, encoder) == [warning]
     turns = SampleList(as_conversations(list(samples)), "train.json")
-    assert missing_candidates(turns) == missing_candidates(samples)
+    assert missing_candidates(turns, encoder) == missing_candidates(samples, encoder)
     bare = SampleList([{**sample, "candidates": None} for sample in samples], "train.json")
-    assert missing_candidates(bare) == missing_candidates(SampleList([{"id": "x", "messages": []}], "t")) == []
+    nothing = SampleList([{"id": "x", "messages": []}], "t")
+    assert missing_candidates(bare, encoder) == missing_candidates(nothing, encoder) == []
     spoil(data, 2, answer="Green; purple")
     assert "WARNING: 1 answers of" in command(arguments=["--check"])[1]
 
@@ -171,7 +176,7 @@ def test_a_run_starts_with_a_warning_of_answers_that_are_no_candidates(tiny_mode
     run = tiny_run(tiny_models, "qwen3_vl")
     config, encoder = replace(run.config, output_dir=str(tmp_path / "out")), run.encoder()
     splits = {"train": SampleList(vqa_samples(3, 4), "train.json")}
-    resume_from, notes, _ = find_start(config, encoder, splits, make_plan(config, splits["train"], encoder, 1))
+    resume_from, notes, *_ = find_start(config, encoder, splits, make_plan(config, splits["train"], encoder, 1))
     assert [resume_from, notes] == ["", ["WARNING: 3 answers of train.json are not in their own candidate list"]]
 
 
@@ -290,6 +295,27 @@ def test_samples_whose_images_are_smaller_than_the_limit_allows_are_not_tokenise
     monkeypatch.setattr(SampleEncoder, "size_only", lambda self, path: headers.append(path) or size_only(self, path))
     check_samples(SampleList(vqa_samples(3, 9), "s"), encoder)
     assert not tokenised and sorted(headers) == ["0.png", "1.png", "2.png"]
+
+
+@pytest.mark.parametrize("resize", ["letterbox", "native"])
+def test_the_longest_sample_is_found_among_texts_and_images_of_all_sizes(tiny_models, tmp_path, resize):
+    run = tiny_run(tiny_models, "qwen3_vl")
+    for number, size in enumerate([(90, 90), (400, 300), (200, 200)]):
+        write_images(tmp_path, [f"{number}.png"], size=size)
+    changes = {} if resize == "letterbox" else {"image_size": None, "max_pixels": 4_000_000}
+    changes |= {"max_tokens": 4000, "data": replace(run.config.data, image_root=str(tmp_path))}
+    encoder = run.encoder(resize=resize, **changes)
+    samples = vqa_samples(3, 3)
+    lists = [
+        samples,
+        samples[::-1],
+        [s | {"question": s["question"] * (60 if s["id"] == "p2q1" else 1)} for s in samples],
+    ]
+    lists.append([*samples, {**samples[0], "image": ["0.png", "2.png", "1.png"]}, samples[1]])
+    for given in lists:
+        lengths = [len(item.input_ids) for item in build_items(encoder, given)[0]]
+        longest = survey(SampleList(given, "s"), encoder)["longest"]
+        assert lengths[longest] > 0.95 * max(lengths), "tokens of texts are estimated from their bytes"
 
 
 def test_twenty_thousand_samples_are_checked_in_seconds(tiny_models):

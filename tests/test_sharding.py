@@ -19,11 +19,12 @@ import sharding
 import train
 from classification import attach_head
 from config import load_config
-from dataset import SampleEncoder, SampleList
+from dataset import SampleEncoder
 from distributed import Ranks
 from errors import UserError
 from model import load_base
 from preflight import make_plan
+from samples import SampleList
 from templates import IGNORE
 
 TOLERANCE = 2e-5  # of losses near 1: other orders of summation, over eleven steps of training

@@ -217,7 +217,7 @@ def test_a_sample_that_makes_no_conversation_is_an_error_that_says_why(sample, t
 
 def test_a_question_of_a_conversation_by_image_is_checked_like_any_other():
     with pytest.raises(UserError, match=r"5.*'answer' is missing"):
-        as_conversations([SAMPLE, {"id": "5", "image": "a.jpg", "question": "Q?"}])
+        list(as_conversations([SAMPLE, {"id": "5", "image": "a.jpg", "question": "Q?"}]))
 
 
 # -------------------------------------------------------------------------------------------------- messages → tokens
@@ -230,7 +230,7 @@ def conversations() -> list[tuple[list[dict], list[int]]]:
     text_first = chat("What is this?\n<image>", "Yes", image="a.jpg")
     return [
         *((to_messages(SAMPLE, template), [6]) for template in ("ultra_condensed", "standard", "plain")),
-        (to_messages(as_conversations([SAMPLE, {**SAMPLE, "id": "2"}])[0], "sequential_cot"), [6]),
+        (to_messages(next(as_conversations([SAMPLE, {**SAMPLE, "id": "2"}])), "sequential_cot"), [6]),
         (to_messages(several, "ultra_condensed"), [4, 9]),
         (to_messages(SAMPLE, "plain", image_shown=False), []),
         (to_messages(one_by_one, "plain"), [4, 1]),

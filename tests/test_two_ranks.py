@@ -22,10 +22,10 @@ from support.tiny_runs import (
 )
 
 from batches import collate
-from dataset import SampleList
 from distributed import Ranks
 from inference import answer_split, split_loss
 from model import AnswerLoss
+from samples import SampleList
 
 ALONE = Ranks(0, 1, torch.device("cpu"))
 

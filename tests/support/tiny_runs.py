@@ -20,9 +20,10 @@ from PIL import Image
 import inference
 from batches import BatchPlan
 from config import load_config
-from dataset import SampleEncoder, SampleList, StepDataset
+from dataset import SampleEncoder, StepDataset
 from family import Family, load_family
 from model import AnswerLoss, load_base, load_tokenizer, prepare_training, trainable_parameters
+from samples import SampleList
 from support import configs
 from support.configs import IMAGE_SIZE  # noqa: F401 - for the tests
 from templates import IGNORE

@@ -15,11 +15,11 @@ import torch
 from safetensors.torch import save_file
 
 import train
-from dataset import SampleList
 from distributed import Ranks, end_process, start_ranks, stop_ranks
 from errors import UserError
 from inference import Stopped, answer_split, split_loss
 from model import AnswerLoss
+from samples import SampleList
 from support.tiny_runs import (
     CUTS,
     TinyRun,
