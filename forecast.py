@@ -1,39 +1,48 @@
-"""What a run will need, before it needs it: the budget of a pass in tokens, tried out at its largest."""
+"""What a run will need, before it needs it: memory, work and time, as far as they can be counted without weights; the
+budget of a pass in tokens, tried out at its largest."""
 
-from collections.abc import Callable
+from collections import Counter
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 
 import torch
 
-from batches import Item, collate, lay_out
+from batches import BatchPlan, Item, collate, lay_out
 from checkpoint import TrainerState
 from config import Config
-from dataset import SampleEncoder, SampleList
+from counting import Operations, count_step, held_bytes, meta_loss, pass_bytes
+from dataset import SampleEncoder, SampleList, StepDataset
 from distributed import Ranks
 from errors import UserError
 from images import ModelImage
-from model import base_of, to_device
+from inference import evaluation_rows
+from model import to_device
 
 # Tokens of a pass, with padding, where the config names none. By count, an H100 needs as long for 1,000 tokens of an 8B
 # as the host needs to launch a pass's 10,000 kernels; with four times as many, launch overhead overlaps with compute,
 # and twice that would gain 3 % at most. A CPU gains nothing from more.
 FULL_PASS = {"cuda": 4096, "cpu": 1024}
 TRIED_ON = ("cuda",)  # a CPU has no memory that a pass could exhaust before the machine itself
-ACTIVATION_SHARE = 0.8  # of the free memory; the rest is for the vision tower, logits and what the allocator wastes
+USABLE = 0.92  # of the memory; the rest goes to the kernels' workspaces and to the gaps the allocator leaves
+CARDS = (48, 80)  # GB
+STEPS_LOOKED_AT = 20  # of the first epoch, to count a run's work
+FORWARD = {"lora": 1 / 2, "full": 1 / 3}  # share of a training token's work; frozen weights need one backward, not two
 
 
 def device_name(device: torch.device) -> str:
     return torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
 
 
-def pass_budget(config: Config, state: TrainerState, model: torch.nn.Module, ranks: Ranks) -> tuple[int, list[str]]:
+def pass_budget(
+    config: Config, state: TrainerState, samples: SampleList, encoder: SampleEncoder, ranks: Ranks
+) -> tuple[int, list[str]]:
     """(tokens of a pass, lines for the log). A resumed run keeps its checkpoint's budget, so that it cuts alike and
     ends bit for bit the same, unless the config names another one or the device is another. All ranks: contains an
     all_gather; the least of their budgets counts."""
     name = device_name(ranks.device)
     if state.pass_tokens and state.device == name and config.pass_tokens in (None, state.pass_tokens):
         return state.pass_tokens, []
-    tokens = config.pass_tokens or min(ranks.gather([_that_fit(model, config, ranks.device)]))
+    tokens = config.pass_tokens or min(ranks.gather([_that_fit(samples, encoder, ranks)]))
     if not state.pass_tokens or tokens == state.pass_tokens:
         return tokens, []
     return tokens, [
@@ -42,23 +51,37 @@ def pass_budget(config: Config, state: TrainerState, model: torch.nn.Module, ran
     ]
 
 
-def _that_fit(model: torch.nn.Module, config: Config, device: torch.device) -> int:
-    full = FULL_PASS[device.type]
-    if device.type != "cuda":
-        return full
-    free, _ = torch.cuda.mem_get_info(device)
-    fitting = int(ACTIVATION_SHARE * free / activation_bytes_per_token(model, config))
-    return max(256, min(full, fitting // 256 * 256))
+def _that_fit(samples: SampleList, encoder: SampleEncoder, ranks: Ranks) -> int:
+    """Tokens of a pass on this rank's device, on which the weights are already."""
+    if ranks.device.type != "cuda":
+        return FULL_PASS[ranks.device.type]
+    config, dtype = encoder.config, torch.bfloat16
+    loss = meta_loss(config, encoder.family, dtype)
+    held = held_bytes(loss, config, ranks.world_size, dtype)
+    free, _ = torch.cuda.mem_get_info(ranks.device)
+    to_come = 0.75 * held["trained"] + held["copies"]  # the weights, a quarter of it, are there
+    return PassMemory(loss, samples[longest_sample(samples, encoder)], encoder).fitting(USABLE * free - to_come)
 
 
-def activation_bytes_per_token(model: torch.nn.Module, config: Config) -> float:
-    """What the language model keeps of a token for the backward pass. Counted at the 8B's shape with LoRA: 9.4 MB with
-    dropout, 7.2 MB without; of a checkpointed layer, its input alone is kept."""
-    text = base_of(model).config.get_text_config()
-    element = 2 if torch.cuda.is_available() else 4
-    if config.gradient_checkpointing:
-        return text.num_hidden_layers * text.hidden_size * element
-    return text.num_hidden_layers * (14 * text.hidden_size + 6 * text.intermediate_size) * element
+class PassMemory:
+    """Bytes of a pass of so many tokens that is filled with a sample, counted for a GPU."""
+
+    def __init__(self, loss: torch.nn.Module, sample: dict, encoder: SampleEncoder):
+        """loss: of `meta_loss`."""
+        self.full = max(FULL_PASS["cuda"], encoder.config.pass_tokens or 0)
+        *_, many, one = [None, *largest_passes(sample, encoder, self.full)]
+        self.row = one["input_ids"].numel()
+        self.one = pass_bytes(loss, one)
+        rows = 1 if many is None else len(many["input_ids"])
+        self.each_more = (pass_bytes(loss, many) - self.one) / (rows - 1) if rows > 1 else self.one
+
+    def bytes(self, tokens: int) -> float:
+        return self.one + max(0, tokens // self.row - 1) * self.each_more
+
+    def fitting(self, room: float) -> int:
+        """Tokens of the largest pass in `room` bytes, up to a full one; at least one row, whether it fits or not."""
+        rows = 1 + max(0, int((room - self.one) // self.each_more))
+        return self.full if rows >= self.full // self.row else rows * self.row
 
 
 def try_largest_passes(
@@ -153,3 +176,110 @@ def _repeated(item: Item, images: list[ModelImage], count: int, encoder: SampleE
         items.append(replace(item, images=names))
         shown |= dict(zip(names, images, strict=True))
     return collate(items, shown, True, encoder.tokenizer.pad_token_id, lay_out(items, share_prefix=False))
+
+
+# ------------------------------------------------------------------------------------------------ counted beforehand
+
+
+def count_run(
+    config: Config,
+    plan: BatchPlan,
+    samples: SampleList,
+    encoder: SampleEncoder,
+    pass_tokens: int,
+    world_size: int,
+    operations: Operations | None = None,
+) -> Counter:
+    """Sums of `counting.count_step` over some of the first epoch's steps, and their number as `steps`."""
+    dataset = StepDataset(samples, encoder, config.share_prefix, plan, pass_tokens, 0, world_size)
+    steps = min(plan.steps_per_epoch, plan.total_steps)
+    counts: Counter = Counter()
+    for step in {steps * part // STEPS_LOOKED_AT for part in range(STEPS_LOOKED_AT)}:
+        items = [dataset.encode(row, encoder.size_only) for row in plan.questions(step)]
+        counts.update(
+            count_step(items, config.share_prefix, pass_tokens, world_size, operations, encoder.family.image_token_id)
+        )
+        counts["steps"] += 1
+    return counts
+
+
+def evaluation_share(
+    config: Config, plan: BatchPlan, splits: Mapping[str, SampleList], encoder: SampleEncoder, counts: Counter
+) -> tuple[float, str]:
+    """(share of the run's work that its evaluations are, a line that says it). counts: of `count_run`. Work is counted
+    in tokens laid out, of which an evaluation needs the forward pass alone; the steps of greedy answers add few."""
+    val, has_head = splits["val"], encoder.task.HAS_HEAD
+    times = -(-plan.total_steps // (plan.steps_per_epoch if config.eval_steps == "epoch" else config.eval_steps))
+    subset = evaluation_rows(val, config)
+    looked_at = evaluation_rows(val, replace(config, eval_max_samples=200))
+    dataset = StepDataset(val, encoder, config.share_prefix, plan, 0, 0, 1)
+    items = [dataset.encode(row, encoder.size_only) for row in looked_at]
+    tokens = sum(row.tokens for row in lay_out(items, config.share_prefix)) / len(items)
+    if has_head:
+        scored = times * sum(len(splits[name]) for name in ("val", "test") if name in splits)
+        told = f"{times} times all of {' and '.join(name for name in ('val', 'test') if name in splits)}"
+    else:
+        scored = ((times - 1) * len(subset) + len(val)) * (2 if config.eval_max_samples else 1)
+        told = f"{times - 1} times {len(subset):,} of val's questions, and all {len(val):,} at the end"
+    work = FORWARD[config.finetuning] * scored * tokens
+    training = plan.total_questions * counts["tokens"] / counts["questions"]
+    share = work / (work + training)
+    return share, f"Evaluation: {told}: {share:.1%} of the run's work, counted in tokens laid out"
+
+
+def evaluation_line(
+    config: Config, plan: BatchPlan, splits: Mapping[str, SampleList], encoder: SampleEncoder
+) -> list[str]:
+    """For the head of the log."""
+    if not config.eval_steps:
+        return []
+    counts = count_run(config, plan, splits["train"], encoder, FULL_PASS["cuda"], 1)
+    return [evaluation_share(config, plan, splits, encoder, counts)[1]]
+
+
+def forecast(
+    config: Config,
+    splits: Mapping[str, SampleList],
+    encoder: SampleEncoder,
+    plan: BatchPlan,
+    world_size: int,
+    tflops: float,
+) -> list[str]:
+    """Lines for `--check`: what the run will need of GPUs. tflops: 10¹² operations per second that each will reach."""
+    samples, dtype = splits["train"], torch.bfloat16
+    loss = meta_loss(config, encoder.family, dtype)
+    held = held_bytes(loss, config, world_size, dtype)
+    memory = PassMemory(loss, samples[longest_sample(samples, encoder)], encoder)
+    wanted = config.pass_tokens or memory.full
+    operations = Operations.of(loss.model, recomputed=config.gradient_checkpointing)
+    counts = count_run(config, plan, samples, encoder, wanted, world_size, operations)
+    share, told = evaluation_share(config, plan, splits, encoder, counts) if config.eval_steps else (0.0, "")
+    rows = max(1, wanted // memory.row)
+    adapter = "adapter" if config.finetuning == "lora" else "trained weights"
+    base = "4 bits and bfloat16" if config.quantization == "nf4" else "bfloat16"
+    lines = {
+        f"frozen weights ({base})": held["frozen"],
+        f"{adapter}, gradients, AdamW (float32)": held["trained"],
+        "copies to compute with": held["copies"],
+        f"largest pass, {rows} × {memory.row:,} tokens, images included": memory.bytes(wanted),
+    }
+    table = [f"  {name:<56}{value / 1e9:7.1f} GB" for name, value in lines.items() if value]
+    for card in CARDS:
+        room = USABLE * card * 1e9 - sum(held.values())
+        tokens = config.pass_tokens or memory.fitting(room)
+        need = (sum(held.values()) + memory.bytes(tokens)) / 1e9
+        fits = f"fits, in passes of {tokens:,} tokens" if memory.bytes(tokens) <= room else "does not fit"
+        table.append(f"  {f'a card of {card} GB: {fits}':<56}{need:7.1f} GB")
+    step = counts["operations"] / counts["steps"]
+    balance = counts["tokens"] / (world_size * counts["slowest"])
+    seconds = plan.total_questions * counts["operations"] / counts["questions"] / (world_size * tflops * 1e12) / balance
+    minutes = seconds / (1 - share) / 60
+    prefixes = counts["questions"] / counts["rows"]
+    return [
+        f"Forecast for each of {world_size} GPUs, counted from shapes; nothing was measured:",
+        *table,
+        f"  a step: {step / 1e12:,.3g} TFLOP, {counts['tokens'] / counts['steps']:,.0f} tokens laid out, "
+        f"{prefixes:.2f} questions per prefix",
+        f"  the run: {minutes:,.0f} min if each GPU reaches {tflops:g} TFLOP/s (a stated rate: --tflops)",
+        *([told] if told else []),
+    ]

@@ -10,13 +10,14 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
-from classification import attach_head
 from config import Config
+from counting import meta_loss
 from dataset import BatchPlan, SampleEncoder, SampleList
 from errors import UserError, first_names
 from family import Family, load_family
+from forecast import forecast
 from images import ModelImage, image_path, open_image, unpatchify
-from model import auto_class, load_tokenizer, parameter_table, prepare_training
+from model import load_tokenizer, parameter_table
 from report.metrics import answer_outside_candidates
 from runlog import on_terminal
 from tasks import check_record, task_of
@@ -107,8 +108,11 @@ def report_problems(problems: list[str], shown: int) -> None:
         raise UserError(f"{count}{listed}{more}")
 
 
-def full_check(config: Config, splits: Mapping[str, SampleList], encoder: SampleEncoder, world_size: int) -> None:
-    """`--check`: decode every image, look for leaks between splits, show a sample, count parameters and steps."""
+def full_check(
+    config: Config, splits: Mapping[str, SampleList], encoder: SampleEncoder, world_size: int, tflops: float
+) -> None:
+    """`--check`: decode every image, look for leaks between splits, show a sample, count parameters and steps, and say
+    what the run will need. tflops: see `forecast.forecast`."""
     problems = []
     for name, samples in splits.items():
         print(f"{name}: {len(samples):,} samples in {samples.source}", flush=True)
@@ -123,6 +127,7 @@ def full_check(config: Config, splits: Mapping[str, SampleList], encoder: Sample
     plan = make_plan(config, splits["train"], encoder, world_size)
     print("\n".join(batch_arithmetic(config, plan, world_size)))
     print("\n".join(prefix_sharing(config, plan, splits["train"], encoder)))
+    print("\n".join(forecast(config, splits, encoder, plan, world_size, tflops)))
     print("Check passed: nothing was trained.", flush=True)
 
 
@@ -241,15 +246,7 @@ def marked_text(item, encoder: SampleEncoder) -> str:
 
 def count_parameters(config: Config) -> list[str]:
     """The parameter table of the run's model, built without weights."""
-    from transformers import AutoConfig
-
-    model_config = AutoConfig.from_pretrained(config.model_name)
-    with torch.device("meta"):
-        model = auto_class(model_config).from_config(model_config)
-        model.requires_grad_(False)
-        if task_of(config).HAS_HEAD:
-            attach_head(model, config.num_labels, config.seed)
-        return parameter_table(prepare_training(model, config))
+    return parameter_table(meta_loss(config, load_family(config.model_name), torch.float32).model)
 
 
 def make_plan(config: Config, samples: SampleList, encoder: SampleEncoder, world_size: int) -> BatchPlan:

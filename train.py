@@ -37,7 +37,7 @@ from distributed import (
 from errors import UserError
 from family import fingerprint
 from files import write_json, write_text
-from forecast import device_name, does_not_fit, pass_budget, try_largest_passes
+from forecast import device_name, does_not_fit, evaluation_line, pass_budget, try_largest_passes
 from inference import Stopped, scores_while_training
 from preflight import (
     batch_arithmetic,
@@ -132,7 +132,8 @@ def find_start(config: Config, encoder: SampleEncoder, splits: dict[str, SampleL
     check_record(resume_from, encoder.family, config)
     if not resume_from:
         refuse_leakage(config, splits)
-    return [str(resume_from or ""), notes + missing_candidates(splits["train"])]
+    notes += missing_candidates(splits["train"]) + evaluation_line(config, plan, splits, encoder)
+    return [str(resume_from or ""), notes]
 
 
 def set_up(config: Config, source: str) -> Run | None:
@@ -149,6 +150,10 @@ def set_up(config: Config, source: str) -> Run | None:
     start = all_or_raise(ranks, lambda: find_start(config, encoder, splits, plan) if ranks.is_first else None)
     resume_from, notes = ranks.gather([start] if ranks.is_first else [])[0]
     state = checkpoint.read_state(Path(resume_from)) if resume_from else TrainerState()
+    scored_before = state.config.get("eval_max_samples")
+    if scored_before not in (None, config.eval_max_samples) and not encoder.task.HAS_HEAD and state.best_score:
+        state.best_step = state.best_score = None
+        notes.append(f"The best loss so far was of eval_max_samples {scored_before}: the best is chosen anew")
     if ranks.any(ranks.is_first and checkpoint.has_lost_best(state, resume_from, output)):
         state.best_step = state.best_score = None
         notes.append("The best checkpoint so far is not in this folder: the best is chosen anew")
@@ -175,7 +180,7 @@ def set_up(config: Config, source: str) -> Run | None:
         checkpoint.resume(Path(resume_from), model, optimizer, trainable, config)
     if config.parallel == "ddp":
         check_same_start(trainable, ranks)
-    state.pass_tokens, told = pass_budget(config, state, model, ranks)
+    state.pass_tokens, told = pass_budget(config, state, splits["train"], encoder, ranks)
     state.device = device_name(ranks.device)
     notes += told
     seconds = time.perf_counter() - started
@@ -334,12 +339,15 @@ def evaluate(run: Run) -> None:
     began = time.perf_counter()
     run.model.eval()
     with sharding.unsharded(run.loss), run.autocast():
-        values = scores_while_training(run.loss, run.splits, run.encoder, run.ranks, lambda: run.stop.requested)
+        values = scores_while_training(
+            run.loss, run.splits, run.encoder, run.ranks, lambda: run.stop.requested, run.is_done
+        )
     run.model.train()
     state.evaluation_due = False
     values["eval_seconds"] = time.perf_counter() - began
     run.log.record({"step": state.step, "epoch": run.plan.epoch_at(state.step), **values}, "eval")
-    run.log.say("eval " + " | ".join(f"{key.removeprefix('eval_')} {value:.4f}" for key, value in values.items()))
+    told = {key.removeprefix("eval_"): value if type(value) is int else f"{value:.4f}" for key, value in values.items()}
+    run.log.say("eval " + " | ".join(f"{key} {value}" for key, value in told.items()))
     # The best is only worth keeping where there is a checkpoint of it. Where it is the result, one is made.
     saved = run.is_due(run.config.save_steps) or run.is_done
     score = task.selection_score(values)
@@ -441,21 +449,24 @@ def finish(run: Run, stopped: bool) -> None:
     stop_ranks()
 
 
-def check(config: Config, source: str) -> None:
+def check(config: Config, source: str, tflops: float) -> None:
     """--check: everything that can be found without training, by the first rank alone."""
     if os.environ.get("RANK", "0") != "0":
         return
     encoder, splits = open_data(config, source)
-    full_check(config, splits, encoder, int(os.environ.get("WORLD_SIZE", "1")))
+    full_check(config, splits, encoder, int(os.environ.get("WORLD_SIZE", "1")), tflops)
 
 
 def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--config", required=True)
     parser.add_argument("--check", action="store_true", help="validate everything and exit without training")
+    parser.add_argument("--tflops", type=float, default=400, metavar="RATE",
+                        help="with --check: 10¹² operations a second of a GPU (default: %(default)s)")  # fmt: skip
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="override any config key, e.g. lora.r=32")
     args = parser.parse_intermixed_args(arguments)
-    (check if args.check else train)(load_config(args.config, args.overrides), args.config)
+    config = load_config(args.config, args.overrides)
+    check(config, args.config, args.tflops) if args.check else train(config, args.config)
 
 
 if __name__ == "__main__":
