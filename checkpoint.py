@@ -52,9 +52,7 @@ class TrainerState:
     interval: dict = field(default_factory=dict)  # sums since the last log line
     evaluation_due: bool = False  # stopped inside the evaluation of this step
     nonfinite_in_a_row: int = 0
-    best_score: list[float] | None = (
-        None  # of the best evaluation that has a checkpoint, see `inference.selection_score`
-    )
+    best_score: list[float] | None = None  # of the best evaluation that has a checkpoint: the task's `selection_score`
     best_step: int | None = None
     train_seconds: float = 0.0
     # Dropout is seeded anew at each step from (seed, step, rank), so this number is the whole RNG state.

@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from safetensors.torch import save_file
 from torch import nn
+from transformers.utils.generic import maybe_autocast
 
 from batches import last_tokens
 from config import Config
@@ -39,7 +40,7 @@ def class_logits(model: nn.Module, batch: dict, family: Family) -> torch.Tensor:
     base = base_of(model)
     hidden = base.model(**model_inputs(model, batch, family), use_cache=False).last_hidden_state  # (B, T, hidden_size)
     last = hidden[last_tokens(batch["segments"])]  # (items, hidden_size), in the order of the slots
-    with torch.autocast(last.device.type, enabled=False):
+    with maybe_autocast(last.device.type, enabled=False):  # it knows the meta device, too
         logits = base.cls_head(last.to(base.cls_head.weight.dtype))
     item_of_slot = batch["slots"][batch["slots"] >= 0]
     return logits[item_of_slot.argsort()]

@@ -76,7 +76,7 @@ class Config:
     dataloader_num_workers: int = 4
     logging_steps: int = 10
     eval_steps: int | Literal["epoch"] | None = None  # None: no evaluation during training
-    eval_max_samples: int = 200  # answers generated at each evaluation; the loss is always of the whole val split
+    eval_max_samples: int = 200  # scored at each evaluation but the last, whole images; 0: the loss of all, no answers
     save_steps: int | Literal["epoch"] = 200
     save_total_limit: int = 3
     init_adapter: str | None = None  # start from this adapter's weights, with a fresh optimizer and schedule

@@ -206,8 +206,8 @@ def ignore_stop_signals(worker_id: int = 0) -> None:
 
 
 def run_command(main: Callable[[], None]) -> NoReturn:
-    """Run a command and end the process: with exit code 0, with 2 after one line about a user's mistake, or with 1
-    after a traceback."""
+    """Run a command and end the process: with exit code 0, with 2 after one line about a user's mistake, with 1 after
+    a traceback, or as Ctrl-C ends one."""
     code = 0
     try:
         with exit_on_user_error():
@@ -222,6 +222,8 @@ def run_command(main: Callable[[], None]) -> NoReturn:
                 ) from None
     except SystemExit as end:
         code = end.code or 0
+    except KeyboardInterrupt:
+        code = 128 + signal.SIGINT
     except Exception:
         traceback.print_exc()
         code = 1

@@ -19,7 +19,7 @@ from checkpoint import load_trained
 from classification import make_loss
 from config import Config, check_data_files, load_config
 from distributed import all_or_raise, in_turns, run_command, start_ranks, stop_ranks
-from files import file_sha256, write_json, write_text
+from files import file_sha256, refuse_unusable_folder, write_json, write_text
 from inference import predict_split
 from preflight import check_samples, open_encoder
 from report.results import run_history
@@ -76,6 +76,8 @@ def evaluate(config: Config, checkpoint: str | None, split: str, source: str) ->
     task, family = encoder.task, encoder.family
     files = [getattr(config.data, name) for name in ("train", split)]
     is_training_file = len({file_sha256(path) for path in files}) == 1
+    results = results_folder(config, split)
+    refuse_unusable_folder(results, "results_dir")
     ranks = start_ranks()
     samples = in_turns(ranks, lambda: load_split(config, split))
     all_or_raise(ranks, lambda: ranks.is_first and check_samples(samples, encoder))
@@ -103,7 +105,6 @@ def evaluate(config: Config, checkpoint: str | None, split: str, source: str) ->
         "predict_samples_per_second": len(rows) / seconds,
     }
     if ranks.is_first:
-        results = results_folder(config, split)
         results.mkdir(parents=True, exist_ok=True)
         lines = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
         write_text(results / "generated_predictions.jsonl", lines)

@@ -1,40 +1,324 @@
-"""What a run will need, before it needs it: the budget of a pass in tokens, tried out at its largest."""
+"""What a run will need, before it needs it: memory, work and time, as far as they can be counted without weights; the
+budget of a pass in tokens, tried out at its largest."""
 
-from collections.abc import Callable
-from dataclasses import replace
+import contextlib
+import weakref
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
 
 import torch
+import torch.nn.functional as F
+from torch import nn
+from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_flatten, tree_leaves, tree_unflatten
 
-from batches import Item, collate, lay_out
+from attention import install_shared_attention, install_vision_attention
+from batches import BatchPlan, Item, Row, collate, lay_out, passes, share_out
 from checkpoint import TrainerState
+from classification import attach_head, make_loss
 from config import Config
-from dataset import SampleEncoder
+from dataset import SampleEncoder, StepDataset
 from distributed import Ranks
 from errors import UserError
+from family import Family
 from images import ModelImage
-from model import base_of, to_device
+from inference import evaluation_rows
+from model import (
+    HEAD,
+    LANGUAGE,
+    PROJECTOR,
+    VISION,
+    auto_class,
+    base_of,
+    group_of,
+    patch_embed_as_matrix_product,
+    prepare_training,
+    to_device,
+)
 from samples import SampleList
+from tasks import task_of
+from templates import IGNORE
+
+# ------------------------------------------------------------------------------------------------------------- memory
+
+NF4_BYTES = 0.5 + 1 / 64 + 4 / (64 * 256)  # of a weight: 4 bits, and the twice quantised scale of 64
+
+
+def meta_loss(config: Config, family: Family, dtype: torch.dtype) -> nn.Module:
+    """The run's loss module as it computes, without weights: every shape is there and no number."""
+    from transformers import AutoConfig
+
+    model_config = AutoConfig.from_pretrained(config.model_name)
+    with torch.device("meta"):
+        base = auto_class(model_config).from_config(model_config, dtype=dtype, attn_implementation="sdpa")
+        base.requires_grad_(False)
+        if task_of(config).HAS_HEAD:
+            attach_head(base, config.num_labels, config.seed)
+        if family.has_vision:
+            patch_embed_as_matrix_product(base)
+            install_vision_attention(base)
+            install_shared_attention(base)
+        model = prepare_training(base, config)
+    if config.finetuning == "full":
+        model.to(dtype)  # float32 masters compute in bfloat16: cast by FSDP, or by autocast
+    if config.gradient_checkpointing:  # what is computed again in the backward pass, is on the meta device, too
+        again = {"use_reentrant": False, "context_fn": lambda: (contextlib.nullcontext(), _OnMeta())}
+        base_of(model).activation_checkpointing_enable(activation_checkpointing_kwargs=again)
+    return make_loss(model, family, config).train()
+
+
+def held_bytes(loss: nn.Module, config: Config, world_size: int, dtype: torch.dtype) -> dict[str, float]:
+    """What a rank holds between two passes, in bytes: the frozen weights; what is trained, float32, with its gradients
+    and AdamW's two moments; copies to compute with. loss: of `meta_loss`."""
+    shards, size = world_size if config.parallel == "fsdp" else 1, dtype.itemsize
+    frozen, trained, layers = 0.0, 0, Counter()
+    for name, parameter in loss.model.named_parameters():
+        quantized = config.quantization == "nf4" and name.endswith("base_layer.weight") and group_of(name) == LANGUAGE
+        trained += parameter.numel() * parameter.requires_grad
+        frozen += parameter.numel() * (not parameter.requires_grad) * (NF4_BYTES if quantized else size)
+        if group_of(name) == LANGUAGE:
+            layers[name.partition(".layers.")[2].split(".")[0]] += parameter.numel()
+    copies = 0
+    if config.parallel == "fsdp":  # the embedding and lm_head with their gradients; two layers, and a layer's gradient
+        outside = layers.pop("", 0)
+        copies = size * 2 * outside + (2 * size + size + 4) * max(layers.values(), default=0)
+    elif config.finetuning == "full" and size < 4:
+        copies = size * trained  # autocast keeps what it has cast
+    return {"frozen": frozen / shards, "trained": 16 * trained / shards, "copies": copies}
+
+
+class _Attention(torch.autograd.Function):
+    """Stands for SDPA's kernels: what they keep for the backward pass, and what they give back."""
+
+    @staticmethod
+    def forward(ctx, query, key, value, mask):
+        log_sum = torch.empty(query.shape[:-1], dtype=torch.float32, device=query.device)
+        output = torch.empty_like(query)
+        ctx.save_for_backward(query, key, value, output, log_sum, mask)
+        return output
+
+    @staticmethod
+    def backward(ctx, gradient):
+        return *(torch.empty_like(tensor) for tensor in ctx.saved_tensors[:3]), None
+
+
+def _dropout(states: torch.Tensor, p: float = 0.5, training: bool = True, inplace: bool = False) -> torch.Tensor:
+    """As on CUDA, where one byte an element is kept."""
+    return torch.native_dropout(states, p, True)[0] if p and training else states
+
+
+class _OnMeta(TorchFunctionMode):
+    """Lets a model on the meta device run on a batch of the CPU. What decides shapes by its values (image grids, bool
+    masks) stays on the CPU; everything else follows the weights."""
+
+    BY_VALUE = (torch.Tensor.__getitem__, torch.Tensor.__setitem__, torch.Tensor.expand_as)
+
+    def __torch_function__(self, function, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        if function is F.scaled_dot_product_attention:
+            return _Attention.apply(*args[:3], kwargs.get("attn_mask"))
+        if function is F.dropout:
+            return _dropout(*args, **kwargs)
+        if function is torch.Tensor.__bool__ and args[0].is_meta:
+            return True  # asked by a text model alone: whether each row is one sequence
+        if function is torch.Tensor.to and args[0].dtype is torch.bool:
+            return args[0]
+        if function not in self.BY_VALUE:
+            leaves, shape = tree_flatten((args, kwargs))
+            if any(torch.is_tensor(leaf) and leaf.is_meta for leaf in leaves):
+                leaves = [leaf.to("meta") if torch.is_tensor(leaf) else leaf for leaf in leaves]
+                args, kwargs = tree_unflatten(leaves, shape)
+        return function(*args, **kwargs)
+
+
+class LiveBytes(TorchDispatchMode):
+    """Follows every storage that an operation makes until it is freed; `peak`: the most bytes alive at a time."""
+
+    def __init__(self, known: Sequence[torch.Tensor]):
+        """known: tensors that are not counted."""
+        super().__init__()
+        self.now = self.peak = 0
+        self._device = known[0].device
+        self._alive = {tensor.untyped_storage()._cdata for tensor in known}
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        result = function(*args, **(kwargs or {}))
+        for tensor in tree_leaves(result):
+            if torch.is_tensor(tensor) and tensor.device == self._device:
+                storage = tensor.untyped_storage()
+                if storage._cdata not in self._alive:
+                    self._alive.add(storage._cdata)
+                    self.now += storage.nbytes()
+                    weakref.finalize(storage, self._freed, storage._cdata, storage.nbytes())
+        self.peak = max(self.peak, self.now)
+        return result
+
+    def _freed(self, place: int, size: int) -> None:
+        self._alive.discard(place)
+        self.now -= size
+
+
+def pass_bytes(loss: nn.Module, batch: dict) -> int:
+    """The most that one forward and backward holds at a time, besides weights and their gradients. loss: of
+    `meta_loss`, or a real one on the device of the batch."""
+    trained = [parameter for parameter in loss.parameters() if parameter.requires_grad]
+    for parameter in trained:  # they are there from the first pass of a step on
+        parameter.grad = torch.zeros_like(parameter)
+    held = [*loss.parameters(), *loss.buffers(), *(parameter.grad for parameter in trained)]
+    with LiveBytes(held) as live, _OnMeta() if held[0].is_meta else contextlib.nullcontext():
+        torch.autograd.backward(loss(batch))
+    loss.zero_grad(set_to_none=True)
+    return live.peak
+
+
+# --------------------------------------------------------------------------------------------------------- operations
+
+
+@dataclass(frozen=True)
+class Operations:
+    """Floating-point operations of a model; a multiplication and an addition count as two. Elementwise work is left
+    out. Frozen weights cost a forward pass, and one backward where a gradient passes through; trained ones, two."""
+
+    per_token: float  # matrices of the language model
+    per_pair: float  # attention of the language model: one (query, key) pair in all layers
+    per_position: float  # logits
+    per_patch: float  # matrices of the vision tower
+    per_patch_pair: float
+    per_image_token: float  # the projector
+    window: int  # patches that most layers of Qwen2.5-VL's tower look at; 0: all of the image
+    whole_image: float  # share of the tower's layers that look at all of it
+    merge: int  # patches of an image token
+
+    @classmethod
+    def of(cls, model: nn.Module, training: bool = True, recomputed: bool = False) -> "Operations":
+        """model: with what is trained marked as such. recomputed: gradient checkpointing runs every forward twice."""
+        base = base_of(model)
+        trained = {group_of(name) for name, parameter in model.named_parameters() if parameter.requires_grad}
+        through = {  # where a gradient passes
+            LANGUAGE: training and bool(trained - {HEAD}),
+            PROJECTOR: training and VISION in trained,
+            VISION: training and VISION in trained,
+            HEAD: training,
+        }
+        sums = Counter()
+        for name, module in model.named_modules():
+            if not isinstance(module, nn.Linear | nn.Conv3d):
+                continue
+            group = group_of(name)
+            kind = "logits" if name.endswith(("lm_head", "cls_head")) else group
+            again = recomputed and through[group] and kind in (LANGUAGE, VISION)
+            times = 1 + again + through[group] + (training and module.weight.requires_grad)
+            if kind != "logits" or not hasattr(base, "cls_head") or name.endswith("cls_head"):
+                sums[kind] += 2 * times * module.weight.numel()
+        text = base.config.get_text_config()
+        size = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
+        pair = 4 * text.num_attention_heads * size * text.num_hidden_layers
+        vision = getattr(base.config, "vision_config", None)
+        width = getattr(vision, "embed_dim", None) or getattr(vision, "hidden_size", 0)
+        depth = getattr(vision, "depth", 0)
+        full_layers = len(getattr(vision, "fullatt_block_indexes", None) or range(depth))
+        window = getattr(vision, "window_size", 0) // getattr(vision, "patch_size", 1)
+        return cls(
+            per_token=sums[LANGUAGE],
+            per_pair=pair * (1 + (2 + recomputed) * through[LANGUAGE]),
+            per_position=sums["logits"],
+            per_patch=sums[VISION],
+            per_patch_pair=4 * width * depth * (1 + (2 + recomputed) * through[VISION]),
+            per_image_token=sums[PROJECTOR],
+            window=window**2,
+            whole_image=full_layers / depth if depth else 0,
+            merge=getattr(vision, "spatial_merge_size", 0) ** 2,
+        )
+
+    def vision(self, image_tokens: int) -> float:
+        """Of one image."""
+        patches = image_tokens * self.merge
+        seen = self.whole_image * patches + (1 - self.whole_image) * min(self.window, patches)
+        return patches * (self.per_patch + seen * self.per_patch_pair) + image_tokens * self.per_image_token
+
+    def useful(self, rows: Sequence[Sequence[int]], positions: int, image_tokens: Sequence[int]) -> float:
+        """Of rows laid out as [tokens of the prefix, of a question, of a question, ...]: pairs that a token may see,
+        logits at these positions, vision once for each image in `image_tokens`."""
+        pairs = sum(p * (p + 1) // 2 + sum(n * p + n * (n + 1) // 2 for n in own) for p, *own in rows)
+        return (
+            sum(map(sum, rows)) * self.per_token
+            + pairs * self.per_pair
+            + positions * self.per_position
+            + sum(map(self.vision, image_tokens))
+        )
+
+
+# -------------------------------------------------------------------------------------------------------- laid out
+
+
+def count_step(
+    items: Sequence[Item],
+    share_prefix: bool,
+    pass_tokens: int,
+    world_size: int,
+    operations: Operations | None = None,
+    image_token_id: int = -1,
+) -> Counter:
+    """What the questions of a step come to when they are laid out: questions, rows, passes, tokens_alone (each question
+    in a row of its own), tokens, padded (tokens with padding), slowest (tokens of the busiest rank), operations."""
+    counts, loads = Counter(questions=len(items)), []
+    counts["tokens_alone"] = sum(len(item.input_ids) for item in items)
+    for share in share_out(items, share_prefix, world_size):
+        own = [items[index] for index in share]
+        rows = lay_out(own, share_prefix, pass_tokens)
+        parts = passes(rows, pass_tokens)
+        loads.append(sum(row.tokens for row in rows))
+        counts["rows"] += len(rows)
+        counts["passes"] += len(parts)
+        counts["padded"] += sum(len(part) * part[0].tokens for part in parts)
+        for part in parts if operations else ():
+            counts["operations"] += _operations_of(own, part, operations, image_token_id)
+    counts["tokens"] = sum(loads)
+    counts["slowest"] = max(loads)
+    return counts
+
+
+def _operations_of(items: Sequence[Item], part: Sequence[Row], operations: Operations, image_token_id: int) -> float:
+    lengths, positions, images = [], 0, []
+    for row in part:
+        members = [items[index] for index in row.items]
+        lengths.append([row.prefix, *(len(item.input_ids) - row.prefix for item in members)])
+        positions += sum(1 if item.class_label is not None else int((item.labels != IGNORE).sum()) for item in members)
+        count, tokens = len(members[0].images), int((members[0].input_ids == image_token_id).sum())
+        images += [tokens // count] * count if count else []
+    return operations.useful(lengths, positions, images)
+
+
+# ------------------------------------------------------------------------------------------------- the budget of a pass
 
 # Tokens of a pass, with padding, where the config names none. By count, an H100 needs as long for 1,000 tokens of an 8B
 # as the host needs to launch a pass's 10,000 kernels; with four times as many, launch overhead overlaps with compute,
 # and twice that would gain 3 % at most. A CPU gains nothing from more.
 FULL_PASS = {"cuda": 4096, "cpu": 1024}
 TRIED_ON = ("cuda",)  # a CPU has no memory that a pass could exhaust before the machine itself
-ACTIVATION_SHARE = 0.8  # of the free memory; the rest is for the vision tower, logits and what the allocator wastes
+USABLE = 0.92  # of the memory; the rest goes to the kernels' workspaces and to the gaps the allocator leaves
+CARDS = (48, 80)  # GB
+STEPS_LOOKED_AT = 20  # of the first epoch, to count a run's work
+FORWARD = {"lora": 1 / 2, "full": 1 / 3}  # share of a training token's work; frozen weights need one backward, not two
 
 
 def device_name(device: torch.device) -> str:
     return torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
 
 
-def pass_budget(config: Config, state: TrainerState, model: torch.nn.Module, ranks: Ranks) -> tuple[int, list[str]]:
+def pass_budget(
+    config: Config, state: TrainerState, samples: SampleList, longest: int, encoder: SampleEncoder, ranks: Ranks
+) -> tuple[int, list[str]]:
     """(tokens of a pass, lines for the log). A resumed run keeps its checkpoint's budget, so that it cuts alike and
     ends bit for bit the same, unless the config names another one or the device is another. All ranks: contains an
     all_gather; the least of their budgets counts."""
-    name = device_name(ranks.device)
+    names = sorted(set(ranks.gather([device_name(ranks.device)])))  # nodes may differ, and all must decide alike
+    name = " and ".join(names)
     if state.pass_tokens and state.device == name and config.pass_tokens in (None, state.pass_tokens):
         return state.pass_tokens, []
-    tokens = config.pass_tokens or min(ranks.gather([_that_fit(model, config, ranks.device)]))
+    tokens = config.pass_tokens or min(ranks.gather([_that_fit(samples, longest, encoder, ranks)]))
     if not state.pass_tokens or tokens == state.pass_tokens:
         return tokens, []
     return tokens, [
@@ -43,23 +327,37 @@ def pass_budget(config: Config, state: TrainerState, model: torch.nn.Module, ran
     ]
 
 
-def _that_fit(model: torch.nn.Module, config: Config, device: torch.device) -> int:
-    full = FULL_PASS[device.type]
-    if device.type != "cuda":
-        return full
-    free, _ = torch.cuda.mem_get_info(device)
-    fitting = int(ACTIVATION_SHARE * free / activation_bytes_per_token(model, config))
-    return max(256, min(full, fitting // 256 * 256))
+def _that_fit(samples: SampleList, longest: int, encoder: SampleEncoder, ranks: Ranks) -> int:
+    """Tokens of a pass on this rank's device, on which the weights are already."""
+    if ranks.device.type != "cuda":
+        return FULL_PASS[ranks.device.type]
+    config, dtype = encoder.config, torch.bfloat16
+    loss = meta_loss(config, encoder.family, dtype)
+    held = held_bytes(loss, config, ranks.world_size, dtype)
+    free, _ = torch.cuda.mem_get_info(ranks.device)
+    to_come = 0.75 * held["trained"] + held["copies"]  # the weights, a quarter of it, are there
+    return PassMemory(loss, samples[longest], encoder).fitting(USABLE * free - to_come)
 
 
-def activation_bytes_per_token(model: torch.nn.Module, config: Config) -> float:
-    """What the language model keeps of a token for the backward pass. Counted at the 8B's shape with LoRA: 9.4 MB with
-    dropout, 7.2 MB without; of a checkpointed layer, its input alone is kept."""
-    text = base_of(model).config.get_text_config()
-    element = 2 if torch.cuda.is_available() else 4
-    if config.gradient_checkpointing:
-        return text.num_hidden_layers * text.hidden_size * element
-    return text.num_hidden_layers * (14 * text.hidden_size + 6 * text.intermediate_size) * element
+class PassMemory:
+    """Bytes of a pass of so many tokens that is filled with a sample, counted for a GPU."""
+
+    def __init__(self, loss: torch.nn.Module, sample: dict, encoder: SampleEncoder):
+        """loss: of `meta_loss`."""
+        self.full = max(FULL_PASS["cuda"], encoder.config.pass_tokens or 0)
+        *_, many, one = [None, *largest_passes(sample, encoder, self.full)]
+        self.row = one["input_ids"].numel()
+        self.one = pass_bytes(loss, one)
+        rows = 1 if many is None else len(many["input_ids"])
+        self.each_more = (pass_bytes(loss, many) - self.one) / (rows - 1) if rows > 1 else self.one
+
+    def bytes(self, tokens: int) -> float:
+        return self.one + max(0, tokens // self.row - 1) * self.each_more
+
+    def fitting(self, room: float) -> int:
+        """Tokens of the largest pass in `room` bytes, up to a full one; at least one row, whether it fits or not."""
+        rows = 1 + max(0, int((room - self.one) // self.each_more))
+        return self.full if rows >= self.full // self.row else rows * self.row
 
 
 def try_largest_passes(
@@ -68,23 +366,29 @@ def try_largest_passes(
     longest: int,
     encoder: SampleEncoder,
     pass_tokens: int,
+    moments: int,
     ranks: Ranks,
     autocast: Callable,
 ) -> tuple[int, list[str]]:
     """(tokens of a pass that fit, lines for the log): a run that has not enough memory finds it now, not at the largest
     sample hours later. Forward and backward, without an update; nothing of the run's state changes.
-    longest: the row of the sample with the most tokens.
+    longest: the row of the sample with the most tokens. moments: bytes of AdamW's that are not allocated yet.
 
     All ranks: contains all_reduces. Raises: `UserError` where the longest sample alone does not fit."""
     told: list[str] = []
     if ranks.device.type not in TRIED_ON:
         return pass_tokens, told
+    loss.train()  # gradient checkpointing works in training alone
+    to_come = torch.empty(moments, dtype=torch.uint8, device=ranks.device)  # AdamW makes them at its first step
     while True:
         for batch in largest_passes(samples[longest], encoder, pass_tokens):
             fits = not ranks.any(not _fits(loss, batch, encoder.config, ranks, autocast))
             if not fits:
                 break
         if fits:
+            del to_come
+            if ranks.device.type == "cuda":
+                torch.cuda.reset_peak_memory_stats(ranks.device)  # the log's `mem` is that of real passes
             return pass_tokens, told
         if len(batch["input_ids"]) == 1:
             raise UserError(does_not_fit(samples.name(longest), batch, encoder.config))
@@ -128,8 +432,8 @@ def does_not_fit(what: str, batch: dict, config: Config) -> str:
 
 
 def largest_passes(sample: dict, encoder: SampleEncoder, pass_tokens: int) -> list[dict]:
-    """Two passes that no step exceeds: the longest sample repeated, each time with images of its own, as often as the
-    budget allows; and alone."""
+    """Two passes that hardly any step exceeds (a row with very many answers may): the longest sample repeated, each time
+    with images of its own, as often as the budget allows; and alone."""
     images = [encoder.load_image(path) for path in encoder.images_of(sample)]
     item = encoder.encode(sample, images)
     counts = dict.fromkeys((max(1, pass_tokens // len(item.input_ids)), 1))
@@ -143,3 +447,111 @@ def _repeated(item: Item, images: list[ModelImage], count: int, encoder: SampleE
         items.append(replace(item, images=names))
         shown |= dict(zip(names, images, strict=True))
     return collate(items, shown, True, encoder.tokenizer.pad_token_id, lay_out(items, share_prefix=False))
+
+
+# ------------------------------------------------------------------------------------------------ counted beforehand
+
+
+def count_run(
+    config: Config,
+    plan: BatchPlan,
+    samples: SampleList,
+    encoder: SampleEncoder,
+    pass_tokens: int,
+    world_size: int,
+    operations: Operations | None = None,
+) -> Counter:
+    """Sums of `count_step` over some of the first epoch's steps, and their number as `steps`."""
+    dataset = StepDataset(samples, encoder, config.share_prefix, plan, pass_tokens, 0, world_size)
+    steps = min(plan.steps_per_epoch, plan.total_steps)
+    counts: Counter = Counter()
+    for step in {steps * part // STEPS_LOOKED_AT for part in range(STEPS_LOOKED_AT)}:
+        items = [dataset.encode(row, encoder.size_only) for row in plan.questions(step)]
+        counts.update(
+            count_step(items, config.share_prefix, pass_tokens, world_size, operations, encoder.family.image_token_id)
+        )
+        counts["steps"] += 1
+    return counts
+
+
+def evaluation_share(
+    config: Config, plan: BatchPlan, splits: Mapping[str, SampleList], encoder: SampleEncoder, counts: Counter
+) -> tuple[float, str]:
+    """(share of the run's work that its evaluations are, a line that says it). counts: of `count_run`. Work is counted
+    in tokens laid out, of which an evaluation needs the forward pass alone; the steps of greedy answers add few."""
+    val, has_head = splits["val"], encoder.task.HAS_HEAD
+    times = -(-plan.total_steps // (plan.steps_per_epoch if config.eval_steps == "epoch" else config.eval_steps))
+    subset = evaluation_rows(val, config)
+    looked_at = evaluation_rows(val, replace(config, eval_max_samples=200))
+    dataset = StepDataset(val, encoder, config.share_prefix, plan, 0, 0, 1)
+    items = [dataset.encode(row, encoder.size_only) for row in looked_at]
+    tokens = sum(row.tokens for row in lay_out(items, config.share_prefix)) / len(items)
+    if has_head:
+        scored = times * sum(len(splits[name]) for name in ("val", "test") if name in splits)
+        told = f"{times} times all of {' and '.join(name for name in ('val', 'test') if name in splits)}"
+    else:
+        scored = ((times - 1) * len(subset) + len(val)) * (2 if config.eval_max_samples else 1)
+        told = f"{times - 1} times {len(subset):,} of val's questions, and all {len(val):,} at the end"
+    work = FORWARD[config.finetuning] * scored * tokens
+    training = plan.total_questions * counts["tokens"] / counts["questions"]
+    share = work / (work + training)
+    return share, f"Evaluation: {told}: {share:.1%} of the run's work, counted in tokens laid out"
+
+
+def evaluation_line(
+    config: Config, plan: BatchPlan, splits: Mapping[str, SampleList], encoder: SampleEncoder
+) -> list[str]:
+    """For the head of the log."""
+    if not config.eval_steps:
+        return []
+    counts = count_run(config, plan, splits["train"], encoder, FULL_PASS["cuda"], 1)
+    return [evaluation_share(config, plan, splits, encoder, counts)[1]]
+
+
+def forecast(
+    config: Config,
+    splits: Mapping[str, SampleList],
+    longest: int,
+    encoder: SampleEncoder,
+    plan: BatchPlan,
+    world_size: int,
+    tflops: float,
+) -> list[str]:
+    """Lines for `--check`: what the run will need of GPUs. tflops: 10¹² operations per second that each will reach."""
+    samples, dtype = splits["train"], torch.bfloat16
+    loss = meta_loss(config, encoder.family, dtype)
+    held = held_bytes(loss, config, world_size, dtype)
+    memory = PassMemory(loss, samples[longest], encoder)
+    wanted = config.pass_tokens or memory.full
+    operations = Operations.of(loss.model, recomputed=config.gradient_checkpointing)
+    counts = count_run(config, plan, samples, encoder, wanted, world_size, operations)
+    share, told = evaluation_share(config, plan, splits, encoder, counts) if config.eval_steps else (0.0, "")
+    rows = max(1, wanted // memory.row)
+    adapter = "adapter" if config.finetuning == "lora" else "trained weights"
+    base = "4 bits and bfloat16" if config.quantization == "nf4" else "bfloat16"
+    lines = {
+        f"frozen weights ({base})": held["frozen"],
+        f"{adapter}, gradients, AdamW (float32)": held["trained"],
+        "copies to compute with": held["copies"],
+        f"largest pass, {rows} × {memory.row:,} tokens, images included": memory.bytes(wanted),
+    }
+    table = [f"  {name:<56}{value / 1e9:7.1f} GB" for name, value in lines.items() if value]
+    for card in CARDS:
+        room = USABLE * card * 1e9 - sum(held.values())
+        tokens = config.pass_tokens or memory.fitting(room)
+        need = (sum(held.values()) + memory.bytes(tokens)) / 1e9
+        fits = f"fits, in passes of {tokens:,} tokens" if memory.bytes(tokens) <= room else "does not fit"
+        table.append(f"  {f'a card of {card} GB: {fits}':<56}{need:7.1f} GB")
+    step = counts["operations"] / counts["steps"]
+    balance = counts["tokens"] / (world_size * counts["slowest"])
+    seconds = plan.total_questions * counts["operations"] / counts["questions"] / (world_size * tflops * 1e12) / balance
+    minutes = seconds / (1 - share) / 60
+    prefixes = counts["questions"] / counts["rows"]
+    return [
+        f"Forecast for each of {world_size} GPUs, counted from shapes; nothing was measured:",
+        *table,
+        f"  a step: {step / 1e12:,.3g} TFLOP, {counts['tokens'] / counts['steps']:,.0f} tokens laid out, "
+        f"{prefixes:.2f} questions per prefix",
+        f"  the run: {minutes:,.0f} min if each GPU reaches {tflops:g} TFLOP/s (a stated rate: --tflops)",
+        *([told] if told else []),
+    ]

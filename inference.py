@@ -7,6 +7,7 @@ lets it see the prefix, its own question and its own answer.
 
 from collections.abc import Callable, Sequence
 
+import numpy as np
 import torch
 from torch import nn
 from tqdm import tqdm
@@ -20,7 +21,7 @@ from family import Family
 from model import AnswerLoss, forward_logits, to_device
 from runlog import on_terminal
 from samples import SampleList
-from templates import CONVERSATION_TEMPLATE
+from templates import CONVERSATION_TEMPLATE, image_paths
 
 MAX_NEW_TOKENS = 128  # the longest Kvasir-VQA answer, all nine places, has 44
 
@@ -42,10 +43,17 @@ def _rounds(dataset: EvalDataset, config: Config, ranks: Ranks, stop: Callable[[
 
 @torch.no_grad()
 def split_loss(
-    loss: AnswerLoss, samples: SampleList, encoder: SampleEncoder, ranks: Ranks, stop=lambda: False
+    loss: AnswerLoss,
+    samples: SampleList,
+    encoder: SampleEncoder,
+    ranks: Ranks,
+    rows: Sequence[int] | None = None,
+    stop=lambda: False,
 ) -> float:
-    """Mean negative log-likelihood (nats) per answer token of a split. All ranks: contains all_reduces."""
-    dataset = EvalDataset(samples, encoder, encoder.config.share_prefix, encoder.config.eval_bs, generation=False)
+    """Mean negative log-likelihood (nats) per answer token of a split, or of some of its rows. All ranks: contains
+    all_reduces."""
+    config = encoder.config
+    dataset = EvalDataset(samples, encoder, config.share_prefix, config.eval_bs, generation=False, rows=rows)
     nll, tokens = 0.0, 0
     for batch in _rounds(dataset, encoder.config, ranks, stop, "loss"):
         if batch is not None:
@@ -55,11 +63,29 @@ def split_loss(
     return nll / tokens
 
 
-def scores_while_training(loss, splits: dict[str, SampleList], encoder: SampleEncoder, ranks: Ranks, stop) -> dict:
-    """Loss and accuracy on val (eval_loss, eval_accuracy); for cls on test too (test_loss, test_accuracy).
+def evaluation_rows(samples: SampleList, config: Config) -> list[int]:
+    """Rows of a split that are evaluated while training: whole images with `eval_max_samples` samples together at the
+    most, or one image that alone has more. A function of the split and the seed, whatever the number of ranks."""
+    if not 0 < config.eval_max_samples < len(samples):
+        return list(range(len(samples)))
+    by_images: dict = {}
+    for row, sample in enumerate(samples):
+        by_images.setdefault(tuple(image_paths(sample)) or row, []).append(row)
+    groups, chosen = list(by_images.values()), []
+    for group in np.random.default_rng(config.seed).permutation(len(groups)):
+        if not chosen or len(chosen) + len(groups[group]) <= config.eval_max_samples:
+            chosen += groups[group]
+    return sorted(chosen)
 
-    Questions are answered up to `eval_max_samples`; the losses are of whole splits. All ranks: contains all_reduces."""
-    config = encoder.config
+
+def scores_while_training(
+    loss, splits: dict[str, SampleList], encoder: SampleEncoder, ranks: Ranks, stop, is_last: bool = False
+) -> dict:
+    """Loss and accuracy on val (eval_loss, eval_accuracy): of `evaluation_rows`, at a run's last evaluation of all.
+    Then eval_subset_loss is the loss of `evaluation_rows`, so that it can be compared with the evaluations before.
+
+    cls: of all of val, and of test (test_loss, test_accuracy), every time: its best evaluation is the run's result, and
+    a document takes one forward pass. All ranks: contains all_reduces."""
     if encoder.task.HAS_HEAD:
         values = {}
         for split, prefix in (("val", "eval"), ("test", "test")):
@@ -68,11 +94,14 @@ def scores_while_training(loss, splits: dict[str, SampleList], encoder: SampleEn
                 values[f"{prefix}_loss"] = _mean_cross_entropy(rows)
                 values[f"{prefix}_accuracy"] = sum(row["correct"] for row in rows) / len(rows)
         return values
-    values = {"eval_loss": split_loss(loss, splits["val"], encoder, ranks, stop)}
-    if config.eval_max_samples:
-        chosen = range(min(config.eval_max_samples, len(splits["val"])))
-        rows = answer_split(loss.model, splits["val"], encoder, ranks, chosen, stop)
-        values["eval_accuracy"] = sum(row["correct"] for row in rows) / len(rows)
+    val, subset = splits["val"], evaluation_rows(splits["val"], encoder.config)
+    rows = range(len(val)) if is_last else subset
+    values = {"eval_questions": len(rows), "eval_loss": split_loss(loss, val, encoder, ranks, rows, stop)}
+    if len(subset) < len(rows):
+        values["eval_subset_loss"] = split_loss(loss, val, encoder, ranks, subset, stop)
+    if encoder.config.eval_max_samples:
+        answered = answer_split(loss.model, val, encoder, ranks, rows, stop)
+        values["eval_accuracy"] = sum(row["correct"] for row in answered) / len(answered)
     return values
 
 

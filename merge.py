@@ -112,7 +112,7 @@ def base_logits(model: torch.nn.Module, samples: SampleList, encoder: SampleEnco
 def compare(merged, adapted, alone, what: str, dtype: torch.dtype) -> str:
     """Sentences about how far the merged model's logits are from those of base and adapter.
 
-    Raises: `UserError` where they are farther than `TOLERANCE`, or no numbers."""
+    Raises: `UserError` where they are farther than `TOLERANCE`, or not finite."""
     difference, tolerance = relative_difference(merged, adapted), TOLERANCE[dtype]
     check = (
         f"On {what} ({len(adapted)} answer tokens), the logits of the merged model differ from those of base and "

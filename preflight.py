@@ -15,13 +15,13 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from classification import attach_head
 from config import Config
 from dataset import BatchPlan, SampleEncoder
 from errors import UserError, first_names
 from family import Family, load_family
+from forecast import forecast, meta_loss
 from images import image_path, open_image, refuse_outside, unpatchify
-from model import auto_class, load_tokenizer, parameter_table, prepare_training
+from model import load_tokenizer, parameter_table
 from report.metrics import answer_outside_candidates
 from runlog import on_terminal
 from samples import SampleList
@@ -211,8 +211,11 @@ def report_problems(problems: list[str], shown: int) -> None:
         raise UserError(f"{count}{listed}{more}")
 
 
-def full_check(config: Config, splits: Mapping[str, SampleList], encoder: SampleEncoder, world_size: int) -> None:
-    """`--check`: decode every image, look for leaks between splits, show a sample, count parameters and steps."""
+def full_check(
+    config: Config, splits: Mapping[str, SampleList], encoder: SampleEncoder, world_size: int, tflops: float
+) -> None:
+    """`--check`: decode every image, look for leaks between splits, show a sample, count parameters and steps, and say
+    what the run will need. tflops: see `forecast.forecast`."""
     problems = []
     for name, samples in splits.items():
         print(f"{name}: {len(samples):,} samples in {samples.source}", flush=True)
@@ -227,6 +230,8 @@ def full_check(config: Config, splits: Mapping[str, SampleList], encoder: Sample
     plan = make_plan(config, splits["train"], encoder, world_size)
     print("\n".join(batch_arithmetic(config, plan, world_size)))
     print("\n".join(prefix_sharing(config, plan, splits["train"], encoder)))
+    longest = survey(splits["train"], encoder)["longest"]
+    print("\n".join(forecast(config, splits, longest, encoder, plan, world_size, tflops)))
     print("Check passed: nothing was trained.", flush=True)
 
 
@@ -346,15 +351,7 @@ def marked_text(item, encoder: SampleEncoder) -> str:
 
 def count_parameters(config: Config) -> list[str]:
     """The parameter table of the run's model, built without weights."""
-    from transformers import AutoConfig
-
-    model_config = AutoConfig.from_pretrained(config.model_name)
-    with torch.device("meta"):
-        model = auto_class(model_config).from_config(model_config)
-        model.requires_grad_(False)
-        if task_of(config).HAS_HEAD:
-            attach_head(model, config.num_labels, config.seed)
-        return parameter_table(prepare_training(model, config))
+    return parameter_table(meta_loss(config, load_family(config.model_name), torch.float32).model)
 
 
 def make_plan(config: Config, samples: SampleList, encoder: SampleEncoder, world_size: int) -> BatchPlan:
@@ -364,7 +361,7 @@ def make_plan(config: Config, samples: SampleList, encoder: SampleEncoder, world
         if shown.any() and not shown.all():
             raise UserError(
                 f"{samples.name(int(shown.argmin()))} has no image and others have: under parallel 'fsdp' all ranks "
-                "put the vision tower together at the same time, or none; set parallel: ddp, or train the two apart"
+                "gather the vision tower at the same time, or none; set parallel: ddp, or train the two apart"
             )
     image_of = None
     if config.order == "images":

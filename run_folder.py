@@ -18,9 +18,8 @@ from errors import UserError
 
 
 class OutputLock:
-    """Holds an output folder for one run. The lock is the kernel's (POSIX, so that forked
-    data workers do not hold it), and ends with its owner, however that
-    ends; the file's text only says who it is.
+    """Holds an output folder for one run. The lock is the kernel's (POSIX, so that forked data workers do not hold it),
+    and ends with its owner, however that ends; the file's text only says who it is.
 
     Raises: `UserError` naming the owner."""
 

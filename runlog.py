@@ -107,7 +107,7 @@ def _disk_full_is_said(file):
 def _continue_lines(path: Path, resumed_step: int):
     """A file of JSON lines open for appending, after the lines of later steps are dropped."""
     kept = []
-    for line in path.read_text(encoding="utf-8").splitlines() if path.exists() else []:
+    for line in path.read_text(encoding="utf-8").split("\n") if path.exists() else []:
         try:
             entry = json.loads(line)
             step = entry["step"] if isinstance(entry, dict) else entry[0]

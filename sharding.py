@@ -1,6 +1,6 @@
 """FSDP2: each rank keeps a share of every weight, gradient and moment, in float32, and computes in bfloat16 on GPUs.
 
-Each decoder layer is put together for its own forward and backward pass and taken apart again. A checkpoint holds the
+Each decoder layer is gathered for its own forward and backward pass and resharded after it. A checkpoint holds the
 ranks' shares as safetensors, through `torch.distributed.checkpoint` and its Hugging Face storage (its usual storage
 pickles its metadata), and may be read by any number of ranks.
 """
@@ -45,7 +45,7 @@ def shard(loss: nn.Module, ranks: Ranks) -> None:
     if hasattr(base.model, "visual"):
         fully_shard(base.model.visual, mesh=mesh, mp_policy=policy)
     if base.lm_head.weight is not language_model.embed_tokens.weight:
-        fully_shard(base.lm_head, mesh=mesh, mp_policy=policy)  # classification never puts it together
+        fully_shard(base.lm_head, mesh=mesh, mp_policy=policy)  # classification never gathers it
     if hasattr(base, "cls_head"):
         fully_shard(base.cls_head, mesh=mesh, mp_policy=exact)
     fully_shard(loss, mesh=mesh, mp_policy=policy)
@@ -53,12 +53,17 @@ def shard(loss: nn.Module, ranks: Ranks) -> None:
     loss.meet = lambda: None
     register_fsdp_forward_method(loss, "meet")
     loss.meet()
-    loss.reshard()  # what was put together now would not see weights that are loaded later
+    loss.reshard()  # what was gathered now would not see weights that are loaded later
 
 
 def full_tensor(tensor: torch.Tensor) -> torch.Tensor:
     """The full tensor of a sharded one; any other as it is. All ranks: contains an all_gather."""
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+
+
+def local_part(tensor: torch.Tensor) -> torch.Tensor:
+    """What this rank holds of a sharded tensor; any other as it is."""
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
 @contextlib.contextmanager

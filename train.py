@@ -37,8 +37,8 @@ from distributed import (
 )
 from errors import UserError
 from family import fingerprint
-from files import write_json, write_text
-from forecast import device_name, does_not_fit, pass_budget, try_largest_passes
+from files import full_disk_is_said, write_json, write_text
+from forecast import device_name, does_not_fit, evaluation_line, pass_budget, try_largest_passes
 from inference import Stopped, scores_while_training
 from preflight import (
     batch_arithmetic,
@@ -145,7 +145,7 @@ def find_start(config: Config, encoder: SampleEncoder, splits: dict[str, SampleL
     check_record(resume_from, encoder.family, config)
     if not resume_from:
         refuse_leakage(config, splits)
-    notes += missing_candidates(splits["train"], encoder)
+    notes += missing_candidates(splits["train"], encoder) + evaluation_line(config, plan, splits, encoder)
     return [str(resume_from or ""), notes, hashes, survey(splits["train"], encoder)["longest"]]
 
 
@@ -167,6 +167,10 @@ def set_up(config: Config, source: str) -> Run | None:
     resume_from, notes, hashes, longest = ranks.gather([start] if ranks.is_first else [])[0]
     state = checkpoint.read_state(Path(resume_from)) if resume_from else TrainerState()
     state.input_hashes = hashes
+    scored_before = state.config.get("eval_max_samples")
+    if scored_before not in (None, config.eval_max_samples) and not encoder.task.HAS_HEAD and state.best_score:
+        state.best_step = state.best_score = None
+        notes.append(f"The best loss so far was of eval_max_samples {scored_before}: the best is chosen anew")
     if ranks.any(ranks.is_first and checkpoint.has_lost_best(state, resume_from, output)):
         state.best_step = state.best_score = None
         notes.append("The best checkpoint so far is not in this folder: the best is chosen anew")
@@ -175,10 +179,7 @@ def set_up(config: Config, source: str) -> Run | None:
             print(f"{config.experiment}: already complete at step {state.step}; the model is in {output}", flush=True)
         stop_ranks()
         return None
-    log = RunLog(config, ranks, state.step)
-    if ranks.is_first:
-        (output / checkpoint.MARKER).unlink(missing_ok=True)
-        write_text(output / "config.yaml", to_yaml(config))
+    log = all_or_raise(ranks, lambda: open_log(config, ranks, state.step))
 
     started = time.perf_counter()
     model, loss = load_model(config, encoder, ranks)
@@ -193,21 +194,33 @@ def set_up(config: Config, source: str) -> Run | None:
         checkpoint.resume(Path(resume_from), model, optimizer, trainable, config)
     if config.parallel == "ddp":
         check_same_start(trainable, ranks)
-    state.pass_tokens, told = pass_budget(config, state, model, ranks)
-    state.device = device_name(ranks.device)
+    state.pass_tokens, told = pass_budget(config, state, splits["train"], longest, encoder, ranks)
+    state.device = " and ".join(sorted(set(ranks.gather([device_name(ranks.device)]))))
     notes += told
     seconds = time.perf_counter() - started
     ready = f"Model {config.model_name} ({encoder.family.model_type}), ready in {seconds:.1f} s; commit {git_commit()}"
     kept = records(encoder.family, config)
-    if ranks.is_first:
-        kept[checkpoint.BASE_FILE] = fingerprint(config.model_name)
+    if base := all_or_raise(ranks, lambda: fingerprint(config.model_name) if ranks.is_first else None):
+        kept[checkpoint.BASE_FILE] = base
     trained = (model, loss, trainable, optimizer, peak_rates)
     run = Run(config, encoder, splits, plan, ranks, stop, log, state, *trained, kept, lock)
+    moments = 0 if resume_from else sum(8 * sharding.local_part(p).numel() for p in trainable.values())
     state.pass_tokens, told = try_largest_passes(
-        loss, splits["train"], longest, encoder, state.pass_tokens, ranks, run.autocast
+        loss, splits["train"], longest, encoder, state.pass_tokens, moments, ranks, run.autocast
     )
     describe(run, resume_from, ready, [*notes, *told])
     return run
+
+
+def open_log(config: Config, ranks: Ranks, step: int) -> RunLog:
+    """The log of a run that starts or goes on. Raises: `UserError` where the folder cannot be written."""
+    output = Path(config.output_dir)
+    with full_disk_is_said(output / "log.jsonl"):
+        log = RunLog(config, ranks, step)
+        if ranks.is_first:
+            (output / checkpoint.MARKER).unlink(missing_ok=True)
+            write_text(output / "config.yaml", to_yaml(config))
+    return log
 
 
 def load_model(config: Config, encoder: SampleEncoder, ranks: Ranks) -> tuple[torch.nn.Module, torch.nn.Module]:
@@ -254,8 +267,8 @@ def training_step(run: Run, micro_batches: list[dict], waited: float) -> dict:
 
     The loss is the mean over the supervised tokens of the whole step, on all ranks: each pass adds
     sum_nll / answer_tokens of the step, and the gradients are added up over the ranks.
-    waited: seconds for the data, on this rank. Returns nll, answer_tokens, tokens (laid out) and questions of the step
-    over all ranks, waited (mean), grad_norm, learning_rates, finite (where not, nothing was updated), stop (whether any
+    waited: seconds for the data, on this rank. Returns nll, answer_tokens, tokens (laid out) of the step over all
+    ranks, waited (mean), grad_norm, learning_rates, finite (where not, nothing was updated), stop (whether any
     rank was asked to).
     """
     config, ranks, step = run.config, run.ranks, run.state.step
@@ -278,7 +291,10 @@ def training_step(run: Run, micro_batches: list[dict], waited: float) -> dict:
     for group, peak in zip(run.optimizer.param_groups, run.peak_rates, strict=True):
         group["lr"] = peak * factor
     if finite:
-        run.optimizer.step()
+        try:
+            run.optimizer.step()
+        except torch.OutOfMemoryError:  # AdamW makes its moments at the first step
+            raise UserError(does_not_fit("the optimizer's state", micro_batches[0], config)) from None
     run.optimizer.zero_grad(set_to_none=True)
     run.state.step += 1
     run.state.nonfinite_in_a_row = 0 if finite else run.state.nonfinite_in_a_row + 1
@@ -354,12 +370,15 @@ def evaluate(run: Run) -> None:
     began = time.perf_counter()
     run.model.eval()
     with sharding.unsharded(run.loss), run.autocast():
-        values = scores_while_training(run.loss, run.splits, run.encoder, run.ranks, lambda: run.stop.requested)
+        values = scores_while_training(
+            run.loss, run.splits, run.encoder, run.ranks, lambda: run.stop.requested, run.is_done
+        )
     run.model.train()
     state.evaluation_due = False
     values["eval_seconds"] = time.perf_counter() - began
     run.log.record({"step": state.step, "epoch": run.plan.epoch_at(state.step), **values}, "eval")
-    run.log.say("eval " + " | ".join(f"{key.removeprefix('eval_')} {value:.4f}" for key, value in values.items()))
+    told = {key.removeprefix("eval_"): value if type(value) is int else f"{value:.4f}" for key, value in values.items()}
+    run.log.say("eval " + " | ".join(f"{key} {value}" for key, value in told.items()))
     # The best is only worth keeping where there is a checkpoint of it. Where it is the result, one is made.
     saved = run.is_due(run.config.save_steps) or run.is_done
     score = task.selection_score(values)
@@ -461,21 +480,24 @@ def finish(run: Run, stopped: bool) -> None:
     stop_ranks()
 
 
-def check(config: Config, source: str) -> None:
+def check(config: Config, source: str, tflops: float) -> None:
     """--check: everything that can be found without training, by the first rank alone."""
     if os.environ.get("RANK", "0") != "0":
         return
     encoder, named = open_data(config, source)
-    full_check(config, load_splits(config, named), encoder, int(os.environ.get("WORLD_SIZE", "1")))
+    full_check(config, load_splits(config, named), encoder, int(os.environ.get("WORLD_SIZE", "1")), tflops)
 
 
 def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--config", required=True)
     parser.add_argument("--check", action="store_true", help="validate everything and exit without training")
+    parser.add_argument("--tflops", type=float, default=400, metavar="RATE",
+                        help="with --check: 10¹² operations a second of a GPU (default: %(default)s)")  # fmt: skip
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="override any config key, e.g. lora.r=32")
     args = parser.parse_intermixed_args(arguments)
-    (check if args.check else train)(load_config(args.config, args.overrides), args.config)
+    config = load_config(args.config, args.overrides)
+    check(config, args.config, args.tflops) if args.check else train(config, args.config)
 
 
 if __name__ == "__main__":

@@ -6,31 +6,28 @@ Kvasir-VQA take at a measured matrix rate if nothing else costs anything.
 
 import argparse
 import sys
+import tempfile
+from dataclasses import replace
 from pathlib import Path
-
-import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # the modules at the root
 
 import workload as work
 
 from errors import exit_on_user_error
+from forecast import Operations
 
 ANSWER_TOKENS = 4  # a Kvasir-VQA answer has 3.9 on average, its end token included
 
 
-def teraflops(operations: work.Operations, image_tokens: int, text_tokens: int, k: int) -> dict:
+def teraflops(operations: Operations, image_tokens: int, text_tokens: int, k: int) -> dict:
     """Operations of one question in 10¹², by what costs them: (alone with full logits, as one of k that share)."""
-    alone = torch.tensor([[0] * (image_tokens + text_tokens)])
-    shared = torch.tensor([[0] * image_tokens + [i for i in range(1, k + 1) for _ in range(text_tokens)]])
-    linear = operations.linear_per_token
+    alone, shared = [[image_tokens + text_tokens]], [[image_tokens, *[text_tokens] * k]]
+    linear, attention = replace(operations, per_pair=0), replace(operations, per_token=0)
     parts = {
-        "layers' matrices": (alone.numel() * linear, shared.numel() * linear / k),
-        "attention": (
-            operations.step(alone, 0, []) - alone.numel() * linear,
-            (operations.step(shared, 0, []) - shared.numel() * linear) / k,
-        ),
-        "logits": (alone.numel() * operations.logits_per_position, ANSWER_TOKENS * operations.logits_per_position),
+        "layers' matrices": (linear.useful(alone, 0, []), linear.useful(shared, 0, []) / k),
+        "attention": (attention.useful(alone, 0, []), attention.useful(shared, 0, []) / k),
+        "logits": (alone[0][0] * operations.per_position, ANSWER_TOKENS * operations.per_position),
         "vision": (operations.vision(image_tokens), operations.vision(image_tokens) / k),
     }
     parts["all"] = (sum(part[0] for part in parts.values()), sum(part[1] for part in parts.values()))
@@ -44,7 +41,8 @@ def main() -> None:
     parser.add_argument("--text-tokens", type=int, default=50, help="of a question and its answer")
     parser.add_argument("--questions-per-image", type=int, default=9)
     args = parser.parse_args()
-    operations = work.Operations(work.SIZES[args.size])
+    with tempfile.TemporaryDirectory(prefix="bench-") as folder:
+        operations = work.operations_of(work.write_folder(Path(folder) / "model", work.SIZES[args.size], None))
     questions = work.EPOCHS * work.QUESTIONS_IN_TRAINING
     columns = {}
     for image_tokens in (576, 2040, 2900):

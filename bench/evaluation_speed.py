@@ -97,7 +97,7 @@ def main() -> None:
         base = work.build_base(model_folder, device, args.seed)
         setting = work.make_workload(
             model_folder, folder / "data", [args.questions_per_image] * args.images, args.image_tokens,
-            args.rounds + 1, 0, lora, args.seed,
+            args.rounds + 1, lora, args.seed,
         )  # fmt: skip
         end_id = setting.encoder.tokenizer.convert_tokens_to_ids("<|im_end|>")
         stock, own = (work.adapted(base, lora, args.seed, stock).eval() for stock in (True, False))

@@ -31,6 +31,7 @@ from config import Lora
 from dataset import StepDataset
 from distributed import Ranks, end_process, stop_ranks, sum_gradients
 from errors import exit_on_user_error
+from forecast import FULL_PASS
 from model import AnswerLoss, optimizer_groups, trainable_parameters
 from train import backward
 
@@ -44,13 +45,13 @@ def worker(rank: int, folder: Path, args: argparse.Namespace) -> None:
     per_step = work.questions_of_step(args.questions_per_image, work.read_histogram(args.histogram), args.images)
     # Both ranks have questions of the same lengths, as two large random halves would have on average.
     setting = work.make_workload(
-        folder / "model", folder / f"data-{rank}", per_step, args.image_tokens, args.rounds + 1, 0, lora, args.seed
+        folder / "model", folder / f"data-{rank}", per_step, args.image_tokens, args.rounds + 1, lora, args.seed
     )
     model = work.adapted(work.build_base(folder / "model", device, args.seed), lora, args.seed, stock=False).train()
     loss, trainable = AnswerLoss(model, setting.family), trainable_parameters(model)
     optimizer = torch.optim.AdamW(optimizer_groups(model, setting.config))
     plan = BatchPlan(len(setting.samples), setting.questions, 1, "sequential", 0)
-    dataset = StepDataset(setting.samples, setting.encoder, True, plan, setting.questions, 0, 1)
+    dataset = StepDataset(setting.samples, setting.encoder, True, plan, FULL_PASS[device.type], 0, 1)
 
     def step(micro_batches, ranks: Ranks) -> float:
         began = time.perf_counter()

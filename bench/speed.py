@@ -1,4 +1,4 @@
-"""python bench/speed.py [--size 33m|8b] [--questions-per-image 1,4,9,real] [--image-tokens 576,2040,2900] [--steps N]
+"""python bench/speed.py [--size 33m|8b] [--questions-per-image 1,4,9,real,exp2] [--image-tokens 576,2900] [--steps N]
 
 Training speed, side by side in one process: the same weights, samples, seed and LoRA targets, one optimizer step of
 each variant in turn, so that whatever else the machine does hits all alike. Prints one table per setting.
@@ -6,7 +6,8 @@ each variant in turn, so that whatever else the machine does hits all alike. Pri
 (A) the Hugging Face Trainer with a plain collator; (B) this repo's loop with A's layout and A's work: every question
 its own sequence, logits at every position, an image's vision once per question, Conv3d patches, PEFT's own LoRA;
 (C) without the unused work; (D) with shared prefixes, as train.py runs; on CUDA also (E) the varlen attention path
-and, with --compile, (F) E with norms and MLPs compiled.
+and, with --compile, (F) E with norms and MLPs compiled. The setting `exp2` has steps of that config, in its order of
+questions (--metadata: of real ones): (S) with its train_bs 4 and grad_accum 8, (L) with train_bs 32 and grad_accum 1.
 """
 
 import os
@@ -22,6 +23,7 @@ import sys
 import tempfile
 import types
 import warnings
+from collections import Counter
 from dataclasses import replace
 from pathlib import Path
 
@@ -34,12 +36,13 @@ import workload as work
 from measuring import Measured, largest_difference, measure_step
 from workload import Workload
 
-from batches import BatchPlan
 from config import Lora
 from dataset import StepDataset, load
 from distributed import Ranks
 from errors import UserError, exit_on_user_error
+from forecast import FULL_PASS, Operations, count_step
 from model import AnswerLoss, forward_logits, optimizer_groups, to_device, trainable_parameters
+from preflight import make_plan
 from templates import IGNORE
 from train import backward
 
@@ -51,6 +54,8 @@ TITLES = {
     "D": "+ shared prefixes",
     "E": "+ varlen attention",
     "F": "+ norms, MLPs compiled",
+    "S": "exp2 as shipped",
+    "L": "train_bs as large as the step",
 }
 
 
@@ -76,18 +81,26 @@ class FullWork(torch.nn.Module):
 
 
 class Ours:
-    """Variants B to F: the training step of train.py."""
+    """All variants but A: the training step of train.py."""
 
-    def __init__(self, variant: str, model, workload: Workload, device: torch.device):
+    def __init__(self, variant: str, model, workload: Workload, device: torch.device, micro_batch: int):
+        """micro_batch: questions of a pass where none share a prefix; else tokens decide, as in a run."""
         self.variant, self.workload, self.device, self.model = variant, workload, device, model
-        self.share = variant in "DEF"
+        self.share = variant not in "BC"
         self.loss = (FullWork if variant == "B" else AnswerLoss)(model, workload.family)
         self.optimizer = torch.optim.AdamW(optimizer_groups(model, workload.config))
-        self.plan = BatchPlan(len(workload.samples), workload.questions, 1, "sequential", 0)
-        self.dataset = StepDataset(
-            workload.samples, workload.encoder, self.share, self.plan, workload.config.train_bs, 0, 1
-        )
+        longest = max(len(item.input_ids) for item in workload.items)
+        self.pass_tokens = FULL_PASS[device.type] if self.share else micro_batch * longest
+        config = workload.config
+        if variant == "L":
+            config = replace(config, train_bs=workload.questions, grad_accum=1)
+        self.dataset = self._steps_of(make_plan(config, workload.samples, workload.encoder, 1))
         self._steps = None
+
+    def _steps_of(self, plan) -> StepDataset:
+        return StepDataset(
+            self.workload.samples, self.workload.encoder, self.share, plan, self.pass_tokens, rank=0, world_size=1
+        )
 
     @contextlib.contextmanager
     def path(self):
@@ -103,11 +116,8 @@ class Ours:
             backward(self.loss, micro_batches, Ranks(0, 1, self.device), "ddp", contextlib.nullcontext)
 
     def gradients(self, rows: list[int]) -> dict:
-        plan = types.SimpleNamespace(rank_questions=lambda step, rank, ranks: rows)
-        train_bs = min(len(rows), self.workload.config.train_bs)
-        dataset = StepDataset(self.workload.samples, self.workload.encoder, self.share, plan, train_bs, 0, 1)
         self.model.train()
-        self.backward(dataset[0]["micro_batches"])
+        self.backward(self._steps_of(types.SimpleNamespace(questions=lambda step: rows))[0]["micro_batches"])
         gradients = {name: p.grad.float().cpu().numpy() for name, p in trainable_parameters(self.model).items()}
         self.model.zero_grad(set_to_none=True)
         return gradients
@@ -134,9 +144,7 @@ def build(variant: str, base, workload: Workload, device: torch.device, folder: 
         return HuggingFace(model, workload, folder / "trainer", device, micro_batch)
     if workload.config.gradient_checkpointing:
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-    if variant in "BC":
-        workload = replace(workload, config=replace(workload.config, train_bs=micro_batch))
-    return Ours(variant, model, workload, device)
+    return Ours(variant, model, workload, device, micro_batch)
 
 
 def compile_elementwise(model) -> None:
@@ -151,8 +159,8 @@ def compile_elementwise(model) -> None:
 
 def final_loss(model, workload: Workload, device: torch.device) -> float:
     """Mean loss over the answers of the first step after training, by the same code for all variants."""
-    plan = types.SimpleNamespace(rank_questions=lambda step, rank, ranks: range(workload.questions))
-    dataset = StepDataset(workload.samples, workload.encoder, True, plan, workload.questions, 0, 1)
+    plan = make_plan(workload.config, workload.samples, workload.encoder, 1)
+    dataset = StepDataset(workload.samples, workload.encoder, True, plan, FULL_PASS[device.type], 0, 1)
     loss, nll, tokens = AnswerLoss(model, workload.family), 0.0, 0
     with torch.no_grad():
         for batch in dataset[0]["micro_batches"]:
@@ -195,27 +203,26 @@ def measure(variants: str, base, workload: Workload, device: torch.device, folde
 # ------------------------------------------------------------------------------------------------------------ table
 
 
-def ceilings(workload: Workload, sizes: dict, image_tokens: int) -> tuple[float, float, float]:
-    """(tokens laid out without sharing / with it, operations of A's step / of D's, D's useful operations per step)."""
-    operations = work.Operations(sizes)
-    plan = BatchPlan(len(workload.samples), workload.questions, 1, "sequential", 0)
-    tokens, useful, full = [0, 0], 0.0, 0.0
-    for share in (False, True):
-        dataset = StepDataset(workload.samples, workload.encoder, share, plan, workload.questions, 0, 1)
-        for batch in dataset[0]["micro_batches"]:
-            laid_out = int((batch["segments"] >= 0).sum())
-            tokens[share] += laid_out
-            images = len(batch["image_grid_thw"] if share else batch["image_index"])
-            positions = batch["answer_tokens"] if share else laid_out
-            count = operations.step(batch["segments"], positions, [image_tokens] * images)
-            useful, full = (useful + count, full) if share else (useful, full + count)
-    return tokens[0] / tokens[1], full / useful, useful
+def ceilings(workload: Workload, operations: Operations) -> tuple[float, float, float]:
+    """Of the timed steps: (tokens laid out without sharing / with all of a step's, operations of A's step / of D's, D's
+    useful operations per step)."""
+    items, size, image_token_id = workload.items, workload.questions, workload.family.image_token_id
+    tokens, useful, full = Counter(), 0.0, 0.0
+    for start in range(size, len(items), size):
+        step = items[start : start + size]
+        count = count_step(step, True, sys.maxsize, 1, operations, image_token_id)
+        tokens.update(count)
+        useful += count["operations"]
+        for item in step:  # logits at every position, the image for each question
+            images = [int((item.input_ids == image_token_id).sum())]
+            full += operations.useful([[len(item.input_ids)]], len(item.input_ids), images)
+    return tokens["tokens_alone"] / tokens["tokens"], full / useful, useful / (workload.steps - 1)
 
 
-def table(results: dict, workload: Workload, sizes: dict, image_tokens: int, rate: float, on_gpu: bool) -> list[str]:
+def table(results: dict, workload: Workload, operations: Operations, rate: float, on_gpu: bool) -> list[str]:
     """Lines of Markdown. Ratios are medians over the rounds of the ratio in a round. CPU time is this process's,
     without the loader workers; on a CPU it is what MFU and the share of the ceiling go by, on a GPU the clock."""
-    token_ceiling, operation_ceiling, useful = ceilings(workload, sizes, image_tokens)
+    token_ceiling, operation_ceiling, useful = ceilings(workload, operations)
     lines = [
         f"| variant | questions/s | × {next(iter(results))} | × in CPU time | s/step | CPU s/step | peak GB | loss "
         "| gradient differs by | useful GFLOP/s | MFU | 3 epochs, h | of the token ceiling |",
@@ -238,18 +245,20 @@ def table(results: dict, workload: Workload, sizes: dict, image_tokens: int, rat
         difference = "–" if result is first else f"{result.gradient_difference:.1e}"
         hours = work.EPOCHS * work.QUESTIONS_IN_TRAINING / speed / 3600
         cpu_ratio = ratio("cpu_seconds", result)
-        reached = ratio("seconds", result) if on_gpu else cpu_ratio
-        ceiling = f"{reached / token_ceiling:.0%}" if variant in "DEF" and "A" in results else ""
+        clock = "seconds" if on_gpu else "cpu_seconds"
+        reached = sum(getattr(first, clock)) / sum(getattr(result, clock)) / token_ceiling
+        ceiling = f"{reached:.0%}" if variant not in "ABC" and "A" in results else ""
         lines.append(
             f"| {title} | {speed:.3g} | {ratio('seconds', result):.2f} | {cpu_ratio:.2f} | {seconds:.2f} "
             f"| {cpu_seconds:.2f} | {result.peak_gb:.2f} | {result.loss:.5f} | {difference} "
             f"| {rate_reached / 1e9:.4g} | {rate_reached / rate:.1%} | {hours:.2f} | {ceiling} |"
         )
     summary = f"Token ceiling {token_ceiling:.2f}, operations of A's step / D's {operation_ceiling:.2f}"
-    if {"C", "D"} <= results.keys() and results["C"].seconds and results["D"].seconds:
-        clock = "seconds" if on_gpu else "cpu_seconds"
-        against_c = [c / d for c, d in zip(getattr(results["C"], clock), getattr(results["D"], clock), strict=True)]
-        summary += f", D {statistics.median(against_c):.2f} × C"
+    for one, other in ("CD", "SL"):
+        if {one, other} <= results.keys() and results[one].seconds and results[other].seconds:
+            clock = "seconds" if on_gpu else "cpu_seconds"
+            pairs = zip(getattr(results[one], clock), getattr(results[other], clock), strict=True)
+            summary += f", {other} {statistics.median(a / b for a, b in pairs):.2f} × {one}"
     lines += ["", summary + "."]
     return lines
 
@@ -257,13 +266,13 @@ def table(results: dict, workload: Workload, sizes: dict, image_tokens: int, rat
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--size", default="33m", choices=work.SIZES)
-    parser.add_argument("--questions-per-image", default="real", help="comma-separated: 1, 4, 9, ... or real")
+    parser.add_argument("--questions-per-image", default="real", help="comma-separated: 1, 4, 9, ... real, or exp2")
+    parser.add_argument("--metadata", help="metadata.csv of Kvasir-VQA, for 'exp2'; default: drawn rows")
     parser.add_argument("--image-tokens", default="576", help="comma-separated")
     parser.add_argument("--images", type=int, default=2, help="images in an optimizer step")
     parser.add_argument("--steps", type=int, default=3, help="timed steps of each variant, after one for its memory")
     parser.add_argument("--variants", default=None, help="the first is what the others are compared with")
     parser.add_argument("--micro-batch", type=int, default=1, help="questions per micro-step of A, B and C")
-    parser.add_argument("--shared-micro-batch", type=int, default=0, help="of D to F; 0: the whole step")
     parser.add_argument("--lora-r", type=int, default=16)
     parser.add_argument("--gradient-checkpointing", action="store_true", help="in all variants")
     parser.add_argument("--workers", type=int, default=8 if torch.cuda.is_available() else 1,
@@ -274,9 +283,9 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    variants = args.variants or ("ABCD" + ("EF" if args.compile else "E") * (device.type == "cuda"))
-    if not set(variants) <= set(TITLES):
-        raise UserError(f"--variants {variants}: choose letters of {''.join(TITLES)}")
+    on_image = "ABCD" + ("EF" if args.compile else "E") * (device.type == "cuda")
+    if not set(args.variants or "") <= set(TITLES):
+        raise UserError(f"--variants {args.variants}: choose letters of {''.join(TITLES)}")
     if args.size == "8b" and device.type != "cuda":
         raise UserError("--size 8b needs a CUDA device of 80 GB; use --size 33m here")
     torch.set_float32_matmul_precision("high")
@@ -289,19 +298,21 @@ def main() -> None:
     try:
         model_folder = work.write_folder(folder / "model", sizes, args.tokenizer)
         base = work.build_base(model_folder, device, args.seed)
+        operations = work.operations_of(model_folder)
         parameters = sum(p.numel() for p in base.parameters())
         name = torch.cuda.get_device_name() if device.type == "cuda" else f"CPU, {torch.get_num_threads()} thread(s)"
         print(f"{name}; torch {torch.__version__}; {parameters / 1e6:,.0f}M parameters; matrix product {rate / 1e12:.3g} TFLOP/s")  # fmt: skip  # noqa: E501
         for image_tokens in map(int, args.image_tokens.split(",")):
             for k in args.questions_per_image.split(","):
-                per_step = work.questions_of_step(k, histogram, args.images)
-                data = folder / f"data-{image_tokens}-{k}"
-                # One question per image: nothing to share, so D stands in C's micro-batches.
-                shared_micro_batch = args.micro_batch if k == "1" else args.shared_micro_batch
-                workload = work.make_workload(
-                    model_folder, data, per_step, image_tokens, args.steps + 1, shared_micro_batch,
-                    Lora(args.lora_r, 2 * args.lora_r, 0.0), args.seed,
-                )  # fmt: skip
+                data, lora = folder / f"data-{image_tokens}-{k}", Lora(args.lora_r, 2 * args.lora_r, 0.0)
+                common = (image_tokens, args.steps + 1, lora, args.seed)
+                if k == "exp2":
+                    variants, title = args.variants or "ASL", "steps of exp2"
+                    workload = work.exp2_workload(model_folder, data, args.metadata, *common)
+                else:
+                    per_step = work.questions_of_step(k, histogram, args.images)
+                    variants, title = args.variants or on_image, f"questions per image: {k} {per_step}"
+                    workload = work.make_workload(model_folder, data, per_step, *common)
                 config = replace(
                     workload.config,
                     gradient_checkpointing=args.gradient_checkpointing,
@@ -309,8 +320,8 @@ def main() -> None:
                 )
                 workload = replace(workload, config=config)
                 results = measure(variants, base, workload, device, folder, args.micro_batch)
-                print(f"\n### {args.size}, {image_tokens} image tokens, questions per image: {k} {per_step}\n")
-                print("\n".join(table(results, workload, sizes, image_tokens, rate, device.type == "cuda")), flush=True)
+                print(f"\n### {args.size}, {image_tokens} image tokens, {title}\n")
+                print("\n".join(table(results, workload, operations, rate, device.type == "cuda")), flush=True)
     finally:
         shutil.rmtree(folder, ignore_errors=True)
 

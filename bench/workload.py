@@ -5,6 +5,8 @@ Everything is made on the spot from numbers; nothing is downloaded and no data s
 
 import copy
 import csv
+import functools
+import random
 import sys
 import time
 from collections import Counter
@@ -18,12 +20,15 @@ import torch
 from PIL import Image
 
 from attention import install_shared_attention, install_vision_attention, without_cudnn
+from batches import Item
 from config import Config, Data, Lora
 from dataset import SampleEncoder
 from errors import UserError
 from family import Family, load_family
+from forecast import Operations, meta_loss
 from images import native_size
 from model import LANGUAGE, attach_lora, load_tokenizer, patch_embed_as_matrix_product, trainable_parameters
+from prepare import kvasir, stager
 from samples import SampleList
 from toy import tiny_model
 
@@ -48,6 +53,7 @@ SIZES = {"8b": EIGHT_B, "33m": THIRTY_THREE_M, "tiny": TINY}
 REAL_HISTOGRAM = {3: 6, 4: 10, 5: 15, 6: 30, 7: 45, 8: 64, 9: 62, 10: 58, 11: 37, 12: 12, 13: 7, 14: 3, 15: 3}
 QUESTIONS_IN_TRAINING = 41_079  # of Kvasir-VQA, 70 % of the images
 EPOCHS = 3
+EXP2_TRAIN_BS, EXP2_GRAD_ACCUM = 4, 8  # as in configs/exp2.yaml
 
 _YES_NO = "no; not relevant; yes"
 _COUNT = "0; 1; 2; 3; 4; 5; 6-10; 11-15; 16-20"
@@ -126,6 +132,12 @@ def build_base(folder: Path, device: torch.device, seed: int) -> torch.nn.Module
     return model.requires_grad_(False)
 
 
+def operations_of(folder: Path) -> Operations:
+    """Of a model folder's LoRA training."""
+    config = Config("-", str(folder), "vqa", Data("-"), "-", "-", learning_rate=1e-4)
+    return Operations.of(meta_loss(config, load_family(str(folder)), torch.bfloat16).model)
+
+
 def adapted(base: torch.nn.Module, lora: Lora, seed: int, stock: bool) -> torch.nn.Module:
     """A copy of the base that shares its frozen weights, with an adapter that is random in both halves (a fresh one has
     B = 0, and no gradient would reach A). The same seed gives the same adapter.
@@ -161,6 +173,32 @@ def read_histogram(path: str | None) -> dict[int, int]:
     return dict(sorted(Counter(Counter(row["img_id"] for row in rows).values()).items()))
 
 
+def kvasir_samples(metadata: str | None, seed: int = 42) -> list[dict]:
+    """Training samples in stage order, as prepare_data.py arranges the rows of a Kvasir-VQA metadata.csv, all of which
+    are trained on here; their images need not be there. Without a path: drawn rows with `REAL_HISTOGRAM`."""
+    if metadata is None:
+        generator, rows = random.Random(seed), []
+        counts = [count for count, images in REAL_HISTOGRAM.items() for _ in range(images)]
+        for number, count in enumerate(counts):
+            for question in generator.sample(sorted(QUESTIONS), count):
+                answer = generator.choice(QUESTIONS[question].split("; "))
+                rows.append({"img_id": str(number), "question": question, "answer": answer, "source": "drawn"})
+    else:
+        try:
+            with open(metadata, newline="", encoding="utf-8") as stream:
+                rows = list(csv.DictReader(stream))
+        except OSError as error:
+            raise UserError(f"--metadata {metadata}: cannot be read ({error.strerror})") from None
+        if not rows or not {"img_id", "question", "answer", "source"} <= rows[0].keys():
+            raise UserError(f"--metadata {metadata}: needs rows with the columns source, question, answer, img_id")
+    kept, _ = kvasir.clean([{**row, "row": number} for number, row in enumerate(rows, 1)])
+    stages = {row["question"]: stager.stage_by_rules(row["question"]) for row in kept}
+    groups = {row["img_id"]: row["img_id"] for row in kept}
+    described = kvasir.describe_questions(kept, dict.fromkeys(groups, "train"))
+    samples = kvasir.to_samples(kept, groups, groups, stages, described)
+    return kvasir.arrange(samples, dict.fromkeys(groups, "train"), "stages", seed)["train"]
+
+
 def questions_of_step(questions_per_image: str, histogram: dict[int, int], images: int) -> list[int]:
     """Questions of each image of one optimizer step. 'real': the middles of `images` equal parts of the histogram,
     so that every step has the whole's mean, and rows of unequal length as the whole has."""
@@ -181,24 +219,29 @@ def image_size(image_tokens: int, factor: int) -> tuple[int, int]:
     return size
 
 
-def write_samples(folder: Path, per_step: list[int], steps: int, size: tuple[int, int], seed: int) -> list[dict]:
-    """Images (JPEG) and the questions on them, those of an image side by side; `steps` steps of fresh images."""
-    generator = np.random.default_rng(seed)
-    names, samples = list(QUESTIONS), []
+def write_images(folder: Path, count: int, size: tuple[int, int], seed: int) -> list[str]:
+    """The names of as many drawn JPEG files, (width, height) pixels each."""
+    generator, names = np.random.default_rng(seed), []
     folder.mkdir(parents=True, exist_ok=True)
-    for step in range(steps):
-        for place, count in enumerate(per_step):
-            name = f"{size[0]}x{size[1]}-{step}-{place}.jpg"
-            if not (folder / name).exists():
-                coarse = generator.integers(0, 256, (24, 24, 3), dtype=np.uint8)
-                Image.fromarray(coarse).resize(size, Image.Resampling.BICUBIC).save(folder / name, quality=90)
-            for index in generator.permutation(len(names))[:count]:
-                candidates = QUESTIONS[names[index]].split("; ")
-                answer = candidates[int(generator.integers(len(candidates)))]
-                samples.append(
-                    {"id": f"{name}-{index}", "image": name, "question": names[index], "answer": answer}
-                    | {"candidates": candidates}
-                )
+    for number in range(count):
+        names.append(f"{size[0]}x{size[1]}-{number}.jpg")
+        coarse = generator.integers(0, 256, (24, 24, 3), dtype=np.uint8)
+        Image.fromarray(coarse).resize(size, Image.Resampling.BICUBIC).save(folder / names[-1], quality=90)
+    return names
+
+
+def write_samples(folder: Path, per_step: list[int], steps: int, size: tuple[int, int], seed: int) -> list[dict]:
+    """Images and the questions on them, those of an image side by side; `steps` steps of fresh images."""
+    generator, samples = np.random.default_rng(seed), []
+    texts = list(QUESTIONS)
+    for name, count in zip(write_images(folder, steps * len(per_step), size, seed), per_step * steps, strict=True):
+        for index in generator.permutation(len(texts))[:count]:
+            candidates = QUESTIONS[texts[index]].split("; ")
+            answer = candidates[int(generator.integers(len(candidates)))]
+            samples.append(
+                {"id": f"{name}-{index}", "image": name, "question": texts[index], "answer": answer}
+                | {"candidates": candidates}
+            )
     return samples
 
 
@@ -211,76 +254,50 @@ class Workload:
     encoder: SampleEncoder
     samples: SampleList
     questions: int  # per optimizer step
-    steps: int
+    steps: int  # of the samples
+
+    @functools.cached_property
+    def items(self) -> list[Item]:
+        """Its questions, tokenised."""
+        sizes = functools.cache(self.encoder.size_only)
+        return [self.encoder.encode(s, [sizes(path) for path in self.encoder.images_of(s)]) for s in self.samples]
 
 
 def make_workload(
-    model_folder: Path, root: Path, per_step: list[int], image_tokens: int, steps: int, train_bs: int, lora: Lora, seed
+    model_folder: Path, root: Path, per_step: list[int], image_tokens: int, steps: int, lora: Lora, seed: int
 ) -> Workload:
-    """steps: so many optimizer steps of fresh images. train_bs: questions per micro-step, 0 for the whole step."""
-    family = load_family(str(model_folder))
-    samples = write_samples(root, per_step, steps, image_size(image_tokens, family.factor), seed)
-    questions = sum(per_step)
+    """steps: so many optimizer steps of fresh images. per_step: questions of each image of a step."""
+    size = image_size(image_tokens, load_family(str(model_folder)).factor)
+    return _workload(model_folder, root, write_samples(root, per_step, steps, size, seed), 1, sum(per_step), lora, seed)
+
+
+def exp2_workload(
+    model_folder: Path, root: Path, metadata: str | None, image_tokens: int, steps: int, lora: Lora, seed: int
+) -> Workload:
+    """Steps of exp2 as it is shipped, on one GPU: consecutive questions in stage order, from all over the file."""
+    ordered, questions = kvasir_samples(metadata), EXP2_TRAIN_BS * EXP2_GRAD_ACCUM
+    starts = [int((part + 0.5) / steps * (len(ordered) - questions)) for part in range(steps)]
+    chosen = [sample for start in starts for sample in ordered[start : start + questions]]
+    size = image_size(image_tokens, load_family(str(model_folder)).factor)
+    names = dict.fromkeys(sample["image"] for sample in chosen)
+    drawn = dict(zip(names, write_images(root, len(names), size, seed), strict=True))
+    samples = [{**sample, "image": drawn[sample["image"]]} for sample in chosen]
+    return _workload(model_folder, root, samples, EXP2_TRAIN_BS, EXP2_GRAD_ACCUM, lora, seed)
+
+
+def _workload(model_folder: Path, root: Path, samples: list[dict], train_bs: int, grad_accum: int, lora: Lora, seed):
     config = Config(
         experiment="BENCHMARK", model_name=str(model_folder), task="vqa", data=Data(train="-", image_root=str(root)),
         output_dir="-", results_dir="-", learning_rate=1e-4, template="ultra_condensed", resize="native", lora=lora,
-        train_bs=train_bs or questions, max_tokens=16_384, seed=seed, dataloader_num_workers=1,
+        train_bs=train_bs, grad_accum=grad_accum, max_tokens=16_384, seed=seed, dataloader_num_workers=1,
     )  # fmt: skip
+    family = load_family(str(model_folder))
     encoder = SampleEncoder(config, family, load_tokenizer(str(model_folder)))
-    return Workload(config, family, encoder, SampleList(samples, "benchmark"), questions, steps)
+    questions = train_bs * grad_accum
+    return Workload(config, family, encoder, SampleList(samples, "benchmark"), questions, len(samples) // questions)
 
 
-# -------------------------------------------------------------------------------------------------------- operations
-
-
-@dataclass(frozen=True)
-class Operations:
-    """Floating-point operations of a model, from its config: a multiplication and an addition count as two.
-
-    Frozen base with LoRA: forward and the gradient by activations, none by the weights; adapters are left out (under
-    1 %). Vision runs forward only.
-    """
-
-    sizes: dict
-
-    @property
-    def linear_per_token(self) -> float:
-        s = self.sizes
-        attention = 2 * s["hidden_size"] * s["head_dim"] * (s["heads"] + s["kv_heads"])
-        return 4 * s["layers"] * (attention + 3 * s["hidden_size"] * s["intermediate_size"])
-
-    @property
-    def attention_per_pair(self) -> float:
-        """Of one (query, key) pair in all layers: forward once, backward twice."""
-        return 3 * 4 * self.sizes["heads"] * self.sizes["head_dim"] * self.sizes["layers"]
-
-    @property
-    def logits_per_position(self) -> float:
-        return 4 * self.sizes["rows"] * self.sizes["hidden_size"]
-
-    def vision(self, image_tokens: int) -> float:
-        s, patches, width = self.sizes, 4 * image_tokens, self.sizes["vision_hidden_size"]
-        block = 2 * (4 * width**2 + 2 * width * s["vision_intermediate_size"]) + 4 * patches * width
-        merger = 2 * (4 * width * 4 * width + 4 * width * s["hidden_size"])
-        embed = 2 * 3 * 2 * 16 * 16 * width
-        return patches * (s["vision_depth"] * block + embed) + image_tokens * merger * (1 + len(s["deepstack"]))
-
-    def step(self, segments: torch.Tensor, supervised: int, image_tokens: list[int]) -> float:
-        """Useful operations of a micro-batch laid out as `segments` (rows, tokens): pairs that a token may see, logits
-        at supervised positions, vision once per image in `image_tokens`."""
-        tokens, pairs = 0, 0
-        for row in segments.tolist():
-            lengths = Counter(segment for segment in row if segment >= 0)
-            prefix = lengths.pop(0, 0)
-            tokens += prefix + sum(lengths.values())
-            pairs += prefix * (prefix + 1) // 2
-            pairs += sum(length * prefix + length * (length + 1) // 2 for length in lengths.values())
-        return (
-            tokens * self.linear_per_token
-            + pairs * self.attention_per_pair
-            + supervised * self.logits_per_position
-            + sum(map(self.vision, image_tokens))
-        )
+# --------------------------------------------------------------------------------------------------------------- rate
 
 
 def matrix_rate(device: torch.device) -> float:

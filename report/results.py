@@ -155,7 +155,7 @@ def read_log(output_dir) -> list[dict]:
     if not path.exists():
         return []
     rows = []
-    for line in path.read_text(encoding="utf-8").splitlines():
+    for line in path.read_text(encoding="utf-8").split("\n"):
         with contextlib.suppress(ValueError):  # the last line of a killed run may be cut
             rows.append(json.loads(line))
     return rows

@@ -69,7 +69,8 @@ def score(rows: list[dict], config: Config) -> dict:
 
 
 def selection_score(values: dict[str, float]) -> list[float]:
-    return [-values["eval_loss"]]
+    # The best is chosen among losses of the same questions; the last evaluation's own is of the whole split.
+    return [-values.get("eval_subset_loss", values["eval_loss"])]
 
 
 def record(family, config: Config) -> dict:

@@ -41,6 +41,29 @@ def test_speed_prints_a_table_in_which_all_variants_learn_the_same():
 
 
 @pytest.mark.slow
+def test_exp2_as_shipped_is_laid_out_as_with_a_train_bs_as_large_as_the_step():
+    output = run(*"bench/speed.py --size tiny --image-tokens 16 --questions-per-image exp2 --steps 1".split())
+    shipped, large = (cells for name, cells in columns(output).items() if name[:3] in ("(S)", "(L)"))
+    assert shipped[6] == large[6] and shipped[7] == large[7], "loss and gradients"
+
+
+@pytest.mark.slow
+def test_the_layout_of_every_shipped_config_is_counted_from_drawn_rows_as_far_as_from_real_ones():
+    table = columns(run("bench/layout.py"))
+    sharing = {name: float(cells[0]) for name, cells in table.items() if len(cells) == 5 and cells[0][0].isdigit()}
+    assert len(sharing) == 10
+    assert sharing["exp2, 2 GPUs"] > 3 and sharing["exp3, exp4: stage 2"] > 4
+    assert sharing["exp2 with order: images"] > 2 * sharing["exp2, 2 GPUs"]
+    assert all(float(cell.rstrip("%")) > 96 for cell in table["64"])
+
+
+def test_rows_without_a_column_are_an_error(tmp_path):
+    (tmp_path / "other.csv").write_text("img_id,question\n1,2\n")
+    with pytest.raises(UserError, match="columns source, question, answer, img_id"):
+        workload.kvasir_samples(str(tmp_path / "other.csv"))
+
+
+@pytest.mark.slow
 def test_evaluation_speed_gives_generates_answers_token_for_token():
     output = run(*"bench/evaluation_speed.py --size tiny --image-tokens 16 --questions-per-image 3 --rounds 1".split())
     answers = [cells[-1] for name, cells in columns(output).items() if "one by one" in name or "together" in name]
@@ -64,24 +87,25 @@ def test_a_setting_that_cannot_run_is_one_line():
 # --------------------------------------------------------------------------------------------------------- workload
 
 
-def test_the_8bs_operations_are_those_of_its_architecture():
-    """Counted by hand from its config.json: linear layers 27.8 GFLOP a token forward and backward."""
-    operations = workload.Operations(workload.EIGHT_B)
-    assert operations.linear_per_token == pytest.approx(27.8e9, rel=1e-3)
-    assert operations.attention_per_pair == pytest.approx(3 * 0.59e6, rel=1e-3)
+def test_the_8bs_operations_are_those_of_its_architecture(tmp_path):
+    """Counted by hand from its config.json: linear layers 27.8 GFLOP a token forward and backward; LoRA of rank 16 adds
+    43.6M weights, each with a forward and two backward products."""
+    operations = workload.operations_of(workload.write_folder(tmp_path / "model", workload.EIGHT_B, None))
+    assert operations.per_token == pytest.approx(27.8e9 + 6 * 43.6e6, rel=1e-3)
+    assert operations.per_pair == pytest.approx(3 * 0.59e6, rel=1e-3)
     assert operations.vision(576) == pytest.approx(2.75e12, rel=1e-3)
     assert operations.vision(2900) == pytest.approx(27.25e12, rel=1e-3)
 
 
-def test_useful_operations_count_the_pairs_that_the_mask_lets_through():
+def test_useful_operations_count_the_pairs_that_the_mask_lets_through(tmp_path):
     from attention import attention_mask
 
-    operations = workload.Operations(workload.TINY)
+    operations = workload.operations_of(workload.write_folder(tmp_path / "model", workload.TINY, None))
     segments = torch.tensor([[0] * 7 + [1] * 3 + [2] * 5, [0] * 6 + [1] * 4 + [-1] * 5])
     real = (segments >= 0)[:, None, :, None]
-    expected = int((attention_mask(segments) & real).sum()) * operations.attention_per_pair
-    expected += 25 * operations.linear_per_token + 8 * operations.logits_per_position + operations.vision(4)
-    assert operations.step(segments, 8, [4]) == pytest.approx(expected, rel=1e-12)
+    expected = int((attention_mask(segments) & real).sum()) * operations.per_pair
+    expected += 25 * operations.per_token + 8 * operations.per_position + operations.vision(4)
+    assert operations.useful([[7, 3, 5], [6, 4]], 8, [4]) == pytest.approx(expected, rel=1e-12)
 
 
 @pytest.mark.parametrize(("size", "low", "high"), [("33m", 32e6, 34e6), ("8b", 8.7e9, 8.8e9)])

@@ -1,6 +1,7 @@
 """A split becomes one line a sample, in the order of the file, judged against the gold answer the model never saw."""
 
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -11,7 +12,7 @@ import inference
 import tasks
 from batches import collate
 from distributed import Ranks
-from inference import Stopped, answer_split, split_loss
+from inference import Stopped, answer_split, evaluation_rows, scores_while_training, split_loss
 from model import AnswerLoss
 from samples import SampleList
 
@@ -214,3 +215,62 @@ def test_without_the_image_the_same_questions_are_asked_in_words_alone(run, say,
 def test_a_prediction_line_does_not_need_the_model(run):
     line = tasks.vqa.row(vqa_samples(1, 1)[0], run.encoder(), ("red", True))
     assert line["correct"] and list(line)[:5] == ["id", "images", "question", "answer", "prediction"]
+
+
+# ------------------------------------------------------------------------------------------------------ while training
+
+
+def rows_by_image(samples) -> dict[str, set[int]]:
+    images: dict = {}
+    for row, sample in enumerate(samples):
+        images.setdefault(sample["image"], set()).add(row)
+    return images
+
+
+@pytest.mark.parametrize("most", [1, 7, 30, 31, 89, 90, 1000])
+def test_while_training_whole_images_are_scored_as_many_as_eval_max_samples_holds(run, most):
+    samples = [{"id": f"{i}-{q}", "image": f"{i}.png"} for q in range(9) for i in range(10)]
+    rows = set(evaluation_rows(SampleList(samples, "s"), replace(run.config, eval_max_samples=most)))
+    assert all(of_image <= rows or not of_image & rows for of_image in rows_by_image(samples).values())
+    assert len(rows) == max(9, min(90, most // 9 * 9)), "at least one image"
+
+
+def test_the_seed_and_the_split_choose_what_is_scored_while_training_and_nothing_else(run):
+    samples = SampleList([{"id": str(i), "image": f"{i // 3}.png"} for i in range(60)], "s")
+
+    def chosen(**changes):
+        return evaluation_rows(samples, replace(run.config, **{"eval_max_samples": 12, **changes}))
+
+    assert chosen() == chosen(image="none", eval_bs=1, train_bs=9, share_prefix=False, learning_rate=1.0)
+    assert chosen() != chosen(seed=7) and chosen() != list(range(12))
+    assert chosen(eval_max_samples=0) == list(range(60)), "the loss of all, and no answers"
+
+
+@pytest.fixture
+def scored(run, monkeypatch):
+    """scored(is_last, **changes) -> (values, rows of each loss, rows that were answered)."""
+
+    def score(is_last, **changes):
+        losses, answers = [], []
+        monkeypatch.setattr(inference, "split_loss", lambda *args: losses.append(list(args[4])) or float(len(args[4])))
+        monkeypatch.setattr(inference, "answer_split", lambda *args: answers.append(list(args[4])) or [{"correct": 1}])
+        encoder = run.encoder(eval_max_samples=4, **changes)
+        loss = AnswerLoss(run.model(), run.family)
+        val = SampleList(vqa_samples(3, 4), "val")
+        return scores_while_training(loss, {"val": val}, encoder, ALONE, lambda: False, is_last), losses, answers
+
+    return score
+
+
+def test_every_evaluation_scores_the_same_questions_and_the_last_one_all(run, scored):
+    subset = evaluation_rows(SampleList(vqa_samples(3, 4), "val"), replace(run.config, eval_max_samples=4))
+    assert scored(False)[1:] == scored(False)[1:] == ([subset], [subset])
+    values, losses, answers = scored(True)
+    assert losses == [list(range(12)), subset] and answers == [list(range(12))]
+    assert (values["eval_questions"], values["eval_loss"], values["eval_subset_loss"]) == (12, 12.0, 4.0)
+
+
+def test_the_best_is_chosen_among_losses_of_the_same_questions(scored):
+    before, last = scored(False)[0], scored(True)[0]
+    assert "eval_subset_loss" not in before
+    assert tasks.vqa.selection_score(before) == tasks.vqa.selection_score(last) == [-4.0]

@@ -178,9 +178,9 @@ def test_a_busier_rank_is_matched_with_batches_of_no_weight():
 
     batch = {"input_ids": torch.ones(1, 4), "targets": torch.ones(1, 4, dtype=torch.int64), "answer_tokens": 4}
     batch["class_labels"] = torch.tensor([1])
-    evened = sharding.pad_micro_batches([batch], Third(1, 3, torch.device("cpu")))
-    assert len(evened) == 3 and evened[0] is batch
-    for added in evened[1:]:
+    padded = sharding.pad_micro_batches([batch], Third(1, 3, torch.device("cpu")))
+    assert len(padded) == 3 and padded[0] is batch
+    for added in padded[1:]:
         assert added["answer_tokens"] == 0
         assert (added["targets"] == IGNORE).all() and (added["class_labels"] == IGNORE).all()
     assert sharding.pad_micro_batches([batch] * 3, Third(1, 3, torch.device("cpu"))) == [batch] * 3
