@@ -432,8 +432,8 @@ def does_not_fit(what: str, batch: dict, config: Config) -> str:
 
 
 def largest_passes(sample: dict, encoder: SampleEncoder, pass_tokens: int) -> list[dict]:
-    """Two passes that hardly any step exceeds (a row with very many answers may): the longest sample repeated, each time
-    with images of its own, as often as the budget allows; and alone."""
+    """Two passes that hardly any step exceeds (a row with very many answers may): the longest sample repeated, each
+    time with images of its own, as often as the budget allows; and alone."""
     images = [encoder.load_image(path) for path in encoder.images_of(sample)]
     item = encoder.encode(sample, images)
     counts = dict.fromkeys((max(1, pass_tokens // len(item.input_ids)), 1))
