@@ -22,12 +22,13 @@ import workload as work
 
 from batches import Item
 from config import load_config
-from dataset import SampleEncoder, SampleList
+from dataset import SampleEncoder
 from errors import UserError, exit_on_user_error
 from family import load_family
 from forecast import FULL_PASS, count_step
 from model import load_tokenizer
 from preflight import make_plan
+from samples import SampleList
 from toy.tiny_model import write_tiny_model
 
 CONFIGS = Path(__file__).resolve().parent.parent / "configs"

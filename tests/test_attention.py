@@ -26,7 +26,7 @@ LAYOUTS = {
         row((PREFIX, 6), (1, 5), (PADDING, 6)),
         row((PREFIX, 4), (1, 1), (2, 3), (3, 4), (PADDING, 5)),
     ],
-    "a row whose prefix is empty": [row((1, 4), (2, 5)), row((PREFIX, 3), (1, 2), (2, 4))],
+    "a row whose prefix is empty": [row((1, 4), (2, 5)), row((PREFIX, 3), (1, 2), (2, 4)), row((1, 6), (2, 3))],
 }
 
 

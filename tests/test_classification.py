@@ -17,7 +17,7 @@ import inference
 import sharding
 import tasks
 import train
-from batches import collate
+from batches import collate, lay_out, passes
 from checkpoint import TrainerState, has_lost_best, load_trained
 from classification import ClassLoss, attach_head, class_logits
 from config import load_config
@@ -130,6 +130,20 @@ def test_pages_are_classified_alike_alone_in_a_batch_and_behind_a_shared_prefix(
     assert (alone[0] - alone[2]).abs().max() > 1e-3 and (alone[0] - alone[1]).abs().max() > 1e-3
 
 
+def test_each_logit_goes_to_its_own_document_when_the_longest_rows_of_a_pass_come_first(
+    documents, tiny_models, tmp_path
+):
+    encoder = encoder_of(documents, tiny_models["qwen2"], tmp_path)
+    model = with_random_head(tiny_models["qwen2"])
+    texts = ["title", "the number of words is small here as it was in that paper", "the number of words"]
+    items = [encoder.encode({"id": text, "text": text, "label": 0}, []) for text in texts]
+    alone, together = (
+        [class_logits(model, collate(part, {}, True, 0, rows), encoder.family) for part, rows in parts]
+        for parts in ([([item], None) for item in items], [(items, passes(lay_out(items, True), 10_000)[0])])
+    )
+    assert torch.allclose(together[0], torch.cat(alone), atol=1e-5)
+
+
 def test_the_loss_is_the_sum_over_the_documents_and_the_vocabulary_is_never_scored(documents, tiny_models, tmp_path):
     encoder = encoder_of(documents, tiny_models["qwen2"], tmp_path, num_labels=3)
     model = with_random_head(tiny_models["qwen2"])
@@ -150,6 +164,7 @@ def test_the_head_is_the_same_for_a_seed_and_float32_on_a_bfloat16_model(tiny_mo
         weights.append(model.cls_head.weight)
         assert model.cls_head.weight.dtype == torch.float32 and not model.cls_head.bias.any()
     assert torch.equal(weights[0], weights[1]) and not torch.equal(weights[0], weights[2])
+    assert float(weights[0].std()) == pytest.approx(model.config.initializer_range, rel=0.25)
 
 
 # ------------------------------------------------------------------------------------------------------- it learns
@@ -278,6 +293,22 @@ def test_a_resumed_run_ends_like_an_uninterrupted_one(run):
     assert losses(cut) == losses(whole)
     for name in ("adapter_model.safetensors", "cls_head.safetensors"):
         assert (cut / name).read_bytes() == (whole / name).read_bytes()
+
+
+def test_each_curve_is_that_of_its_own_split(documents, tiny_models, tmp_path, monkeypatch):
+    rows = {
+        "the val samples": [{"logits": [0.0, 0.0], "true_label": 1, "correct": False}],
+        "the test samples": [{"logits": [0.0, math.log(3)], "true_label": 1, "correct": True}],
+    }
+    monkeypatch.setattr(inference, "classify_split", lambda loss, samples, *_: rows[samples])
+    encoder = encoder_of(documents, tiny_models["qwen2"], tmp_path)
+    splits = {"train": None, "val": "the val samples", "test": "the test samples"}
+    assert inference.scores_while_training(None, splits, encoder, ALONE, lambda: False) == {
+        "eval_loss": pytest.approx(math.log(2)),
+        "eval_accuracy": 0,
+        "test_loss": pytest.approx(math.log(4 / 3)),
+        "test_accuracy": 1,
+    }
 
 
 def test_the_best_epoch_is_chosen_on_val_and_is_the_result_whatever_test_says(run, monkeypatch):

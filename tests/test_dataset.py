@@ -128,6 +128,14 @@ def test_a_sample_longer_than_max_tokens_is_an_error_and_never_cut(tiny_models):
         build_items(run.encoder(max_tokens=exact), [{**sample, "answer": "a very long answer " * 20}])
 
 
+def test_max_pixels_below_the_models_own_least_size_bounds_small_images_too(tiny_models):
+    encoder = tiny_run(tiny_models, "qwen3_vl").encoder(resize="native", image_size=None, max_pixels=4 * 32**2)
+    assert encoder.family.factor == 32
+    encoder.family = replace(encoder.family, min_pixels=64 * 32**2)
+    for side in (32, 320):
+        assert encoder.placement("", size=(side, side)).model_size == (64, 64)
+
+
 def test_an_unknown_template_is_an_error_with_the_known_ones(tiny_models):
     with pytest.raises(UserError, match="'template' is 'ultra'; use one of ultra_condensed, "):
         tiny_run(tiny_models, "qwen3_vl").encoder(template="ultra")

@@ -145,20 +145,6 @@ def test_an_answer_ends_at_either_of_the_two_end_tokens(run, monkeypatch):
     assert asked == [set(ids.values())] and len(asked[0]) == 2
 
 
-def test_as_many_questions_are_answered_while_training_as_the_config_says(run, monkeypatch):
-    samples, asked = SampleList(vqa_samples(2, 4), "samples"), []
-
-    def greedy(model, batch, family, end_ids):
-        asked.extend(batch["sample_ids"])
-        return [([], True) for _ in batch["sample_ids"]]
-
-    monkeypatch.setattr(inference, "greedy", greedy)
-    loss = AnswerLoss(run.model(), run.family)
-    encoder = run.encoder(eval_max_samples=5)
-    inference.scores_while_training(loss, {"val": samples}, encoder, ALONE, lambda: False)
-    assert sorted(asked) == sorted(samples[row]["id"] for row in range(5))
-
-
 def test_some_rows_alone_get_the_answers_they_get_among_all(run):
     samples = SampleList(vqa_samples(2, 3), "s")
     with short_answers():

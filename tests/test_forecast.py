@@ -12,11 +12,12 @@ import forecast
 from batches import collate
 from classification import attach_head, make_loss
 from config import load_config
-from dataset import SampleEncoder, SampleList, load_samples
+from dataset import SampleEncoder
 from family import load_family
 from forecast import Operations, PassMemory, count_step, evaluation_share, held_bytes, meta_loss, pass_bytes
 from model import load_base, load_tokenizer, optimizer_groups, prepare_training, trainable_parameters
 from preflight import make_plan
+from samples import SampleList, load_samples
 
 CPU = torch.float32  # what a run computes in there
 VARIANTS = {

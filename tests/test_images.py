@@ -331,10 +331,11 @@ def test_a_point_on_the_padding_comes_back_on_the_images_edge():
 
 
 def test_the_size_of_a_file_is_known_from_its_header_and_is_that_of_the_upright_image(tmp_path):
-    exif = Image.Exif()
-    exif[0x0112] = 6
-    path = saved(tmp_path, noise(30, 20), "turned.jpg", exif=exif)
-    assert upright_size(path) == open_image(path).size == (20, 30)
+    for orientation in range(1, 9):
+        exif = Image.Exif()
+        exif[0x0112] = orientation
+        path = saved(tmp_path, noise(30, 20), f"turned {orientation}.jpg", exif=exif)
+        assert upright_size(path) == open_image(path).size == ((30, 20) if orientation < 5 else (20, 30))
     (tmp_path / "half.jpg").write_bytes(half_a_jpeg())
     assert upright_size(tmp_path / "half.jpg") == (200, 200)
     for name in ("empty.png", "text.jpg", "bomb.png", "small_bomb.png"):

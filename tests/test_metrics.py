@@ -109,6 +109,14 @@ def test_vqa_intervals_are_quantiles_of_the_scores_of_resampled_images(few_resam
         assert scores[f"{name}_ci"] == pytest.approx(interval_of([one[name] for one in resampled])), name
 
 
+def test_the_macro_accuracy_of_a_resample_is_the_mean_over_the_questions_that_it_holds():
+    asked = {"id": "0", "images": ["0.jpg"], "question": "rare", "answer": "yes", "prediction": "no"}
+    others = [{**asked, "id": n, "images": [n], "question": "usual", "prediction": "yes"} for n in "123"]
+    scores = score_vqa([asked, *others], {})
+    # A third of the resamples lack the rare question, and one in 256 holds nothing else.
+    assert scores["predict_accuracy_macro"] == 0.5 and scores["predict_accuracy_macro_ci"] == [0.5, 1.0]
+
+
 def test_samples_without_stage_candidates_or_multi_label_are_scored():
     rows = [
         {

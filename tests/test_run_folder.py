@@ -93,9 +93,10 @@ def test_what_was_saved_last_is_never_deleted_whatever_stands_after_it(tmp_path)
     assert left(tmp_path) == [4, 6, 8, 10]
 
 
-def test_of_equally_good_checkpoints_the_earliest_is_the_best(run, monkeypatch):
-    monkeypatch.setattr(train, "scores_while_training", lambda *_: {"eval_loss": 0.5})
-    output = run("out", eval_steps=2, save_total_limit=1)
+def test_of_equally_good_checkpoints_the_earliest_is_the_best_and_a_step_without_one_never_is(run, monkeypatch):
+    losses = iter([0.1, 0.5] * 4)  # every second step has a checkpoint
+    monkeypatch.setattr(train, "scores_while_training", lambda *_: {"eval_loss": next(losses)})
+    output = run("out", eval_steps=1, save_total_limit=1)
     assert json.loads((output / "checkpoint-8" / "trainer_state.json").read_text())["best_step"] == 2
     assert left(output) == [2, 8]
 

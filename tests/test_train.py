@@ -6,6 +6,7 @@ import re
 import signal
 import subprocess
 import time
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -30,6 +31,7 @@ import forecast
 import inference
 import run_folder
 import train
+from checkpoint import TrainerState
 from errors import UserError
 from run_folder import OutputLock
 
@@ -163,6 +165,27 @@ def test_a_signal_inside_an_evaluation_stops_it_and_the_resumed_run_evaluates_ag
     assert [[row[k] for k in keys] for row in log_rows(cut, "eval_loss")] == [
         [row[k] for k in keys] for row in log_rows(whole, "eval_loss")
     ]
+
+
+def test_evaluations_score_the_same_whole_images_and_the_last_one_all(run, capsys):
+    output = run("out", eval_steps=4, eval_max_samples=7, num_train_epochs=2)
+    rows = log_rows(output, "eval_loss")
+    assert [(row["step"], row["eval_questions"]) for row in rows] == [(4, 5), (8, 15)]
+    assert "eval_subset_loss" not in rows[0] and rows[1]["eval_subset_loss"] != rows[1]["eval_loss"]
+    (line,) = [line for line in capsys.readouterr().out.splitlines() if line.startswith("Evaluation: ")]
+    assert line.startswith("Evaluation: 1 times 5 of val's questions, and all 15 at the end: ")
+
+
+def test_a_loss_of_other_questions_is_no_best_of_a_resumed_run(run, monkeypatch, capsys):
+    stop_at(monkeypatch, 4)
+    changes = {"eval_steps": 2, "save_steps": 2, "num_train_epochs": 2}
+    output = run("out", eval_max_samples=5, **changes)
+    state = json.loads((output / "checkpoint-4" / "trainer_state.json").read_text())
+    assert state["best_step"] in (2, 4)
+    monkeypatch.undo()
+    run("out", eval_max_samples=10, **changes)
+    assert "The best loss so far was of eval_max_samples 5: the best is chosen anew" in capsys.readouterr().out
+    assert json.loads((output / "checkpoint-8" / "trainer_state.json").read_text())["best_step"] in (6, 8)
 
 
 def test_the_interval_of_a_log_line_survives_an_interruption(run, monkeypatch):
@@ -362,6 +385,13 @@ def test_a_budget_that_does_not_fit_is_halved_before_the_first_step_and_kept_on_
     monkeypatch.setattr(forecast, "TRIED_ON", ("cuda",))
     untouched = run("untouched", pass_tokens=250)
     assert weights(whole) == weights(untouched), "trying passes out leaves no trace"
+
+
+def test_the_rank_with_the_least_memory_decides_on_the_budget_of_a_pass(monkeypatch):
+    monkeypatch.setattr(forecast, "_that_fit", lambda *_: 4096)
+    ranks = SimpleNamespace(device=torch.device("cpu"), gather=lambda own: [*own, 1024])
+    found = forecast.pass_budget(SimpleNamespace(pass_tokens=None), TrainerState(), None, ranks)
+    assert found == (1024, [])
 
 
 def test_a_single_sample_that_does_not_fit_is_one_line_with_its_name_and_three_remedies(run, monkeypatch):

@@ -178,6 +178,9 @@ def test_the_loss_of_a_split_is_the_same_on_one_and_two_ranks_in_batches_of_any_
     expected = split_loss(AnswerLoss(run.model(), run.family), samples, run.encoder(eval_bs=1), ALONE)
     losses = [found[f"loss_{eval_bs}"] for found in two_ranks for eval_bs in (1, 4, 16)]
     assert losses == pytest.approx([expected] * 6, rel=1e-6)
+    some = SampleList([samples[3], samples[5]], "samples")
+    expected = split_loss(AnswerLoss(run.model(), run.family), some, run.encoder(), ALONE)
+    assert [found["loss_of_rows"] for found in two_ranks] == pytest.approx([expected] * 2, rel=1e-6)
 
 
 def test_a_request_to_stop_on_one_rank_ends_the_evaluation_on_both(two_ranks):

@@ -100,6 +100,7 @@ def all_but_training(run: TinyRun, ranks: Ranks, results: Path) -> dict:
         encoder = run.encoder(eval_bs=eval_bs)
         found[f"answers_{eval_bs}"] = answer_split(run.model(), samples, encoder, ranks)
         found[f"loss_{eval_bs}"] = split_loss(AnswerLoss(run.model(), run.family), samples, encoder, ranks)
+    found["loss_of_rows"] = split_loss(AnswerLoss(run.model(), run.family), samples, run.encoder(), ranks, rows=[3, 5])
     found["answers_of_rows"] = answer_split(run.model(), samples, run.encoder(eval_bs=16), ranks, rows=[5])
 
     stopped = False
