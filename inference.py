@@ -21,7 +21,7 @@ from family import Family
 from model import AnswerLoss, forward_logits, to_device
 from runlog import on_terminal
 from samples import SampleList
-from templates import CONVERSATION_TEMPLATE, image_paths
+from templates import CONVERSATION_TEMPLATE
 
 MAX_NEW_TOKENS = 128  # the longest Kvasir-VQA answer, all nine places, has 44
 
@@ -68,14 +68,13 @@ def evaluation_rows(samples: SampleList, config: Config) -> list[int]:
     most, or one image that alone has more. A function of the split and the seed, whatever the number of ranks."""
     if not 0 < config.eval_max_samples < len(samples):
         return list(range(len(samples)))
-    by_images: dict = {}
-    for row, sample in enumerate(samples):
-        by_images.setdefault(tuple(image_paths(sample)) or row, []).append(row)
-    groups, chosen = list(by_images.values()), []
-    for group in np.random.default_rng(config.seed).permutation(len(groups)):
-        if not chosen or len(chosen) + len(groups[group]) <= config.eval_max_samples:
-            chosen += groups[group]
-    return sorted(chosen)
+    _, image, counts = np.unique(samples.image_keys, return_inverse=True, return_counts=True)
+    chosen, total = [], 0
+    for group in np.random.default_rng(config.seed).permutation(len(counts)):
+        if not chosen or total + counts[group] <= config.eval_max_samples:
+            chosen.append(group)
+            total += counts[group]
+    return np.flatnonzero(np.isin(image, chosen)).tolist()
 
 
 def scores_while_training(
