@@ -389,8 +389,8 @@ def test_a_budget_that_does_not_fit_is_halved_before_the_first_step_and_kept_on_
 
 def test_the_rank_with_the_least_memory_decides_on_the_budget_of_a_pass(monkeypatch):
     monkeypatch.setattr(forecast, "_that_fit", lambda *_: 4096)
-    ranks = SimpleNamespace(device=torch.device("cpu"), gather=lambda own: [*own, 1024])
-    found = forecast.pass_budget(SimpleNamespace(pass_tokens=None), TrainerState(), None, ranks)
+    ranks = SimpleNamespace(device=torch.device("cpu"), gather=lambda own: [*own, {"cpu": "cpu", 4096: 1024}[own[0]]])
+    found = forecast.pass_budget(SimpleNamespace(pass_tokens=None), TrainerState(), None, 0, None, ranks)
     assert found == (1024, [])
 
 
