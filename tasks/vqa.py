@@ -65,7 +65,8 @@ def score(rows: list[dict], config: Config) -> dict:
     from report.baseline import majority_answers_for  # it imports torch
 
     scores = metrics.score_vqa(rows, majority_answers_for({row["question"] for row in rows}, config))
-    return scores | {"last_turns": sum("gold_answers_in_view" in row for row in rows)}
+    last_turns = sum("gold_answers_in_view" in row for row in rows)
+    return scores | ({"last_turns": last_turns} if last_turns else {})
 
 
 def selection_score(values: dict[str, float]) -> list[float]:
