@@ -340,24 +340,25 @@ def _that_fit(samples: SampleList, longest: int, encoder: SampleEncoder, ranks: 
 
 
 class PassMemory:
-    """Bytes of a pass of so many tokens that is filled with a sample, counted for a GPU."""
+    """Bytes of a pass of so many tokens, counted for a GPU on rows of one sample: the first row, then every token."""
 
     def __init__(self, loss: torch.nn.Module, sample: dict, encoder: SampleEncoder):
         """loss: of `meta_loss`."""
         self.full = max(FULL_PASS["cuda"], encoder.config.pass_tokens or 0)
-        *_, many, one = [None, *largest_passes(sample, encoder, self.full)]
+        *many, one = largest_passes(sample, encoder, self.full)
         self.row = one["input_ids"].numel()
-        self.one = pass_bytes(loss, one)
-        rows = 1 if many is None else len(many["input_ids"])
-        self.each_more = (pass_bytes(loss, many) - self.one) / (rows - 1) if rows > 1 else self.one
+        self.first = pass_bytes(loss, one)
+        self.per_token = self.first / self.row
+        if many:
+            self.per_token = (pass_bytes(loss, many[0]) - self.first) / (many[0]["input_ids"].numel() - self.row)
 
     def bytes(self, tokens: int) -> float:
-        return self.one + max(0, tokens // self.row - 1) * self.each_more
+        return self.first + max(0, tokens - self.row) * self.per_token
 
     def fitting(self, room: float) -> int:
         """Tokens of the largest pass in `room` bytes, up to a full one; at least one row, whether it fits or not."""
-        rows = 1 + max(0, int((room - self.one) // self.each_more))
-        return self.full if rows >= self.full // self.row else rows * self.row
+        tokens = self.row + int((room - self.first) / self.per_token)
+        return max(self.row, min(self.full, tokens // 64 * 64))
 
 
 def try_largest_passes(
@@ -491,7 +492,8 @@ def evaluation_share(
         told = f"{times} times all of {' and '.join(name for name in ('val', 'test') if name in splits)}"
     else:
         scored = ((times - 1) * len(subset) + len(val)) * (2 if config.eval_max_samples else 1)
-        told = f"{times - 1} times {len(subset):,} of val's questions, and all {len(val):,} at the end"
+        told = f"all {len(val):,} of val's questions at the end"
+        told = f"{times - 1} times {len(subset):,} and {told}" if times > 1 else told
     work = FORWARD[config.finetuning] * scored * tokens
     training = plan.total_questions * counts["tokens"] / counts["questions"]
     share = work / (work + training)
@@ -526,14 +528,13 @@ def forecast(
     operations = Operations.of(loss.model, recomputed=config.gradient_checkpointing)
     counts = count_run(config, plan, samples, encoder, wanted, world_size, operations)
     share, told = evaluation_share(config, plan, splits, encoder, counts) if config.eval_steps else (0.0, "")
-    rows = max(1, wanted // memory.row)
     adapter = "adapter" if config.finetuning == "lora" else "trained weights"
     base = "4 bits and bfloat16" if config.quantization == "nf4" else "bfloat16"
     lines = {
         f"frozen weights ({base})": held["frozen"],
         f"{adapter}, gradients, AdamW (float32)": held["trained"],
         "copies to compute with": held["copies"],
-        f"largest pass, {rows} × {memory.row:,} tokens, images included": memory.bytes(wanted),
+        f"pass of {wanted:,} tokens, images and logits included": memory.bytes(wanted),
     }
     table = [f"  {name:<56}{value / 1e9:7.1f} GB" for name, value in lines.items() if value]
     for card in CARDS:
@@ -547,10 +548,11 @@ def forecast(
     seconds = plan.total_questions * counts["operations"] / counts["questions"] / (world_size * tflops * 1e12) / balance
     minutes = seconds / (1 - share) / 60
     prefixes = counts["questions"] / counts["rows"]
+    gpus = f"each of {world_size} GPUs" if world_size > 1 else "one GPU"
     return [
-        f"Forecast for each of {world_size} GPUs, counted from shapes; nothing was measured:",
+        f"Forecast for {gpus}, counted from shapes; nothing was measured:",
         *table,
-        f"  a step: {step / 1e12:,.3g} TFLOP, {counts['tokens'] / counts['steps']:,.0f} tokens laid out, "
+        f"  a step: {step / 1e12:,.1f} TFLOP, {counts['tokens'] / counts['steps']:,.0f} tokens laid out, "
         f"{prefixes:.2f} questions per prefix",
         f"  the run: {minutes:,.0f} min if each GPU reaches {tflops:g} TFLOP/s (a stated rate: --tflops)",
         *([told] if told else []),

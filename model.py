@@ -65,8 +65,6 @@ def load_base(model_name: str, dtype: torch.dtype | str, quantization: str = "no
     # Its report of keys is ours below. (On that level, it would list every layer as not sharded.)
     for name in ("modeling_utils", "distributed.tensor_parallel"):
         transformers_logging.get_logger(f"transformers.{name}").setLevel("ERROR")
-    if quantization == "none":
-        logging.getLogger("bitsandbytes").setLevel("ERROR")  # peft imports it; its missing kernels do not matter here
     without_cudnn()
     try:
         model, report = auto_class(AutoConfig.from_pretrained(model_name)).from_pretrained(
@@ -268,6 +266,8 @@ def add_lora_in_the_product(model: nn.Module) -> None:
 
 def prepare_training(model: nn.Module, config: Config) -> nn.Module:
     """Freeze and unfreeze, attach LoRA, switch on gradient checkpointing. model: with its head, where it has one."""
+    if config.quantization == "none":
+        logging.getLogger("bitsandbytes").setLevel("ERROR")  # peft imports it; its missing kernels do not matter here
     if config.finetuning == "lora":
         groups = trained_groups(config)
         model = attach_lora(model, config.lora, groups or [LANGUAGE], config.seed)

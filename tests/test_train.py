@@ -173,7 +173,7 @@ def test_evaluations_score_the_same_whole_images_and_the_last_one_all(run, capsy
     assert [(row["step"], row["eval_questions"]) for row in rows] == [(4, 5), (8, 15)]
     assert "eval_subset_loss" not in rows[0] and rows[1]["eval_subset_loss"] != rows[1]["eval_loss"]
     (line,) = [line for line in capsys.readouterr().out.splitlines() if line.startswith("Evaluation: ")]
-    assert line.startswith("Evaluation: 1 times 5 of val's questions, and all 15 at the end: ")
+    assert line.startswith("Evaluation: 1 times 5 and all 15 of val's questions at the end: ")
 
 
 def test_a_loss_of_other_questions_is_no_best_of_a_resumed_run(run, monkeypatch, capsys):
