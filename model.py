@@ -234,6 +234,8 @@ def attach_lora(model: nn.Module, lora: Lora, groups: list[str], seed: int) -> n
 
 def wrap_with_lora(model: nn.Module, peft_config) -> nn.Module:
     """The model with a place for an adapter of this `LoraConfig`, in training and inference alike."""
+    if not getattr(model, "is_quantized", False):
+        logging.getLogger("bitsandbytes").setLevel("ERROR")  # peft imports it; its missing kernels do not matter here
     from peft import get_peft_model
 
     with quiet_peft():
@@ -266,8 +268,6 @@ def add_lora_in_the_product(model: nn.Module) -> None:
 
 def prepare_training(model: nn.Module, config: Config) -> nn.Module:
     """Freeze and unfreeze, attach LoRA, switch on gradient checkpointing. model: with its head, where it has one."""
-    if config.quantization == "none":
-        logging.getLogger("bitsandbytes").setLevel("ERROR")  # peft imports it; its missing kernels do not matter here
     if config.finetuning == "lora":
         groups = trained_groups(config)
         model = attach_lora(model, config.lora, groups or [LANGUAGE], config.seed)
