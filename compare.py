@@ -12,7 +12,8 @@ from files import refuse_unusable_folder, write_json, write_text
 from report import page as compare_page
 from report.comparison import compare
 from report.results import check_same_test, read_results
-from report.words import UNITS, console_table, markdown, size_of_test, tables
+from report.words import console_table, markdown, size_of_test, tables
+from tasks import TASKS
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -34,7 +35,7 @@ def main(argv: list[str] | None = None) -> None:
     check_same_test(results)
     report = compare(results)
 
-    unit, most = UNITS[report["task"]][0], arguments.pictures
+    unit, most = TASKS[report["task"]].UNIT, arguments.pictures
     page, images = compare_page.page(
         report, unit, size_of_test(report), tables(report), results, arguments.image_root, most
     )

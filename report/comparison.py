@@ -5,18 +5,13 @@ from itertools import combinations
 import numpy as np
 
 from errors import UserError
-from report.metrics import answer_correct, click_correct, image_key, score_click, score_cls, score_vqa, target_size
+from report.metrics import image_key
 from report.resampling import bootstrap, cluster_numbers, holm, sign_flip_p_value, smallest_p_value
 from report.results import Results
-from report.words import UNITS, notes, sentence
+from report.words import notes, sentence
+from tasks import TASKS
 
 MOST_QUESTIONS = 60  # distinct questions that still make a table; free-form sets have a new question in every sample
-
-CORRECT = {
-    "vqa": answer_correct,
-    "cls": lambda row: row["predicted_label"] == row["true_label"],
-    "click": click_correct,
-}
 
 
 def compare(results: list[Results]) -> dict:
@@ -26,12 +21,13 @@ def compare(results: list[Results]) -> dict:
     by Holm's method over all pairs for the whole test set, and over all pairs and all parts of one kind for the parts
     (stages, questions, target sizes).
     """
-    task, ids = results[0].task, list(results[0].rows)
-    keys = ids if task == "cls" else [_shared_image_key(sample_id, results) for sample_id in ids]
+    ids = list(results[0].rows)
+    task = TASKS[results[0].task]
+    keys = ids if task.CLUSTER == task.UNIT else [_shared_image_key(sample_id, results) for sample_id in ids]
     experiments = [_experiment(result, ids, keys) for result in results]  # first: it refuses rows of the wrong shape
     clusters = cluster_numbers(keys)
     cluster_count = int(clusters.max()) + 1
-    right = np.array([[CORRECT[task](result.rows[i]) for i in ids] for result in results])  # (experiments, samples)
+    right = np.array([[task.correct(result.rows[i]) for i in ids] for result in results])  # (experiments, samples)
     parts = _parts(task, [results[0].rows[i] for i in ids])
     asked = np.array([np.bincount(clusters[part], minlength=cluster_count) for _, _, part in parts])
     # how many of each image's questions each experiment answered right: (experiments, parts, clusters)
@@ -86,16 +82,16 @@ def compare(results: list[Results]) -> dict:
             pair["p_holm"], pair["family_size"] = adjusted, len(family)
     accuracy = {result.name: float(value) for result, value in zip(results, values[:, 0], strict=False)}
     for pair in measured[0]["pairs"]:
-        pair["sentence"] = sentence(pair, accuracy, *UNITS[task])
+        pair["sentence"] = sentence(pair, accuracy, task.UNIT, task.CLUSTER)
     return {
-        "task": task,
+        "task": results[0].task,
         "samples": len(ids),
         "clusters": cluster_count,
         "experiments": experiments,
         "majority_baselines": _majority_baselines(results),
         "pairs": measured[0]["pairs"],
         "parts": measured[1:],
-        "notes": notes(task),
+        "notes": notes(results[0].task),
     }
 
 
@@ -105,22 +101,22 @@ def _shared_image_key(sample_id: str, results: list[Results]):
     return next((key for key in keys if key != results[0].rows[sample_id]["id"]), sample_id)
 
 
-def _parts(task: str, rows: list[dict]) -> list[tuple[str, str, np.ndarray]]:
-    """(kind, name, members (samples,) bool) of the whole test set, then of its stages, questions or target sizes."""
-    labels = {"vqa": {"stage": "stage", "question": "question"}, "click": {"size": None}}.get(task, {})
-    parts = [("all", "all", np.ones(len(rows), dtype=bool))]
-    for kind, key in labels.items():
-        of_row = np.array([row.get(key) if key else target_size(row) for row in rows], dtype=object)
+def _parts(task, rows: list[dict]) -> list[tuple[str, str, np.ndarray]]:
+    """(kind, name, members (samples,) bool) of the whole test set, then of its parts, such as stages and questions."""
+    found = [("all", "all", np.ones(len(rows), dtype=bool))]
+    parts_of = [task.parts(row) for row in rows]
+    for kind in parts_of[0]:
+        of_row = np.array([parts[kind] for parts in parts_of], dtype=object)
         names = sorted({name for name in of_row if name is not None}, key=str)
         if 1 < len(names) <= MOST_QUESTIONS:
-            parts += [(kind, str(name), of_row == name) for name in names]
-    return parts
+            found += [(kind, str(name), of_row == name) for name in names]
+    return found
 
 
 def _experiment(result: Results, ids: list[str], keys: list) -> dict:
     rows = [{**result.rows[i], "group": key} for i, key in zip(ids, keys, strict=True)]
     try:
-        scores = {"vqa": lambda r: score_vqa(r, {}), "cls": score_cls, "click": score_click}[result.task](rows)
+        scores = TASKS[result.task].compared_scores(rows)
     except (ArithmeticError, LookupError, TypeError, ValueError) as error:
         raise UserError(
             f"{result.folder}: rows that cannot be scored ({type(error).__name__}: {error}); run evaluate.py again"

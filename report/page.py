@@ -11,7 +11,7 @@ from pathlib import Path
 
 from errors import UserError
 from images import image_path, open_image
-from report.metrics import answer_correct, answer_items, click_correct, click_distance
+from tasks import TASKS
 from templates import image_paths
 
 TEMPLATE = Path(__file__).with_name("page.html")
@@ -29,14 +29,14 @@ def page(
     results: `results.Results` of one test set.
     image_root: folder of the images, over what the results say. most_images: more are left out, and counted.
     """
-    cards = _disagreements(report["task"], results)
+    cards = _disagreements(TASKS[report["task"]], results)
     shown = _choose(cards, most_images)
     root = image_root or next((Path(result.image_root) for result in results if result.image_root), Path("."))
     unreadable: list[str] = []
     html_cards = [_card(card, results, root, unreadable) for card in shown]
 
     items = sum(len(card["items"]) for card in shown)
-    noun = "images" if report["task"] == "vqa" else f"{unit}s"
+    noun = "images" if _card_per_image(TASKS[report["task"]]) else f"{unit}s"
     if not cards:
         summary = "The experiments gave the same answers everywhere: there is nothing to show."
     else:
@@ -69,54 +69,38 @@ def page(
 # --- which images ---------------------------------------------------------------------------------------------------
 
 
-def _disagreements(task: str, results: list) -> list[dict]:
+def _disagreements(task, results: list) -> list[dict]:
     """One card per image (per sample for cls and click) on which experiments that see the image disagree."""
     voters = [n for n, result in enumerate(results) if not result.without_images]
     voters = voters if len(voters) > 1 else list(range(len(results)))
     cards: dict = {}
     for sample_id in results[0].rows:
         rows = [result.rows[sample_id] for result in results]
-        if len({_verdict(task, rows[n]) for n in voters}) > 1:
+        if len({task.verdict(rows[n]) for n in voters}) > 1:
             images = next(filter(None, map(image_paths, rows)), [])
-            key = tuple(images) if task == "vqa" and images else sample_id
+            key = tuple(images) if _card_per_image(task) and images else sample_id
             card = cards.setdefault(key, {"images": images, "items": []})
             card["items"].append(_item(task, rows))
     return list(cards.values())
 
 
-def _verdict(task: str, row: dict):
-    """What experiments can disagree on: the answer, the label, or (points are never equal) whether the click hit."""
-    return {
-        "vqa": lambda r: answer_items(r["prediction"]),
-        "cls": lambda r: r["predicted_label"],
-        "click": click_correct,
-    }[task](row)
+def _card_per_image(task) -> bool:
+    """Whether an image's questions stand on one card; each click has an image of its own to be marked on."""
+    return task.UNIT != task.CLUSTER and not task.POINTS
 
 
-def _item(task: str, rows: list[dict]) -> dict:
+def _item(task, rows: list[dict]) -> dict:
     row = rows[0]
-    if task == "vqa":
-        texts, gold = [r["prediction"] for r in rows], row["answer"]
-        asked, rights = row["question"], [answer_correct(r) for r in rows]
-    elif task == "cls":
-        texts = [f"label {r['predicted_label']} (p {r['probabilities'][r['predicted_label']]:.2f})" for r in rows]
-        asked, gold = row.get("title") or row.get("text") or row["id"], f"label {row['true_label']}"
-        rights = [r["predicted_label"] == r["true_label"] for r in rows]
-    else:
-        distances = [click_distance(r) for r in rows]
-        texts = ["no point in the answer" if d is None else f"{d:.0f} px off" for d in distances]
-        asked, gold = row.get("instruction") or row["id"], f"({row['point'][0]:.0f}, {row['point'][1]:.0f})"
-        rights = [click_correct(r) for r in rows]
-    stage = row.get("stage")
+    (asked, gold), stage = task.asked_and_gold(row), row.get("stage")
     item = {
         "id": str(row["id"]),
         "stage": "" if stage is None else str(stage),
         "asked": str(asked)[:TEXT_SHOWN] + "…" * (len(str(asked)) > TEXT_SHOWN),
         "gold": str(gold),
-        "texts": [str(text) for text in texts],
-        "rights": rights,
+        "texts": [str(task.said(row)) for row in rows],
+        "rights": [task.correct(row) for row in rows],
     }
-    if task == "click":
+    if task.POINTS:
         item["points"] = [row["point"], *(r["predicted_point"] for r in rows)]
         item["size"] = row["image_size"]
     return item

@@ -10,21 +10,11 @@ import numpy as np
 
 from errors import UserError
 from files import read_json, read_json_lines
+from tasks import TASKS
 from templates import image_paths
 
 PREDICTIONS, SCORES = "generated_predictions.jsonl", "predict_results.json"
 AGAIN = "run evaluate.py again"
-
-REQUIRED_KEYS = {
-    "vqa": ("id", "question", "answer", "prediction"),
-    "cls": ("id", "probabilities", "predicted_label", "true_label"),
-    "click": ("id", "point", "predicted_point", "image_size"),
-}
-TEST_KEYS = {  # what makes two samples of one id the same test
-    "vqa": ("question", "answer"),
-    "cls": ("true_label",),  # one paper may be text here and pages there
-    "click": ("instruction", "point", "bbox"),
-}
 
 
 @dataclass
@@ -106,10 +96,12 @@ def _read_folder(folder: Path) -> tuple[dict[str, dict], dict]:
 
 
 def _task_of(row: dict, folder: str) -> str:
-    task = "cls" if "predicted_label" in row else "click" if "predicted_point" in row else "vqa"
-    if missing := [key for key in REQUIRED_KEYS[task] if key not in row]:
-        raise UserError(f"{folder}: sample {row['id']!r} lacks {', '.join(missing)}; {AGAIN}")
-    return task
+    """The task whose keys the row has most of."""
+    lacking = {name: [key for key in task.ROW_KEYS if key not in row] for name, task in TASKS.items()}
+    name = min(lacking, key=lambda name: len(lacking[name]) / len(TASKS[name].ROW_KEYS))
+    if lacking[name]:
+        raise UserError(f"{folder}: sample {row['id']!r} lacks {', '.join(lacking[name])}; {AGAIN}")
+    return name
 
 
 def _joined_mean(scores: list[dict], key: str) -> float | None:
@@ -140,7 +132,7 @@ def check_same_test(results: list[Results]) -> None:
             sides = ((only_first, first.name), (only_other, other.name))
             found = ", ".join(f"{_some(ids)} only in {name}" for ids, name in sides if ids)
             raise UserError(f"{first.name} and {other.name} answer different test sets: {found}; evaluate on one split")
-        for key in TEST_KEYS[first.task]:
+        for key in TASKS[first.task].TEST_KEYS:
             differing = [i for i, row in first.rows.items() if row.get(key) != other.rows[i].get(key)]
             if differing:
                 raise UserError(

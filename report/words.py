@@ -1,9 +1,9 @@
 """A comparison in words and tables: what compare.py prints and writes as Markdown."""
 
 from report.resampling import LEVEL, RESAMPLES, SEED
+from tasks import TASKS
 
 ALPHA = 0.05
-UNITS = {"vqa": ("question", "image"), "cls": ("sample", "sample"), "click": ("click", "image")}  # scored, resampled
 HEADINGS = {  # score -> heading; those with % are shown in percent
     "predict_accuracy": "accuracy %",
     "predict_accuracy_macro": "mean over questions %",
@@ -55,16 +55,16 @@ def sentence(pair: dict, accuracy: dict[str, float], unit: str, cluster: str) ->
 
 def notes(task: str) -> list[str]:
     """How the numbers of a report came about, and what they do not speak of."""
-    unit, cluster = UNITS[task]
-    together = f", because the {unit}s of one {cluster} are not independent" if task != "cls" else ""
+    unit, cluster = TASKS[task].UNIT, TASKS[task].CLUSTER
+    together = f", because the {unit}s of one {cluster} are not independent" if unit != cluster else ""
     resampled = f"percentile bootstrap over {cluster}s, {RESAMPLES} resamples, seed {SEED}"
     lines = [
         f"Intervals: {100 * LEVEL:.0f} % {resampled}{together}.",
         f"p: exact two-sided sign-flip permutation test over {cluster}s; p (Holm): adjusted for every pair compared"
-        + (", in a table of parts for every pair in every part." if task != "cls" else "."),
+        + (", in a table of parts for every pair in every part." if unit != cluster else "."),
         "All of it speaks of these trained models on this test set: another training seed may move a score as well.",
     ]
-    if task == "cls":
+    if TASKS[task].HAS_HEAD:
         lines.append("Resampling adds noise to every bin, so the calibration error's interval lies high.")
     return lines
 
@@ -136,7 +136,7 @@ def console_table(header: list[str], rows: list[list[str]]) -> str:
 
 def size_of_test(report: dict) -> str:
     """ "9000 questions on 975 images." """
-    unit, cluster = UNITS[report["task"]]
+    unit, cluster = TASKS[report["task"]].UNIT, TASKS[report["task"]].CLUSTER
     return f"{report['samples']} {unit}s" + (f" on {report['clusters']} {cluster}s." if unit != cluster else ".")
 
 

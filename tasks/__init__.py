@@ -15,6 +15,10 @@ A fourth task is one more module here, a line in `TASKS`, and its name in `confi
     selection_score(values) -> what chooses the best of several evaluations on val: the greater list
     record(family, config) -> the content of RECORD_FILE; weights are never read under another one
     draw(rows, config, folder), which writes images beside the scores
+    UNIT, CLUSTER    what is scored, and what is resampled as a whole (image, or the unit itself)
+    ROW_KEYS         what a row of predictions must have; TEST_KEYS: what makes two rows of one id the same test
+    correct(row), compared_scores(rows), parts(row) -> {kind: name of the part that the row belongs to}, for compare.py
+    verdict(row), what experiments can disagree on; asked_and_gold(row), said(row), the texts of compare.py's page
     sample_to_predict(images, prompt, candidates, config) -> a sample for predict.py
     describe(row) -> the lines that predict.py prints
 

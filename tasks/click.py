@@ -22,7 +22,12 @@ HAS_HEAD = False
 POINTS = True
 BEST_IS_RESULT = False
 RECORD_FILE = "coordinates.json"
+UNIT, CLUSTER = "click", "image"
+ROW_KEYS = ("id", "point", "predicted_point", "image_size")
+TEST_KEYS = ("instruction", "point", "bbox")
 
+correct = verdict = metrics.click_correct  # points are never equal
+compared_scores = metrics.score_click
 selection_score = vqa.selection_score
 # Thousandths, as in the makers' grounding examples. (Their phone agent's system prompt calls the screen 999×999 and
 # divides by 999; the two differ by at most a thousandth of the side.)
@@ -48,12 +53,25 @@ def row(sample: dict, encoder, output: tuple[str, bool]) -> dict:
     messages = to_messages(as_question(sample, placement, encoder.family), encoder.config.template)
     line = vqa.answered(sample, messages, output)
     line |= predicted(line["prediction"], placement, encoder.family)
-    line["correct"] = metrics.click_correct({**sample, **line})
+    line["correct"] = correct({**sample, **line})
     return vqa.with_other_keys(line, sample)
 
 
 def score(rows: list[dict], config: Config) -> dict:
     return metrics.score_click(rows)
+
+
+def parts(row: dict) -> dict:
+    return {"size": metrics.target_size(row)}
+
+
+def asked_and_gold(row: dict) -> tuple[str, str]:
+    return row.get("instruction") or row["id"], f"({row['point'][0]:.0f}, {row['point'][1]:.0f})"
+
+
+def said(row: dict) -> str:
+    distance = metrics.click_distance(row)
+    return "no point in the answer" if distance is None else f"{distance:.0f} px off"
 
 
 def record(family: Family, config: Config) -> dict:

@@ -7,7 +7,6 @@ from config import Config
 from errors import UserError
 from images import Placement
 from report import metrics
-from report.results import read_log
 from tasks.vqa import with_other_keys
 from templates import image_paths, with_images
 
@@ -20,6 +19,11 @@ HAS_HEAD = True
 POINTS = False
 BEST_IS_RESULT = True
 RECORD_FILE = None
+UNIT, CLUSTER = "sample", "sample"
+ROW_KEYS = ("id", "probabilities", "predicted_label", "true_label")
+TEST_KEYS = ("true_label",)  # one paper may be text here and pages there
+
+compared_scores = metrics.score_cls
 
 
 def prompt(sample: dict, encoder, images: int, placement: Placement | None = None) -> tuple[list[dict], int]:
@@ -78,6 +82,26 @@ def score(rows: list[dict], config: Config) -> dict:
     return metrics.score_cls(rows) | {"cut_texts": sum(row["cut_tokens"] > 0 for row in rows)}
 
 
+def correct(row: dict) -> bool:
+    return row["predicted_label"] == row["true_label"]
+
+
+def parts(row: dict) -> dict:
+    return {}
+
+
+def verdict(row: dict) -> int:
+    return row["predicted_label"]
+
+
+def asked_and_gold(row: dict) -> tuple[str, str]:
+    return row.get("title") or row.get("text") or row["id"], f"label {row['true_label']}"
+
+
+def said(row: dict) -> str:
+    return f"label {row['predicted_label']} (p {row['probabilities'][row['predicted_label']]:.2f})"
+
+
 def selection_score(values: dict[str, float]) -> list[float]:
     return [values["eval_accuracy"], -values["eval_loss"]]
 
@@ -89,6 +113,7 @@ def record(family, config: Config) -> dict:
 def draw(rows: list[dict], config: Config, folder: Path) -> None:
     """The reliability diagram of the predictions, and the run's curves where its log is at hand."""
     from report import plots
+    from report.results import read_log
 
     probabilities, labels = [row["probabilities"] for row in rows], [row["true_label"] for row in rows]
     plots.reliability_diagram(probabilities, labels, folder / "reliability.png")

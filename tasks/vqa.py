@@ -14,6 +14,11 @@ HAS_HEAD = False
 POINTS = False
 BEST_IS_RESULT = False
 RECORD_FILE = None
+UNIT, CLUSTER = "question", "image"
+ROW_KEYS = ("id", "question", "answer", "prediction")
+TEST_KEYS = ("question", "answer")
+
+correct = metrics.answer_correct
 
 
 def prompt(sample: dict, encoder, images: int, placement: Placement | None = None) -> tuple[list[dict], None]:
@@ -29,7 +34,7 @@ def row(sample: dict, encoder, output: tuple[str, bool]) -> dict:
     line = answered(sample, messages, output)
     if in_view := sum(message["role"] == "assistant" for message in messages[:-1]):
         line["gold_answers_in_view"] = in_view
-    line["correct"] = metrics.answer_correct(line)
+    line["correct"] = correct(line)
     line["outside_candidates"] = metrics.answer_outside_candidates({**sample, **line})
     return with_other_keys(line, sample)
 
@@ -67,6 +72,26 @@ def score(rows: list[dict], config: Config) -> dict:
     scores = metrics.score_vqa(rows, majority_answers_for({row["question"] for row in rows}, config))
     last_turns = sum("gold_answers_in_view" in row for row in rows)
     return scores | ({"last_turns": last_turns} if last_turns else {})
+
+
+def compared_scores(rows: list[dict]) -> dict:
+    return metrics.score_vqa(rows, {})
+
+
+def parts(row: dict) -> dict:
+    return {"stage": row.get("stage"), "question": row.get("question")}
+
+
+def verdict(row: dict) -> frozenset[str]:
+    return metrics.answer_items(row["prediction"])
+
+
+def asked_and_gold(row: dict) -> tuple[str, str]:
+    return row["question"], row["answer"]
+
+
+def said(row: dict) -> str:
+    return row["prediction"]
 
 
 def selection_score(values: dict[str, float]) -> list[float]:
