@@ -295,8 +295,8 @@ def _operations_of(items: Sequence[Item], part: Sequence[Row], operations: Opera
 
 # Tokens of a pass, with padding, where the config names none. By count, an H100 needs as long for 1,000 tokens of an 8B
 # as the host needs to launch a pass's 10,000 kernels; with four times as many, launch overhead overlaps with compute,
-# and twice that would gain 3 % at most. A CPU gains nothing from more.
-FULL_PASS = {"cuda": 4096, "cpu": 1024}
+# and twice that would gain 3 % at most. A CPU needs no more than 1,000, but that cuts images' questions apart.
+FULL_PASS = 4096
 TRIED_ON = ("cuda",)  # a CPU has no memory that a pass could exhaust before the machine itself
 USABLE = 0.92  # of the memory; the rest goes to the kernels' workspaces and to the gaps the allocator leaves
 CARDS = (48, 80)  # GB
@@ -330,7 +330,7 @@ def pass_budget(
 def _that_fit(samples: SampleList, longest: int, encoder: SampleEncoder, ranks: Ranks) -> int:
     """Tokens of a pass on this rank's device, on which the weights are already."""
     if ranks.device.type != "cuda":
-        return FULL_PASS[ranks.device.type]
+        return FULL_PASS
     config, dtype = encoder.config, torch.bfloat16
     loss = meta_loss(config, encoder.family, dtype)
     held = held_bytes(loss, config, ranks.world_size, dtype)
@@ -344,7 +344,7 @@ class PassMemory:
 
     def __init__(self, loss: torch.nn.Module, sample: dict, encoder: SampleEncoder):
         """loss: of `meta_loss`."""
-        self.full = max(FULL_PASS["cuda"], encoder.config.pass_tokens or 0)
+        self.full = max(FULL_PASS, encoder.config.pass_tokens or 0)
         *many, one = largest_passes(sample, encoder, self.full)
         self.row = one["input_ids"].numel()
         self.first = pass_bytes(loss, one)
@@ -506,7 +506,7 @@ def evaluation_line(
     """For the head of the log."""
     if not config.eval_steps:
         return []
-    counts = count_run(config, plan, splits["train"], encoder, FULL_PASS["cuda"], 1)
+    counts = count_run(config, plan, splits["train"], encoder, FULL_PASS, 1)
     return [evaluation_share(config, plan, splits, encoder, counts)[1]]
 
 

@@ -83,7 +83,7 @@ class Counted:
             paths = functools.cache(encoder.size_only)
             self._items[key] = [encoder.encode(s, [paths(path) for path in encoder.images_of(s)]) for s in samples]
         items, plan, counts = self._items[key], make_plan(loaded, samples, encoder, world_size), Counter()
-        pass_tokens = loaded.pass_tokens or FULL_PASS["cuda"]
+        pass_tokens = loaded.pass_tokens or FULL_PASS
         for step in range(plan.steps_per_epoch):
             rows = plan.questions(step)
             counts.update(count_step([items[row] for row in rows], loaded.share_prefix, pass_tokens, world_size))

@@ -51,7 +51,7 @@ def worker(rank: int, folder: Path, args: argparse.Namespace) -> None:
     loss, trainable = AnswerLoss(model, setting.family), trainable_parameters(model)
     optimizer = torch.optim.AdamW(optimizer_groups(model, setting.config))
     plan = BatchPlan(len(setting.samples), setting.questions, 1, "sequential", 0)
-    dataset = StepDataset(setting.samples, setting.encoder, True, plan, FULL_PASS[device.type], 0, 1)
+    dataset = StepDataset(setting.samples, setting.encoder, True, plan, FULL_PASS, 0, 1)
 
     def step(micro_batches, ranks: Ranks) -> float:
         began = time.perf_counter()

@@ -90,7 +90,7 @@ class Ours:
         self.loss = (FullWork if variant == "B" else AnswerLoss)(model, workload.family)
         self.optimizer = torch.optim.AdamW(optimizer_groups(model, workload.config))
         longest = max(len(item.input_ids) for item in workload.items)
-        self.pass_tokens = FULL_PASS[device.type] if self.share else micro_batch * longest
+        self.pass_tokens = FULL_PASS if self.share else micro_batch * longest
         config = workload.config
         if variant == "L":
             config = replace(config, train_bs=workload.questions, grad_accum=1)
@@ -160,7 +160,7 @@ def compile_elementwise(model) -> None:
 def final_loss(model, workload: Workload, device: torch.device) -> float:
     """Mean loss over the answers of the first step after training, by the same code for all variants."""
     plan = make_plan(workload.config, workload.samples, workload.encoder, 1)
-    dataset = StepDataset(workload.samples, workload.encoder, True, plan, FULL_PASS[device.type], 0, 1)
+    dataset = StepDataset(workload.samples, workload.encoder, True, plan, FULL_PASS, 0, 1)
     loss, nll, tokens = AnswerLoss(model, workload.family), 0.0, 0
     with torch.no_grad():
         for batch in dataset[0]["micro_batches"]:
