@@ -316,7 +316,8 @@ def pass_budget(
     all_gather; the least of their budgets counts."""
     names = sorted(set(ranks.gather([device_name(ranks.device)])))  # nodes may differ, and all must decide alike
     name = " and ".join(names)
-    if state.pass_tokens and state.device == name and config.pass_tokens in (None, state.pass_tokens):
+    as_before = config.pass_tokens in (None, state.pass_tokens, state.config.get("pass_tokens"))  # it may be halved
+    if state.pass_tokens and state.device == name and as_before:
         return state.pass_tokens, []
     tokens = config.pass_tokens or min(ranks.gather([_that_fit(samples, longest, encoder, ranks)]))
     if not state.pass_tokens or tokens == state.pass_tokens:

@@ -9,6 +9,9 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ["TOKENIZERS_PARALLELISM"] = "false"  # otherwise the tokenizer warns in every forked loader worker
 os.environ["HF_HUB_OFFLINE"] = "1"
 
+if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:  # a shell's background job; tests press Ctrl-C
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+
 import pytest
 
 REPO_ROOT = Path(__file__).resolve().parent.parent

@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import shutil
 import signal
 import subprocess
 import time
@@ -385,6 +386,11 @@ def test_a_budget_that_does_not_fit_is_halved_before_the_first_step_and_kept_on_
     monkeypatch.setattr(forecast, "TRIED_ON", ("cuda",))
     untouched = run("untouched", pass_tokens=250)
     assert weights(whole) == weights(untouched), "trying passes out leaves no trace"
+    first = run_folder.checkpoints(whole)[0]  # made under the halved budget
+    shutil.copytree(first, whole.with_name("stopped") / first.name)
+    capsys.readouterr()
+    assert weights(run("stopped", pass_tokens=1000)) == weights(whole), "a resumed run keeps the halved budget"
+    assert "Resuming from" in capsys.readouterr().out
 
 
 def test_the_rank_with_the_least_memory_decides_on_the_budget_of_a_pass(monkeypatch):

@@ -83,7 +83,7 @@ def test_a_rank_alone_needs_no_process_group():
 # ------------------------------------------------------------------------------------------------- the training step
 
 
-@pytest.mark.parametrize("name", ["eight", "eight_by_ones", "uneven", "one_question"])
+@pytest.mark.parametrize("name", ["eight", "eight_by_ones", "uneven", "one_question", "crowded"])
 def test_loss_and_gradients_do_not_depend_on_how_a_step_is_cut_into_ranks_and_passes(two_ranks, run, name):
     """float64: one rank with all questions at once, one rank with many passes, and two ranks."""
     samples, pass_tokens = steps_to_compare()[name]

@@ -167,7 +167,8 @@ def loss_and_gradients(loss, batch: dict):
 
 
 def steps_to_compare() -> dict[str, tuple[list[dict], int]]:
-    """name -> (the questions of one step, pass_tokens): few and many passes, and a rank without a question."""
+    """name -> (the questions of one step, pass_tokens): few and many passes, a rank without a question, and one image
+    with 300 questions beside others with one, none and several."""
     samples = vqa_samples(3, 4)
     mixed = [samples[i] for i in (0, 4, 1, 8, 2, 5, 9, 3)]
     return {
@@ -175,6 +176,7 @@ def steps_to_compare() -> dict[str, tuple[list[dict], int]]:
         "eight_by_ones": (mixed, 1),
         "uneven": (mixed[:5], 100),
         "one_question": (mixed[:1], 1000),
+        "crowded": ([*vqa_samples(1, 300), *mixed_samples()], 2000),
     }
 
 
