@@ -19,7 +19,7 @@ from config import Config
 from dataset import BatchPlan, SampleEncoder
 from errors import UserError, first_names
 from family import Family, load_family
-from forecast import forecast, meta_loss
+from forecast import STEPS_LOOKED_AT, forecast, meta_loss
 from images import image_path, open_image, refuse_outside, unpatchify
 from model import load_tokenizer, parameter_table
 from report.metrics import answer_outside_candidates
@@ -37,7 +37,6 @@ FILES_AT_ONCE = 10_000
 BYTES_PER_TOKEN = 4  # of a usual text, to tell which sample is the longest
 # The keys of a config that decide whether a sample can be used, beside image_root.
 SURVEYED_SETTINGS = "task template image image_size resize max_pixels max_tokens num_labels".split()
-STEPS_LOOKED_AT = 20  # by `prefix_sharing`
 
 
 def open_encoder(config: Config, source: str, trained_in=None) -> SampleEncoder:
