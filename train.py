@@ -466,7 +466,8 @@ def finish(run: Run, stopped: bool) -> None:
     config, state, log, ranks = run.config, run.state, run.log, run.ranks
     if stopped:
         if ranks.is_first:
-            write_json(run.output / checkpoint.MARKER, {"step": state.step, "signal": run.stop.name})
+            name = run.stop.name if run.stop.requested else "that of another rank"
+            write_json(run.output / checkpoint.MARKER, {"step": state.step, "signal": name})
         log.say(f"Stopped at step {state.step}/{run.plan.total_steps} on request; the same command goes on from here")
     else:
         if run.encoder.task.BEST_IS_RESULT and state.best_step not in (None, state.step):

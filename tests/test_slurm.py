@@ -55,7 +55,8 @@ def repo(tmp_path, monkeypatch):
 def real_repo(tmp_path, monkeypatch):
     """A copy of the repo's scripts, job files and configs, to submit from."""
     copy_repo(tmp_path, monkeypatch, [path.name for path in REPO_ROOT.glob("*.py")])
-    shutil.copytree(REPO_ROOT / "configs", tmp_path / "configs")
+    for name in ("configs", "prepare", "report", "tasks", "toy"):
+        shutil.copytree(REPO_ROOT / name, tmp_path / name, ignore=shutil.ignore_patterns("__pycache__"))
     return tmp_path
 
 
