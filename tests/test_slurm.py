@@ -38,8 +38,8 @@ def slurm(cluster):
 
 @pytest.fixture
 def repo(tmp_path, monkeypatch):
-    """A scratch repo with the shipped job files and config.py, a small config for each of them, and the stand-in."""
-    copy_repo(tmp_path, monkeypatch, ["config.py"])
+    """A scratch repo: the job files, config.py and what it imports, a small config for each job, and the stand-in."""
+    copy_repo(tmp_path, monkeypatch, ["config.py", "errors.py"])
     for script in ("train.py", "evaluate.py"):
         shutil.copy(Path(__file__).parent / "support" / "stand_in_train.py", tmp_path / script)
     (tmp_path / "configs").mkdir()
