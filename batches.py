@@ -226,7 +226,7 @@ def collate(
 
 
 def last_tokens(segments: torch.Tensor) -> torch.Tensor:
-    """(B, T) segments → bool (B, T), True at each question's last token; row by row, they come in the slots' order."""
+    """(B, T) segments -> bool (B, T), True at each question's last token; row by row, they come in the slots' order."""
     is_last = torch.zeros_like(segments, dtype=torch.bool)
     is_last[:, :-1] = (segments[:, :-1] > 0) & (segments[:, 1:] != segments[:, :-1])
     is_last[:, -1] = segments[:, -1] > 0

@@ -102,11 +102,13 @@ def read_state(folder: Path) -> TrainerState:
 
 
 def has_lost_best(state: TrainerState, resumed_from: str, output_dir: Path) -> bool:
-    """Whether a resumed run's best checkpoint is not its own: another folder's, or gone."""
+    """Whether a resumed run's best checkpoint is not its own: another folder's, or gone. resumed_from: read already."""
     if state.best_step is None:
         return False
     elsewhere = Path(resumed_from).resolve().parent != output_dir.resolve()
-    return elsewhere or whats_wrong(output_dir / f"checkpoint-{state.best_step}", content=True) is not None
+    if elsewhere or state.best_step == state.step:
+        return elsewhere
+    return whats_wrong(output_dir / f"checkpoint-{state.best_step}", content=True) is not None
 
 
 def check_base(folder: Path, model_name: str) -> str | None:

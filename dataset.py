@@ -246,7 +246,7 @@ class EvalDataset(_Batches):
 
 
 def load(dataset: Dataset, indices: Sequence[int], workers: int, device: torch.device) -> Iterator[dict]:
-    """Items of a dataset in order, prepared ahead by `workers` processes. Errors: `UserError` from a worker, in one
+    """Items of a dataset in order, prepared ahead by `workers` processes. Raises: `UserError` from a worker, in one
     line. (Raised inside the worker it would arrive wrapped in a traceback.)"""
     loader = DataLoader(
         dataset,

@@ -1,4 +1,4 @@
-"""A split → its loss and its answers, shared out over all ranks. Used while training and by `evaluate.py`.
+"""A split -> its loss and its answers, shared out over all ranks. Used while training and by `evaluate.py`.
 
 Greedy answers: an image is read once, and all its questions are answered from that cache. Questions of one image stand
 in one row behind their shared prefix (see `batches.collate`). Each decoding step feeds one token per question; the mask

@@ -72,6 +72,7 @@ def load_base(model_name: str, dtype: torch.dtype | str, quantization: str = "no
             dtype=dtype,
             attn_implementation="sdpa",
             output_loading_info=True,
+            use_safetensors=True,
             quantization_config=_nf4() if quantization == "nf4" else None,
         )
     except (OSError, ValueError, RuntimeError, SafetensorError) as error:

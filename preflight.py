@@ -19,6 +19,7 @@ from config import Config
 from dataset import BatchPlan, SampleEncoder
 from errors import UserError, first_names
 from family import Family, load_family
+from files import refuse_unusable_folder, write_text
 from forecast import STEPS_LOOKED_AT, forecast, meta_loss
 from images import image_path, open_image, refuse_outside, unpatchify
 from model import load_tokenizer, parameter_table
@@ -53,7 +54,7 @@ def open_encoder(config: Config, source: str, trained_in=None) -> SampleEncoder:
 
 
 def check_samples(samples: SampleList, encoder: SampleEncoder) -> None:
-    """Errors: `UserError` with the number of bad samples and the first ten."""
+    """Raises: `UserError` with the number of bad samples and the first ten."""
     report_problems(sample_problems(samples, encoder), SHOWN)
 
 
@@ -202,7 +203,7 @@ def check_input_hashes(folder: Path, recorded: Mapping[str, str], found: Mapping
 
 
 def report_problems(problems: list[str], shown: int) -> None:
-    """Errors: `UserError` that counts them and lists the first ones."""
+    """Raises: `UserError` that counts them and lists the first ones."""
     if problems:
         more = f"\n  ... and {len(problems) - shown} more" if len(problems) > shown else ""
         listed = problems[0] if len(problems) == 1 else "\n  " + "\n  ".join(problems[:shown])
@@ -215,6 +216,7 @@ def full_check(
 ) -> None:
     """`--check`: decode every image, look for leaks between splits, show a sample, count parameters and steps, and say
     what the run will need. tflops: see `forecast.forecast`."""
+    refuse_unusable_folder(Path(config.output_dir), "output_dir")
     problems = []
     for name, samples in splits.items():
         print(f"{name}: {len(samples):,} samples in {samples.source}", flush=True)
@@ -235,7 +237,7 @@ def full_check(
 
 
 def refuse_leakage(config: Config, splits: Mapping[str, SampleList]) -> dict[str, SampleList]:
-    """Errors: `UserError` where an image file, or a document, stands in two splits. Returns the splits that were
+    """Raises: `UserError` where an image file, or a document, stands in two splits. Returns the splits that were
     compared: a file given for two splits on purpose, to see a model memorise, is not compared with itself."""
     import leakage
 
@@ -254,7 +256,7 @@ def refuse_leakage(config: Config, splits: Mapping[str, SampleList]) -> dict[str
 
 
 def refuse_same_texts(splits: Mapping[str, SampleList]) -> None:
-    """Errors: `UserError` where two splits hold a document of the same words."""
+    """Raises: `UserError` where two splits hold a document of the same words."""
     first: dict[str, tuple[str, str]] = {}
     found = []
     for split, samples in splits.items():
@@ -283,7 +285,7 @@ def check_leakage(config: Config, splits: Mapping[str, SampleList]) -> None:
     if pairs:
         page = Path(config.output_dir) / "near_identical.html"
         page.parent.mkdir(parents=True, exist_ok=True)
-        page.write_text(leakage.side_by_side(pairs, config.data.image_root), encoding="utf-8")
+        write_text(page, leakage.side_by_side(pairs, config.data.image_root))
         print(f"Look at them side by side in {page}", flush=True)
 
 
@@ -354,7 +356,7 @@ def count_parameters(config: Config) -> list[str]:
 
 
 def make_plan(config: Config, samples: SampleList, encoder: SampleEncoder, world_size: int) -> BatchPlan:
-    """Errors: `UserError` where the ranks could not train these samples together."""
+    """Raises: `UserError` where the ranks could not train these samples together."""
     if config.parallel == "fsdp" and encoder.image_shown and world_size > 1:
         shown = samples.image_keys < 0
         if shown.any() and not shown.all():

@@ -132,12 +132,12 @@ def check_same_mathematics(
     """Raises: `UserError` naming the keys in which a resumed run would not be the same experiment."""
     old, new = _flatten(state.config), _flatten(to_dict(config))
     changed = [
-        f"{key}: {old.get(key)!r} → {new.get(key)!r}"
+        f"{key}: {old.get(key)!r} -> {new.get(key)!r}"
         for key in sorted(old.keys() | new.keys())
         if old.get(key) != new.get(key) and key.split(".")[0] not in FREE_ON_RESUME
     ]
     if state.global_batch != global_batch:
-        changed.append(f"train_bs × grad_accum × GPUs: {state.global_batch} → {global_batch}")
+        changed.append(f"train_bs × grad_accum × GPUs: {state.global_batch} -> {global_batch}")
     if state.train_data != train_data:
         changed.append(f"the samples in data.train ({config.data.train}) or max_samples")
     if changed:

@@ -151,7 +151,7 @@ def _digest(value) -> str:
 
 def read_samples(path, max_samples: int | None = None) -> Iterator[dict]:
     """The samples of a file, one at a time: of a JSON list, or one object a line in a .jsonl file. A sample without an
-    id gets its row number. Errors: `UserError` naming file and row."""
+    id gets its row number. Raises: `UserError` naming file and row."""
     path, row = Path(path), 0
     if path.suffix == ".jsonl":
         values = (sample for _, sample in read_json_lines(path, CURE, nan_allowed=True))
@@ -169,7 +169,7 @@ def read_samples(path, max_samples: int | None = None) -> Iterator[dict]:
 
 
 def load_samples(path, max_samples: int | None = None) -> SampleList:
-    """The samples of a file, in memory. Errors: as `read_samples`."""
+    """The samples of a file, in memory. Raises: as `read_samples`."""
     return SampleList(read_samples(path, max_samples), str(path))
 
 
@@ -237,7 +237,7 @@ def _index(folder: Path) -> dict | None:
 
 
 def _build(folders: list[Path], samples: Callable[[], Iterable[dict]], path: Path, stamp: list[int]) -> Path:
-    """The first of the folders that can be written, with the samples of a file in it. Errors: `UserError`."""
+    """The first of the folders that can be written, with the samples of a file in it. Raises: `UserError`."""
     for folder in folders:
         temporary = folder.with_name(f".{folder.name}.tmp-{uuid.uuid4().hex[:8]}")  # two nodes may have equal pids
         try:

@@ -399,7 +399,9 @@ def save(run: Run, trained: list, reason: str = "") -> None:
     size, seconds = checkpoint.save(
         run.output, run.model, run.optimizer, run.trainable, run.state, run.config, run.records, run.ranks
     )
-    run.log.say(f"Saved checkpoint-{run.state.step} ({size / 1e6:.1f} MB in {seconds:.2f} s){reason}")
+    name = f"checkpoint-{run.state.step}"
+    told = f"Saved {name} ({size / 1e6:.1f} MB in {seconds:.2f} s)" if size else f"{name} is there already"
+    run.log.say(told + reason)
     if run.ranks.is_first:
         rotate(run.output, run.config.save_total_limit, run.state.best_step, run.state.step)
 

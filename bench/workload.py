@@ -49,7 +49,7 @@ THIRTY_THREE_M = {
 TINY = THIRTY_THREE_M | {"layers": 4, "hidden_size": 64, "intermediate_size": 192, "head_dim": 16, "heads": 4}
 SIZES = {"8b": EIGHT_B, "33m": THIRTY_THREE_M, "tiny": TINY}
 
-# Questions per image → images, in 3,007 rows of Kvasir-VQA (352 whole images; Gautam et al. 2024, CC BY-NC 4.0).
+# Questions per image -> images, in 3,007 rows of Kvasir-VQA (352 whole images; Gautam et al. 2024, CC BY-NC 4.0).
 REAL_HISTOGRAM = {3: 6, 4: 10, 5: 15, 6: 30, 7: 45, 8: 64, 9: 62, 10: 58, 11: 37, 12: 12, 13: 7, 14: 3, 15: 3}
 QUESTIONS_IN_TRAINING = 41_079  # of Kvasir-VQA, 70 % of the images
 EPOCHS = 3
@@ -163,7 +163,7 @@ def adapted(base: torch.nn.Module, lora: Lora, seed: int, stock: bool) -> torch.
 
 
 def read_histogram(path: str | None) -> dict[int, int]:
-    """Questions per image → images, from a csv with a column `img_id`; without a path the numbers above."""
+    """Questions per image -> images, from a csv with a column `img_id`; without a path the numbers above."""
     if path is None:
         return REAL_HISTOGRAM
     with open(path, newline="", encoding="utf-8") as stream:

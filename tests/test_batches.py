@@ -249,7 +249,7 @@ def test_padding_is_in_no_segment_and_asks_for_nothing(tiny_models, tmp_path):
 
 
 def long_items(lengths: dict[str, list[int]]) -> list[Item]:
-    """Questions (a text and one label) behind 900 image tokens. lengths: image → text tokens of its questions."""
+    """Questions (a text and one label) behind 900 image tokens. lengths: image -> text tokens of its questions."""
     items = []
     for image, texts in lengths.items():
         for text in texts:

@@ -24,7 +24,7 @@ def run(*command: str) -> str:
 
 
 def columns(output: str) -> dict[str, list[str]]:
-    """First cell of a table's line → the other cells."""
+    """First cell of a table's line -> the other cells."""
     rows = [[cell.strip() for cell in line.strip("| ").split("|")] for line in output.splitlines() if "| " in line]
     return {cells[0]: cells[1:] for cells in rows}
 

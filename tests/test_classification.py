@@ -595,7 +595,7 @@ def test_another_num_labels_than_the_head_has_is_refused(trained):
     path = trained / "lora.yaml"
     with pytest.raises(UserError, match=r"2 misshapen weights, first bias \(\[2\], not \[3\]\)"):
         evaluate.main(["--config", str(path), "num_labels=3"])
-    with pytest.raises(UserError, match=r"checkpoint-24 was trained with another config .*num_labels: 2 → 3"):
+    with pytest.raises(UserError, match=r"checkpoint-24 was trained with another config .*num_labels: 2 -> 3"):
         train.main(["--config", str(path), "num_labels=3", "num_train_epochs=3", f"output_dir={trained / 'lora'}"])
     with pytest.raises(UserError, match="the base alone has no classification head"):
         evaluate.main(["--config", str(path), "--checkpoint", "base"])

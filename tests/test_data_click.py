@@ -1,4 +1,4 @@
-"""`prepare_data.py click`: screenshots with instructions → samples by split and a report."""
+"""`prepare_data.py click`: screenshots with instructions -> samples by split and a report."""
 
 import json
 

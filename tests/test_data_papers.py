@@ -1,4 +1,4 @@
-"""`prepare_data.py papers`: papers with decisions → balanced samples by split, as texts or as page images."""
+"""`prepare_data.py papers`: papers with decisions -> balanced samples by split, as texts or as page images."""
 
 import json
 import random

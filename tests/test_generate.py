@@ -14,7 +14,7 @@ from samples import SampleList
 from templates import split_answer, to_messages
 
 NEW_TOKENS = 8
-ONE_BY_ONE: dict[str, dict] = {}  # family → the answers of batches of one
+ONE_BY_ONE: dict[str, dict] = {}  # family -> the answers of batches of one
 
 
 @pytest.fixture(params=FAMILIES)
@@ -33,7 +33,7 @@ def end_ids(run) -> set[int]:
 
 
 def answers(run, samples, batch_size: int, share_prefix: bool, **options) -> dict[str, tuple[list[int], bool]]:
-    """Sample id → (token ids, finished)"""
+    """Sample id -> (token ids, finished)"""
     dataset = EvalDataset(SampleList(samples, "s"), run.encoder(), share_prefix, batch_size, True)
     found = {}
     for index in range(len(dataset)):

@@ -1,4 +1,4 @@
-"""merge.py: adapter and base → one plain model folder, checked, described and pushed."""
+"""merge.py: adapter and base -> one plain model folder, checked, described and pushed."""
 
 import json
 import os
@@ -39,7 +39,7 @@ def merged_folder(run, out, *arguments):
 
 @pytest.fixture(scope="module")
 def merged(tiny_models):
-    """family → the merged folder of its click run, made once."""
+    """family -> the merged folder of its click run, made once."""
     made = {}
 
     def of(family):

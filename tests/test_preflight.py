@@ -212,6 +212,12 @@ def test_check_shows_a_sample_with_its_label_mask_counts_parameters_and_steps_an
     assert not list((data / "out").glob("*.safetensors")) and not (data / "results").exists()
 
 
+def test_check_refuses_an_output_folder_that_cannot_be_made(command, data):
+    (data / "taken").write_text("a file")
+    code, _, err = command(arguments=["--check", f"output_dir={data / 'taken' / 'out'}"])
+    assert code == 2 and err.count("\n") == 1 and "output_dir" in err and "is no folder" in err
+
+
 def test_under_torchrun_one_rank_checks_for_all(command, monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", "2")
     monkeypatch.setenv("RANK", "1")

@@ -32,7 +32,7 @@ def image(number, quality=95):
 
 
 def write_raw(folder, rows, images):
-    """The published layout. rows: (img_id, question, answer); images: img_id → bytes."""
+    """The published layout. rows: (img_id, question, answer); images: img_id -> bytes."""
     (folder / "images").mkdir(parents=True, exist_ok=True)
     for img_id, content in images.items():
         (folder / "images" / f"{img_id}.jpg").write_bytes(content)
@@ -445,7 +445,7 @@ def test_an_id_that_stands_for_two_images_is_an_error(tmp_path):
 
 
 def test_without_the_datasets_library_the_error_names_the_command(tmp_path, monkeypatch):
-    monkeypatch.setitem(sys.modules, "datasets", None)  # import datasets → ImportError
+    monkeypatch.setitem(sys.modules, "datasets", None)  # import datasets -> ImportError
     with pytest.raises(UserError, match=r"pip install -r requirements-extra\.txt"):
         prepare("SimulaMet-HOST/Kvasir-VQA", tmp_path / "data")
     assert not (tmp_path / "data").exists()

@@ -38,7 +38,7 @@ def documents(tmp_path_factory):
 
 @pytest.fixture
 def config(documents, tiny_models, tmp_path):
-    """config(name, **changes) → the path of a config of page images, full fine-tuning, 12 steps."""
+    """config(name, **changes) -> the path of a config of page images, full fine-tuning, 12 steps."""
 
     def config(name, **changes):
         values = {"num_train_epochs": 2, "save_steps": 5, "train_bs": 2, "grad_accum": 2, **changes}

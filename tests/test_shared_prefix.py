@@ -65,7 +65,7 @@ def laid_out(run, samples, share_prefix: bool) -> dict:
 
 
 def losses(run, batch: dict, dtype=torch.float64) -> dict[str, float]:
-    """Sample id → the summed negative log-likelihood of its answer, in the batch it stands in."""
+    """Sample id -> the summed negative log-likelihood of its answer, in the batch it stands in."""
     keep = batch["targets"] != IGNORE
     with torch.no_grad():
         logits = forward_logits(run.model(dtype), batch, run.family, keep).logits

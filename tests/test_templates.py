@@ -65,7 +65,7 @@ def supervised_runs(encoded, tokenizer) -> list[str]:
     return [tokenizer.decode(run) for run in runs]
 
 
-# ------------------------------------------------------------------------------------------------- facts → messages
+# ------------------------------------------------------------------------------------------------- facts -> messages
 
 
 def test_ultra_condensed_is_the_published_text_of_exactly_363_characters():
@@ -220,7 +220,7 @@ def test_a_question_of_a_conversation_by_image_is_checked_like_any_other():
         list(as_conversations([SAMPLE, {"id": "5", "image": "a.jpg", "question": "Q?"}]))
 
 
-# -------------------------------------------------------------------------------------------------- messages → tokens
+# -------------------------------------------------------------------------------------------------- messages -> tokens
 
 
 def conversations() -> list[tuple[list[dict], list[int]]]:

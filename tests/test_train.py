@@ -241,9 +241,9 @@ def test_tensorboard_curves_go_on_across_a_resume_without_a_jump_or_an_overlap(r
 
 def test_a_resume_with_changed_mathematics_is_refused_and_names_the_keys(run):
     run("first", "num_train_epochs=1")
-    with pytest.raises(UserError, match=r"checkpoint-4 was trained with another config \(learning_rate: 0.01 → 0.1\)"):
+    with pytest.raises(UserError, match=r"checkpoint-4 was trained with another config \(learning_rate: 0.01 -> 0.1\)"):
         run("first", "num_train_epochs=1", "learning_rate=0.1")
-    with pytest.raises(UserError, match="train_bs × grad_accum × GPUs: 4 → 8"):
+    with pytest.raises(UserError, match="train_bs × grad_accum × GPUs: 4 -> 8"):
         run("first", "num_train_epochs=1", "train_bs=4")
     run("first", "num_train_epochs=1", "train_bs=4", "grad_accum=1", "logging_steps=2")  # the same mathematics
 
