@@ -54,6 +54,7 @@ class TrainerState:
     nonfinite_in_a_row: int = 0
     best_score: list[float] | None = None  # of the best evaluation that has a checkpoint: the task's `selection_score`
     best_step: int | None = None
+    best_of: str = ""  # what the best was chosen on, see `train.scored`
     train_seconds: float = 0.0
     # Dropout is seeded anew at each step from (seed, step, rank), so this number is the whole RNG state.
     rng: dict = field(default_factory=dict)
@@ -188,7 +189,7 @@ def save(
         state.files = {str(path.relative_to(folder)): path.stat().st_size for path in files}
         unhashed = [path for path in files if str(path.relative_to(folder)) not in shard_hashes]
         state.sha256 = shard_hashes | hash_files(folder, unhashed)
-        (folder / STATE_FILE).write_text(json.dumps(asdict(state), indent=1) + "\n")
+        (folder / STATE_FILE).write_text(json.dumps(asdict(state), indent=1, allow_nan=False) + "\n")
 
     def save_on_first() -> tuple[int, float]:
         return save_atomically(folder, write) if ranks.is_first else (0, 0.0)
@@ -247,18 +248,23 @@ def check_initial(folder: Path, config: Config) -> str | None:
     if not (folder / ADAPTER_FILE).is_file() or not (folder / ADAPTER_CONFIG).is_file():
         raise UserError(f"init_adapter: {folder} holds no {ADAPTER_FILE} with {ADAPTER_CONFIG}; give another folder")
     saved = _read_adapter_config(folder)
-    own = {"lora.r": config.lora.r, "lora.alpha": config.lora.alpha}
-    theirs = {"lora.r": saved.r, "lora.alpha": saved.lora_alpha}
-    # Those of other tools, which no key of ours sets.
-    for key in ("rank_pattern", "alpha_pattern", "use_rslora", "use_dora"):
-        own[key], theirs[key] = type(getattr(saved, key))(), getattr(saved, key)
-    for key, value in theirs.items():
-        if value != own[key]:
+    _check_scale(saved, folder, config)
+    for key in ("rank_pattern", "alpha_pattern", "use_rslora", "use_dora"):  # of other tools; no key of ours sets them
+        if value := getattr(saved, key):
             raise UserError(
-                f"init_adapter: {folder} was trained with {key} {value}, and this run has {own[key]}: its weights "
-                f"would act at another scale; use the same {key}, or another adapter"
+                f"init_adapter: {folder} has {key} {value}, which training cannot keep; use another adapter"
             )
     return check_base(folder, config.model_name)
+
+
+def _check_scale(saved, folder: Path, config: Config) -> None:
+    """Raises: `UserError` where an adapter, of this `LoraConfig`, would act at another scale than the config says."""
+    for key, value, own in (("r", saved.r, config.lora.r), ("alpha", saved.lora_alpha, config.lora.alpha)):
+        if value != own:
+            raise UserError(
+                f"{folder} was trained with lora.{key} {value}, and this run has {own}: its weights would act at "
+                f"another scale; set lora.{key}={value}, or use another adapter"
+            )
 
 
 def load_initial(model, folder, config: Config) -> str:
@@ -302,6 +308,8 @@ def load_trained(
         if note and os.environ.get("RANK", "0") == "0":
             print(note, flush=True)
     lora = _read_adapter_config(folder) if is_adapter else None
+    if lora:
+        _check_scale(lora, folder, config)
     if is_partial:
         model = load_base(config.model_name, dtype, config.quantization)
     else:

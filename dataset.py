@@ -256,6 +256,7 @@ def load(dataset: Dataset, indices: Sequence[int], workers: int, device: torch.d
         pin_memory=device.type == "cuda",
         prefetch_factor=2 if workers and len(indices) else None,
         worker_init_fn=ignore_stop_signals,
+        multiprocessing_context="fork" if workers and len(indices) else None,  # samples are shared, and not pickled
     )
     for loaded in loader:
         if "error" in loaded:

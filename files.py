@@ -94,8 +94,8 @@ def flush(path: Path) -> int:
 
 @contextlib.contextmanager
 def written_beside(*paths: Path) -> Iterator[list[Path]]:
-    """Temporary paths beside `paths`, to be written instead of them. At the end all are flushed and renamed into place;
-    where anything raises, none is, what was there before stays, and nothing is left."""
+    """Temporary paths beside `paths`, to be written instead of them. At the end all are flushed before the first is
+    renamed into place; where the caller raises, none is, what was there before stays, and nothing is left."""
     temporary = [path.with_name(f".{path.name}.tmp-{os.getpid()}") for path in paths]
     try:
         yield temporary

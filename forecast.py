@@ -381,7 +381,8 @@ def try_largest_passes(
     if ranks.device.type not in TRIED_ON:
         return pass_tokens, told
     loss.train()  # gradient checkpointing works in training alone
-    to_come = torch.empty(moments, dtype=torch.uint8, device=ranks.device)  # AdamW makes them at its first step
+    with out_of_memory_is_said("the state of the optimizer", encoder.config):  # AdamW makes it at its first step
+        to_come = torch.empty(moments, dtype=torch.uint8, device=ranks.device)
     while True:
         for batch in largest_passes(samples[longest], encoder, pass_tokens):
             fits = not ranks.any(not _fits(loss, batch, encoder.config, ranks, autocast))
@@ -393,7 +394,7 @@ def try_largest_passes(
                 torch.cuda.reset_peak_memory_stats(ranks.device)  # the log's `mem` is that of real passes
             return pass_tokens, told
         if len(batch["input_ids"]) == 1:
-            raise UserError(does_not_fit(samples.name(longest), batch, encoder.config))
+            raise UserError(does_not_fit(samples.name(longest), encoder.config, batch))
         told.append(f"Out of memory on a pass of {pass_tokens:,} tokens: going on with pass_tokens={pass_tokens // 2}")
         pass_tokens //= 2
 
@@ -406,7 +407,7 @@ def _fits(loss: torch.nn.Module, batch: dict, config: Config, ranks: Ranks, auto
         return True
     except torch.OutOfMemoryError:
         if config.parallel == "fsdp":  # the other ranks wait for this one's part of a layer
-            raise UserError(does_not_fit("the largest pass", batch, config)) from None
+            raise UserError(does_not_fit("the largest pass", config, batch)) from None
         return False
     finally:
         value = None
@@ -415,22 +416,33 @@ def _fits(loss: torch.nn.Module, batch: dict, config: Config, ranks: Ranks, auto
             torch.cuda.empty_cache()
 
 
-def does_not_fit(what: str, batch: dict, config: Config) -> str:
-    """One line: what ran out of memory, how large it is, and three remedies."""
-    rows, length = batch["input_ids"].shape
-    grids = [f"{h}×{w} patches" for _, h, w in batch.get("image_grid_thw", torch.empty(0, 3)).tolist()]
+@contextlib.contextmanager
+def out_of_memory_is_said(what: str, config: Config, batch: dict | None = None):
+    """Raises: `UserError` as `does_not_fit` where the device's memory runs out."""
+    try:
+        yield
+    except torch.OutOfMemoryError:
+        raise UserError(does_not_fit(what, config, batch)) from None
+
+
+def does_not_fit(what: str, config: Config, batch: dict | None = None) -> str:
+    """One line: what ran out of memory, how large it is, and up to three remedies, first those that a resume may take.
+    batch: where a pass of it ran out."""
+    rows, length = (0, 0) if batch is None else batch["input_ids"].shape
+    images = batch["image_grid_thw"].tolist() if batch and "image_grid_thw" in batch else []
+    grids = [f"{h}×{w} patches" for _, h, w in images]
     smaller = "image_size" if config.resize == "letterbox" else "max_pixels"
     remedies = [
-        *([] if config.gradient_checkpointing else ["gradient_checkpointing=true"]),
-        f"a smaller {smaller} or max_tokens",
-        *([] if config.finetuning == "full" or config.quantization == "nf4" else ["quantization=nf4"]),
         *([f"pass_tokens={rows * length // 2}"] if rows > 1 else []),
-        "a GPU with more memory, or parallel=fsdp on more of them with finetuning=full",
+        *([] if config.gradient_checkpointing else ["gradient_checkpointing=true"]),
+        *([f"a smaller {smaller}"] if grids else []),
+        *(["a smaller max_tokens"] if batch is not None and task_of(config).HAS_HEAD else []),
+        *([] if config.finetuning == "full" or config.quantization == "nf4" else ["quantization=nf4"]),
+        *(["parallel=fsdp on more GPUs"] if config.finetuning == "full" and config.parallel == "ddp" else []),
+        "a GPU with more memory",
     ]
-    return (
-        f"out of memory on {what}: {rows} rows of {length} tokens, images {', '.join(grids[:4]) or 'none'}. "
-        f"Set {'; or '.join(remedies[:3])}"
-    )
+    size = f": {rows} rows of {length} tokens, images {', '.join(grids[:4]) or 'none'}" if rows else ""
+    return f"out of memory on {what}{size}. Set {'; or '.join(remedies[:3])}"
 
 
 def largest_passes(sample: dict, encoder: SampleEncoder, pass_tokens: int) -> list[dict]:

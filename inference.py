@@ -21,7 +21,6 @@ from family import Family
 from model import AnswerLoss, forward_logits, to_device
 from runlog import on_terminal
 from samples import SampleList
-from templates import CONVERSATION_TEMPLATE
 
 MAX_NEW_TOKENS = 128  # the longest Kvasir-VQA answer, all nine places, has 44
 
@@ -143,7 +142,7 @@ def answer_split(
     """Greedy answers of a split, or of some of its rows, as rows of the task in the order of the file; every rank gets
     all of them. All ranks: contains all_gathers."""
     rows = range(len(samples)) if rows is None else rows
-    if encoder.config.template == CONVERSATION_TEMPLATE:
+    if "turns" in samples[rows[0]]:
         return _answer_conversations(model, samples, encoder, ranks, rows, stop)
     answers = _answers(model, samples, encoder, ranks, rows, stop)
     return [encoder.task.row(samples[row], encoder, output) for row, *output in answers]

@@ -75,6 +75,8 @@ def load_base(model_name: str, dtype: torch.dtype | str, quantization: str = "no
             use_safetensors=True,
             quantization_config=_nf4() if quantization == "nf4" else None,
         )
+    except torch.OutOfMemoryError:  # of 4-bit weights, which are made on the GPU
+        raise
     except (OSError, ValueError, RuntimeError, SafetensorError) as error:
         raise UserError(f"model_name '{model_name}' cannot be loaded: {str(error).strip().splitlines()[0]}") from None
     for kind in ("missing", "mismatched", *(["unexpected"] if strict else [])):

@@ -24,6 +24,7 @@ from classification import make_loss
 from config import load_config
 from distributed import start_ranks
 from errors import UserError, exit_on_user_error
+from files import refuse_unusable_folder
 from images import open_image
 from inference import predict_split
 from preflight import check_samples, open_encoder
@@ -83,6 +84,8 @@ def main(arguments: list[str] | None = None) -> None:
         raise UserError(f"--draw marks clicks, and this model's task is '{config.task}'; leave it out")
     if args.draw and args.draw.suffix.lower() not in (".png", ".jpg", ".jpeg", ".webp"):
         raise UserError(f"--draw {args.draw}: give a file name that ends with .png")
+    if args.draw:
+        refuse_unusable_folder(args.draw.parent, "--draw")
     for path in args.image:
         if re.match(r"\w+:/", str(path)):
             raise UserError(f"--image {path} is an address, and only files are read; download it first")

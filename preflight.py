@@ -100,6 +100,7 @@ def _survey(samples: SampleList, encoder: SampleEncoder) -> dict:
         pixels = config.image_size**2 if config.resize == "letterbox" else config.max_pixels or family.max_pixels
         most_tokens = pixels // family.factor**2
     tokens_of: dict[str, int] = {}  # image -> its tokens
+    placement_of = functools.lru_cache(maxsize=None)(encoder.placement)
     problems, cut, outside_candidates, longest = [], [], 0, (0, 0)
     if len(samples) >= MANY_SAMPLES:
         print(f"Checking {len(samples):,} samples of {samples.source}", flush=True)
@@ -108,7 +109,9 @@ def _survey(samples: SampleList, encoder: SampleEncoder) -> dict:
             paths = encoder.images_of(sample)
             for path in paths:
                 refuse_outside(config.data.image_root, path)
-            messages, _ = encoder.task.prompt(sample, encoder, len(paths))
+            # The size that a click states is checked now, or a worker meets it in the middle of the run.
+            placement = placement_of(paths[0]) if encoder.task.POINTS and paths else None
+            messages, _ = encoder.task.prompt(sample, encoder, len(paths), placement)
             outside_candidates += sum(map(_is_outside_candidates, sample.get("turns", [sample])))
             text = sum(len(str(message["content"]).encode()) for message in messages) + TEMPLATE_TOKENS
             images = len(paths) * most_tokens
@@ -148,7 +151,7 @@ def _code_sha256() -> str:
     """Of this repo's Python files that a survey may pass through: after an edit every sample is looked at again."""
     here = Path(__file__).parent
     digest = hashlib.sha256()
-    for path in sorted([*here.glob("*.py"), *here.glob("tasks/*.py")]):
+    for path in sorted([*here.glob("*.py"), *here.glob("tasks/*.py"), *here.glob("report/*.py")]):
         digest.update(path.read_bytes())
     return digest.hexdigest()
 
@@ -257,14 +260,14 @@ def refuse_leakage(config: Config, splits: Mapping[str, SampleList]) -> dict[str
 
 def refuse_same_texts(splits: Mapping[str, SampleList]) -> None:
     """Raises: `UserError` where two splits hold a document of the same words."""
-    first: dict[str, tuple[str, str]] = {}
+    first: dict[str, tuple[str, int]] = {}
     found = []
     for split, samples in splits.items():
         for row in range(len(samples)):
             words = " ".join(str(samples[row].get("text") or "").casefold().split())
-            other, name = first.setdefault(words, (split, samples.name(row)))
+            other, other_row = first.setdefault(words, (split, row))
             if words and other != split:
-                found.append(f"{name} = {samples.name(row)}")
+                found.append(f"{splits[other].name(other_row)} = {samples.name(row)}")
     if found:
         raise UserError(
             f"{len(found)} text(s) stand in more than one split: {first_names(found)}. "

@@ -32,14 +32,15 @@ def duration(seconds: float) -> str:
 class RunLog:
     """Writes on the first rank only; calling it elsewhere does nothing, so callers need no rank gate."""
 
-    def __init__(self, config: Config, ranks: Ranks, resumed_step: int):
-        """Lines after `resumed_step` belong to steps that will be trained again: they are dropped."""
+    def __init__(self, config: Config, ranks: Ranks, resumed_step: int, evaluation_due: bool = False):
+        """Lines after `resumed_step` belong to steps that will be trained again, and scores of that step, where its
+        evaluation is due, to one that will be repeated: they are dropped."""
         self.active = ranks.is_first
         self._tensorboard = None
         if not self.active:
             return
         output = Path(config.output_dir)
-        self._log = _continue_lines(output / "log.jsonl", resumed_step)
+        self._log = _continue_lines(output / "log.jsonl", resumed_step, evaluation_due)
         self._order = _continue_lines(output / "order.jsonl", resumed_step)
         from torch.utils.tensorboard import SummaryWriter
 
@@ -104,8 +105,8 @@ def _disk_full_is_said(file):
         ) from None
 
 
-def _continue_lines(path: Path, resumed_step: int):
-    """A file of JSON lines open for appending, after the lines of later steps are dropped."""
+def _continue_lines(path: Path, resumed_step: int, evaluation_due: bool = False):
+    """A file of JSON lines open for appending, after those that will be written again are dropped."""
     kept = []
     for line in path.read_text(encoding="utf-8").split("\n") if path.exists() else []:
         try:
@@ -113,7 +114,8 @@ def _continue_lines(path: Path, resumed_step: int):
             step = entry["step"] if isinstance(entry, dict) else entry[0]
         except (ValueError, KeyError, IndexError, TypeError):
             continue  # the last line of a killed run may be cut
-        if step <= resumed_step:
+        repeated = evaluation_due and step == resumed_step and "eval_loss" in entry
+        if step <= resumed_step and not repeated:
             kept.append(line + "\n")
     write_text(path, "".join(kept))
     return open(path, "a", encoding="utf-8")

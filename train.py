@@ -38,7 +38,7 @@ from distributed import (
 from errors import UserError
 from family import fingerprint
 from files import full_disk_is_said, write_json, write_text
-from forecast import device_name, does_not_fit, evaluation_line, pass_budget, try_largest_passes
+from forecast import device_name, evaluation_line, out_of_memory_is_said, pass_budget, try_largest_passes
 from inference import Stopped, scores_while_training
 from preflight import (
     batch_arithmetic,
@@ -122,14 +122,23 @@ def open_data(config: Config, source: str) -> tuple[SampleEncoder, list[str]]:
     """The encoder and the names of the splits of a config. Raises: `UserError` where a file of theirs is missing."""
     named = [name for name in ("train", "val", "test") if getattr(config.data, name)]
     check_data_files(config, named + ["val"] * bool(config.eval_steps))
-    encoder = open_encoder(config, source, config.init_adapter)
-    if config.init_adapter:
-        checkpoint.check_initial(Path(config.init_adapter), config)
-    return encoder, named
+    return open_encoder(config, source), named
 
 
 def load_splits(config: Config, named: list[str]) -> dict[str, SampleList]:
     return {name: load_split(config, name) for name in named}
+
+
+def check_initial(config: Config) -> None:
+    """Only a fresh run needs the adapter that it starts from. Raises: `UserError` where it does not fit."""
+    if config.init_adapter:
+        checkpoint.check_initial(Path(config.init_adapter), config)
+
+
+def scored(config: Config, encoder: SampleEncoder, splits: dict[str, SampleList]) -> str:
+    """What an evaluation's scores are of: the samples of val, and which of them. Scores of others do not compare."""
+    rows = "all" if encoder.task.HAS_HEAD else config.eval_max_samples
+    return f"{splits['val'].sha256} {rows}" if "val" in splits else ""
 
 
 def find_start(config: Config, encoder: SampleEncoder, splits: dict[str, SampleList], plan: BatchPlan) -> list:
@@ -142,8 +151,9 @@ def find_start(config: Config, encoder: SampleEncoder, splits: dict[str, SampleL
     hashes = input_hashes(splits["train"], encoder)
     if resume_from:
         check_input_hashes(resume_from, checkpoint.read_state(resume_from).input_hashes, hashes, config)
-    check_record(resume_from, encoder.family, config)
+    check_record(resume_from or config.init_adapter, encoder.family, config)
     if not resume_from:
+        check_initial(config)
         refuse_leakage(config, splits)
     notes += missing_candidates(splits["train"], encoder) + evaluation_line(config, plan, splits, encoder)
     return [str(resume_from or ""), notes, hashes, survey(splits["train"], encoder)["longest"]]
@@ -167,10 +177,11 @@ def set_up(config: Config, source: str) -> Run | None:
     resume_from, notes, hashes, longest = ranks.gather([start] if ranks.is_first else [])[0]
     state = checkpoint.read_state(Path(resume_from)) if resume_from else TrainerState()
     state.input_hashes = hashes
-    scored_before = state.config.get("eval_max_samples")
-    if scored_before not in (None, config.eval_max_samples) and not encoder.task.HAS_HEAD and state.best_score:
+    on = scored(config, encoder, splits)
+    if state.best_score and state.best_of not in ("", on):
         state.best_step = state.best_score = None
-        notes.append(f"The best loss so far was of eval_max_samples {scored_before}: the best is chosen anew")
+        notes.append("The best so far was chosen on another val, or another eval_max_samples: it is chosen anew")
+    state.best_of = on
     if ranks.any(ranks.is_first and checkpoint.has_lost_best(state, resume_from, output)):
         state.best_step = state.best_score = None
         notes.append("The best checkpoint so far is not in this folder: the best is chosen anew")
@@ -179,10 +190,13 @@ def set_up(config: Config, source: str) -> Run | None:
             print(f"{config.experiment}: already complete at step {state.step}; the model is in {output}", flush=True)
         stop_ranks()
         return None
-    log = all_or_raise(ranks, lambda: open_log(config, ranks, state.step))
+    log = all_or_raise(ranks, lambda: open_log(config, ranks, state.step, state.evaluation_due))
+    if stopped_before_training(ranks, stop, log, state.step, output):
+        return None
 
     started = time.perf_counter()
-    model, loss = load_model(config, encoder, ranks)
+    with out_of_memory_is_said("the weights of the model", config):
+        model, loss = load_model(config, encoder, ranks)
     trainable = modeling.trainable_parameters(model)
     if config.init_adapter and not resume_from:
         notes.append(checkpoint.load_initial(model, config.init_adapter, config))
@@ -191,7 +205,8 @@ def set_up(config: Config, source: str) -> Run | None:
     optimizer = torch.optim.AdamW(groups, betas=(0.9, 0.999), eps=1e-8, foreach=foreach)
     peak_rates = [group["lr"] for group in optimizer.param_groups]
     if resume_from:
-        checkpoint.resume(Path(resume_from), model, optimizer, trainable, config)
+        with out_of_memory_is_said("the state of the optimizer", config):
+            checkpoint.resume(Path(resume_from), model, optimizer, trainable, config)
     if config.parallel == "ddp":
         check_same_start(trainable, ranks)
     state.pass_tokens, told = pass_budget(config, state, splits["train"], longest, encoder, ranks)
@@ -204,19 +219,44 @@ def set_up(config: Config, source: str) -> Run | None:
         kept[checkpoint.BASE_FILE] = base
     trained = (model, loss, trainable, optimizer, peak_rates)
     run = Run(config, encoder, splits, plan, ranks, stop, log, state, *trained, kept, lock)
+    if stopped_before_training(ranks, stop, log, state.step, output):
+        return None
     moments = 0 if resume_from else sum(8 * sharding.local_part(p).numel() for p in trainable.values())
     state.pass_tokens, told = try_largest_passes(
         loss, splits["train"], longest, encoder, state.pass_tokens, moments, ranks, run.autocast
     )
-    describe(run, resume_from, ready, [*notes, *told])
+    all_or_raise(ranks, lambda: describe(run, resume_from, ready, [*notes, *told]))
     return run
 
 
-def open_log(config: Config, ranks: Ranks, step: int) -> RunLog:
+def stopped_before_training(ranks: Ranks, stop: StopSignal, log: RunLog, step: int, output: Path) -> bool:
+    """Whether any rank was asked to stop while the run was set up; then this ends it, as `finish` does. All ranks:
+    contains all_reduces."""
+    if not ranks.any(stop.requested):
+        return False
+    mark_stopped(ranks, stop, step, output)
+    log.say(f"Stopped at step {step}, before training, on request; the same command goes on from here")
+    log.close()
+    stop_ranks()
+    return True
+
+
+def mark_stopped(ranks: Ranks, stop: StopSignal, step: int, output: Path) -> None:
+    """Leave the mark of a run that goes on later. All ranks: contains an all_gather."""
+
+    def mark() -> None:
+        with full_disk_is_said(output / checkpoint.MARKER):
+            name = stop.name if stop.requested else "that of another rank"
+            write_json(output / checkpoint.MARKER, {"step": step, "signal": name})
+
+    all_or_raise(ranks, lambda: ranks.is_first and mark())
+
+
+def open_log(config: Config, ranks: Ranks, step: int, evaluation_due: bool) -> RunLog:
     """The log of a run that starts or goes on. Raises: `UserError` where the folder cannot be written."""
     output = Path(config.output_dir)
     with full_disk_is_said(output / "log.jsonl"):
-        log = RunLog(config, ranks, step)
+        log = RunLog(config, ranks, step, evaluation_due)
         if ranks.is_first:
             (output / checkpoint.MARKER).unlink(missing_ok=True)
             write_text(output / "config.yaml", to_yaml(config))
@@ -273,11 +313,9 @@ def training_step(run: Run, micro_batches: list[dict], waited: float) -> dict:
     """
     config, ranks, step = run.config, run.ranks, run.state.step
     torch.manual_seed(((config.seed * 1_000_003 + step) * 4_099 + ranks.rank) % 2**63)  # dropout
-    try:
+    largest = max(micro_batches, key=lambda batch: batch["input_ids"].numel())
+    with out_of_memory_is_said(f"a pass of step {step + 1}", config, largest):
         nll, answer_tokens = backward(run.loss, micro_batches, ranks, config.parallel, run.autocast)
-    except torch.OutOfMemoryError:
-        largest = max(micro_batches, key=lambda batch: batch["input_ids"].numel())
-        raise UserError(does_not_fit(f"a pass of step {step + 1}", largest, config)) from None
     tokens = sum(int((batch["segments"] >= 0).sum()) for batch in micro_batches)
     has_gradient = [parameter.grad is not None for parameter in run.trainable.values()]
     sums = ranks.sum(nll, tokens, run.stop.requested, waited, *has_gradient)
@@ -291,10 +329,8 @@ def training_step(run: Run, micro_batches: list[dict], waited: float) -> dict:
     for group, peak in zip(run.optimizer.param_groups, run.peak_rates, strict=True):
         group["lr"] = peak * factor
     if finite:
-        try:
+        with out_of_memory_is_said("the state of the optimizer", config):  # AdamW makes it at its first step
             run.optimizer.step()
-        except torch.OutOfMemoryError:  # AdamW makes its moments at the first step
-            raise UserError(does_not_fit("the optimizer's state", micro_batches[0], config)) from None
     run.optimizer.zero_grad(set_to_none=True)
     run.state.step += 1
     run.state.nonfinite_in_a_row = 0 if finite else run.state.nonfinite_in_a_row + 1
@@ -345,6 +381,7 @@ def report_nonfinite(run: Run, step: dict, micro_batches: list[dict]) -> None:
 
 
 def log_interval(run: Run, meter: Meter, step: dict) -> None:
+    """All ranks: contains an all_gather."""
     interval, seconds = meter.interval()
     rates = step["learning_rates"]
     values = {
@@ -358,7 +395,7 @@ def log_interval(run: Run, meter: Meter, step: dict) -> None:
         "memory_gb": memory_gb(run.ranks.device),
     }
     run.state.train_seconds += seconds
-    run.log.record(values, "train")
+    all_or_raise(run.ranks, lambda: run.log.record(values, "train"))
     eta = (run.plan.total_steps - run.state.step) * values["seconds_per_step"]
     run.log.say(step_line(values, run.plan.total_steps, eta))
 
@@ -376,19 +413,24 @@ def evaluate(run: Run) -> None:
     run.model.train()
     state.evaluation_due = False
     values["eval_seconds"] = time.perf_counter() - began
-    run.log.record({"step": state.step, "epoch": run.plan.epoch_at(state.step), **values}, "eval")
+    record = {"step": state.step, "epoch": run.plan.epoch_at(state.step), **values}
+    all_or_raise(run.ranks, lambda: run.log.record(record, "eval"))
     told = {key.removeprefix("eval_"): value if type(value) is int else f"{value:.4f}" for key, value in values.items()}
     run.log.say("eval " + " | ".join(f"{key} {value}" for key, value in told.items()))
     # The best is only worth keeping where there is a checkpoint of it. Where it is the result, one is made.
     saved = run.is_due(run.config.save_steps) or run.is_done
     score = task.selection_score(values)
-    if (state.best_score is None or score > state.best_score) and (saved or task.BEST_IS_RESULT):
+    finite = all(map(math.isfinite, score))
+    if not finite:
+        run.log.say(f"The evaluation of step {state.step} is not finite: it is never the best")
+    if finite and (state.best_score is None or score > state.best_score) and (saved or task.BEST_IS_RESULT):
         state.best_score, state.best_step = score, state.step
 
 
 def save(run: Run, trained: list, reason: str = "") -> None:
     """trained: what `RunLog.order` takes, since the last save. All ranks: contains all_gathers and all_reduces."""
-    run.log.order(run.ranks.gather(trained))
+    everyones = run.ranks.gather(trained)
+    all_or_raise(run.ranks, lambda: run.log.order(everyones))
     trained.clear()
     run.state.config, run.state.global_batch, run.state.ranks = (
         to_dict(run.config),
@@ -467,9 +509,7 @@ def finish(run: Run, stopped: bool) -> None:
     """The final save, or the mark of a run that goes on later. All ranks: contains all_gathers under fsdp."""
     config, state, log, ranks = run.config, run.state, run.log, run.ranks
     if stopped:
-        if ranks.is_first:
-            name = run.stop.name if run.stop.requested else "that of another rank"
-            write_json(run.output / checkpoint.MARKER, {"step": state.step, "signal": name})
+        mark_stopped(ranks, run.stop, state.step, run.output)
         log.say(f"Stopped at step {state.step}/{run.plan.total_steps} on request; the same command goes on from here")
     else:
         if run.encoder.task.BEST_IS_RESULT and state.best_step not in (None, state.step):
@@ -488,6 +528,8 @@ def check(config: Config, source: str, tflops: float) -> None:
     if os.environ.get("RANK", "0") != "0":
         return
     encoder, named = open_data(config, source)
+    check_record(config.init_adapter, encoder.family, config)
+    check_initial(config)
     full_check(config, load_splits(config, named), encoder, int(os.environ.get("WORLD_SIZE", "1")), tflops)
 
 
@@ -499,6 +541,8 @@ def main(arguments: list[str] | None = None) -> None:
                         help="with --check: 10¹² operations a second of a GPU (default: %(default)s)")  # fmt: skip
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="override any config key, e.g. lora.r=32")
     args = parser.parse_intermixed_args(arguments)
+    if not args.tflops > 0:
+        raise UserError(f"--tflops {args.tflops:g}: give the rate of a GPU, more than 0")
     config = load_config(args.config, args.overrides)
     check(config, args.config, args.tflops) if args.check else train(config, args.config)
 

@@ -113,6 +113,8 @@ def _conversation_targets(row: dict, image: str, counts: Counter) -> Iterator[di
     turns = row.get("messages") or row.get("conversations")
     asked, found = None, 0
     for turn in turns if isinstance(turns, list) else ():
+        if not isinstance(turn, dict):
+            raise UserError(f"a turn is {turn!r}; write an object with role and content, or from and value")
         role, text = turn.get("role", turn.get("from")), turn.get("content", turn.get("value"))
         if not isinstance(text, str):
             raise UserError(f"the {role} turn has no text")

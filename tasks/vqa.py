@@ -6,6 +6,7 @@ from config import Config
 from errors import UserError
 from images import Placement
 from report import metrics
+from report.baseline import majority_answers_for
 from samples import read_samples
 from templates import SYSTEM_PROMPTS, image_paths, split_answer, to_messages
 
@@ -67,8 +68,6 @@ def with_other_keys(line: dict, sample: dict) -> dict:
 
 
 def score(rows: list[dict], config: Config) -> dict:
-    from report.baseline import majority_answers_for  # it imports torch
-
     scores = metrics.score_vqa(rows, majority_answers_for({row["question"] for row in rows}, config))
     last_turns = sum("gold_answers_in_view" in row for row in rows)
     return scores | ({"last_turns": last_turns} if last_turns else {})

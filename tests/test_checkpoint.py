@@ -260,6 +260,13 @@ def test_a_start_from_an_adapter_of_another_scale_is_refused_before_weights_load
         train.main(["--config", str(runs["lora"]), *arguments])
 
 
+@pytest.mark.parametrize("key", ["r", "alpha"])
+def test_an_adapter_of_another_scale_is_refused_where_it_is_scored_or_merged(runs, copied, key):
+    config = load_config(runs["lora"], [f"lora.{key}=64"])
+    with pytest.raises(UserError, match=rf"was trained with lora.{key} \d+, and this run has 64.*set lora.{key}="):
+        load_trained(config, copied("lora"), CPU)
+
+
 # ------------------------------------------------------------------------------------------------------ saved and read
 
 

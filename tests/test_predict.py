@@ -87,6 +87,7 @@ def test_an_adapter_folder_without_a_config_says_that_it_needs_one(run, capsys, 
         (["--draw", "mark.txt"], "ends with .png"),
         (["image_size=256"], "image_size 128, here 256"),
         (["max_tokens=5"], "exceed max_tokens"),
+        (["--draw", f"{__file__}/mark.png"], "--draw .*test_predict.py is no folder"),
     ],
 )
 def test_a_mistake_is_one_line_and_costs_no_loading_of_weights(run, capsys, monkeypatch, arguments, message):
@@ -115,6 +116,16 @@ def test_a_trained_question_is_answered_and_needs_the_candidates_it_was_trained_
     )
     with pytest.raises(UserError, match="--draw marks clicks, and this model's task is 'vqa'"):
         ask(capsys, *arguments, "--prompt", "?", "--draw", tmp_path / "mark.png")
+
+
+def test_a_model_of_conversations_answers_a_single_question(tiny_models, capsys, tmp_path):
+    (tmp_path / "all.json").write_text(json.dumps(tiny_runs.vqa_samples(images=1, questions=2)))
+    tiny_runs.write_images(tmp_path, ["0.png"])
+    config = click_runs.write_config(tmp_path, tiny_models["qwen3_vl"], "qwen3_vl", task="vqa",
+                                     template="sequential_cot", num_train_epochs=1)  # fmt: skip
+    train.main(["--config", str(config)])
+    arguments = ["--adapter-path", tmp_path / "out", "--image", tmp_path / "0.png", "--prompt", "What is it?"]
+    assert "\nAnswer: " in ask(capsys, *arguments)
 
 
 # --------------------------------------------------------------------------------------------------------------- marks

@@ -218,6 +218,11 @@ def test_check_refuses_an_output_folder_that_cannot_be_made(command, data):
     assert code == 2 and err.count("\n") == 1 and "output_dir" in err and "is no folder" in err
 
 
+def test_check_refuses_a_rate_of_nothing(command):
+    code, _, err = command(arguments=["--check", "--tflops", "0"])
+    assert code == 2 and err.count("\n") == 1 and "--tflops 0" in err
+
+
 def test_under_torchrun_one_rank_checks_for_all(command, monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", "2")
     monkeypatch.setenv("RANK", "1")

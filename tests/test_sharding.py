@@ -82,8 +82,25 @@ def test_two_shares_train_like_two_copies_and_like_one_process(config, tmp_path)
 def test_an_interrupted_run_resumes_bit_for_bit_and_its_checkpoints_need_no_pickle(config, tmp_path):
     code, text = finish(start(config("whole", parallel="fsdp"), ranks=2))
     assert code == 0, text
-    code, text = finish(start(config("cut", parallel="fsdp", save_steps=6), ranks=2))
-    assert code == 0, text
+    path = config("cut", parallel="fsdp", save_steps=100)
+    wrapped = REPO / "tests" / "support" / "wrapped_sharding.py"
+    code, text = finish(start(path, ranks=2, script=wrapped, environment={"STOP_STEP": "7"}))  # one rank alone hears it
+    assert code == 0 and (tmp_path / "cut" / "PREEMPTED").exists() and "Saved checkpoint-7" in text, text
+    code, text = finish(start(path, ranks=2))
+    assert code == 0 and "step 7/12" in text, text
+    assert history(tmp_path / "cut") == history(tmp_path / "whole")
+    assert final_bytes(tmp_path / "cut") == final_bytes(tmp_path / "whole")
+    files = {str(file.relative_to(tmp_path / "cut" / "checkpoint-12"))
+             for file in (tmp_path / "cut" / "checkpoint-12").rglob("*") if file.is_file()}  # fmt: skip
+    shares = {f"sharded/shard-0000{rank}-model-00001-of-00001.safetensors" for rank in (1, 2)}
+    assert files == shares | {"cls_head.safetensors", "trainer_state.json", "base.json"}
+
+
+@pytest.mark.slow
+def test_one_process_goes_on_from_the_shares_of_two(config, tmp_path):
+    for name in ("whole", "cut"):
+        code, text = finish(start(config(name, parallel="fsdp", save_steps=6), ranks=2))
+        assert code == 0, text
     shutil.rmtree(tmp_path / "cut" / "checkpoint-12")  # as if it had been stopped after step 6
     (tmp_path / "cut" / "model.safetensors").unlink()
     train.main(["--config", str(config("cut", parallel="fsdp", save_steps=100, grad_accum=4))])

@@ -32,7 +32,7 @@ import forecast
 import inference
 import run_folder
 import train
-from checkpoint import TrainerState
+from checkpoint import TrainerState, whats_wrong
 from errors import UserError
 from run_folder import OutputLock
 
@@ -161,6 +161,14 @@ def test_a_signal_inside_an_evaluation_stops_it_and_the_resumed_run_evaluates_ag
     assert json.loads((cut / "checkpoint-3" / "trainer_state.json").read_text())["evaluation_due"]
     assert not log_rows(cut, "eval_loss")
     monkeypatch.undo()
+    save = train.checkpoint.save
+    monkeypatch.setattr(train.checkpoint, "save", lambda *_: os._exit(1))  # killed after the evaluation was logged
+    pid = os.fork()
+    if pid == 0:
+        run("cut", **changes)
+    os.waitpid(pid, 0)
+    assert [row["step"] for row in log_rows(cut, "eval_loss")] == [3]
+    monkeypatch.setattr(train.checkpoint, "save", save)
     run("cut", **changes)
     assert history(cut) == history(whole) and weights(cut) == weights(whole)
     keys = ("step", "eval_loss", "eval_accuracy")
@@ -188,7 +196,60 @@ def test_a_loss_of_other_questions_is_no_best_of_a_resumed_run(run, monkeypatch,
         monkeypatch.undo()
         state = json.loads((output / f"checkpoint-{step}" / "trainer_state.json").read_text())
         assert state["best_step"] == best
-    assert "The best loss so far was of eval_max_samples 5: the best is chosen anew" in capsys.readouterr().out
+    assert "The best so far was chosen on another val, or another eval_max_samples" in capsys.readouterr().out
+
+
+def test_a_loss_of_another_val_is_no_best_of_a_resumed_run(run, data, tmp_path, monkeypatch):
+    val = tmp_path / "val.json"
+    samples = json.loads((data / "samples.json").read_text())
+    val.write_text(json.dumps([{"question": s["question"], "answer": s["answer"]} for s in samples]))
+    for loss, step, best in ((0.1, 4, 2), (0.5, 8, 6)):
+        monkeypatch.setattr(train, "scores_while_training", lambda *_, loss=loss: {"eval_loss": loss})
+        if step == 4:
+            stop_at(monkeypatch, step)
+        output = run("out", f"data.val={val}", eval_steps=2, save_steps=2, num_train_epochs=2)
+        monkeypatch.undo()
+        val.write_text(json.dumps(json.loads(val.read_text())[:3]))
+        state = json.loads((output / f"checkpoint-{step}" / "trainer_state.json").read_text())
+        assert state["best_step"] == best
+
+
+def test_an_evaluation_without_a_finite_loss_is_never_the_best_and_spoils_no_checkpoint(run, monkeypatch, capsys):
+    losses = iter([float("nan"), 0.5, float("inf"), 0.7])
+    monkeypatch.setattr(train, "scores_while_training", lambda *_: {"eval_loss": next(losses)})
+    output = run("out", eval_steps=2, save_steps=2, num_train_epochs=2, save_total_limit=9)
+    assert capsys.readouterr().out.count("is not finite: it is never the best") == 2
+    assert [whats_wrong(folder, content=True) for folder in run_folder.checkpoints(output)] == [None] * 4
+    assert json.loads((output / "checkpoint-8" / "trainer_state.json").read_text())["best_step"] == 4
+
+
+def test_a_stop_while_the_run_is_set_up_ends_it_before_the_first_step(run, monkeypatch, capsys):
+    load_model = train.load_model
+
+    def load_and_stop(*arguments):
+        os.kill(os.getpid(), signal.SIGTERM)
+        return load_model(*arguments)
+
+    whole = run("whole")
+    monkeypatch.setattr(train, "load_model", load_and_stop)
+    capsys.readouterr()
+    output = run("stopped")
+    assert "Stopped at step 0, before training, on request" in capsys.readouterr().out
+    assert json.loads((output / "PREEMPTED").read_text()) == {"step": 0, "signal": "SIGTERM"}
+    assert not list(output.glob("checkpoint-*"))
+    monkeypatch.undo()
+    assert weights(run("stopped")) == weights(whole) and not (output / "PREEMPTED").exists()
+
+
+def test_a_resumed_run_does_without_the_adapter_that_it_started_from(run, monkeypatch):
+    first = run("first")
+    stop_at(monkeypatch, 3)
+    run("second", f"init_adapter={first}", "seed=7")
+    monkeypatch.undo()
+    first.rename(first.with_name("archived"))
+    assert (run("second", f"init_adapter={first}", "seed=7") / "checkpoint-16").is_dir()
+    with pytest.raises(UserError, match=r"init_adapter: .* holds no"):
+        run("third", f"init_adapter={first}")
 
 
 def test_the_interval_of_a_log_line_survives_an_interruption(run, monkeypatch):
@@ -331,8 +392,6 @@ def test_a_full_disk_stops_the_run_with_path_and_free_space_and_keeps_the_checkp
         assert code != 0
         assert f"cannot save {output}/checkpoint-" in text and "GB are free there" in text
         assert (output / "checkpoint-4" / "trainer_state.json").is_file()
-        from checkpoint import whats_wrong
-
         assert whats_wrong(output / "checkpoint-4") is None
         assert not list(output.glob(".checkpoint-*"))
     finally:
@@ -418,6 +477,20 @@ def test_out_of_memory_in_a_step_names_the_pass_and_the_remedies(run, monkeypatc
 
     monkeypatch.setattr(train.modeling.AnswerLoss, "forward", out_of_memory)
     with pytest.raises(UserError, match=r"out of memory on a pass of step 1: .* 4×4 patches.*checkpointing=true"):
+        run("oom")
+
+
+@pytest.mark.parametrize(("where", "what"), [("load_model", "the weights of the model"), ("empty", "the state of the")])
+def test_out_of_memory_before_the_first_pass_is_one_line_with_remedies(run, monkeypatch, where, what):
+    def out_of_memory(*_, **__):
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    run_out_of_memory(monkeypatch, lambda rows, tokens: True)
+    if where == "load_model":
+        monkeypatch.setattr(train, where, out_of_memory)
+    else:
+        monkeypatch.setattr(forecast, "torch", SimpleNamespace(**{**vars(torch), "empty": out_of_memory}))
+    with pytest.raises(UserError, match=f"out of memory on {what}.*. Set gradient_checkpointing=true; or quantization"):
         run("oom")
 
 
