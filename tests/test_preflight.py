@@ -63,10 +63,7 @@ def command(data, tiny_models, monkeypatch):
         if "val" not in changes.get("data", {}):
             values["data"].pop("val")
         path = write_values(data / "c.yaml", values)
-        started = time.perf_counter()
-        code, out, err = run_script(script, "--config", path, *arguments)
-        assert time.perf_counter() - started < 30
-        return code, out, err
+        return run_script(script, "--config", path, *arguments)
 
     monkeypatch.setattr(modeling, "load_base", no_weights)
     monkeypatch.setattr("checkpoint.load_base", no_weights)

@@ -14,6 +14,7 @@ from unittest import mock
 import torch
 from safetensors.torch import save_file
 
+import distributed
 import train
 from distributed import Ranks, end_process, start_ranks, stop_ranks
 from errors import UserError
@@ -68,6 +69,7 @@ def who_checks(run: TinyRun, ranks: Ranks) -> list:
 def main(model_folder: Path, results: Path, only_trained: str = "") -> None:
     ranks = start_ranks()
     torch.set_num_threads(1)
+    distributed.BUCKET_ELEMENTS = 5_000  # so that gradients travel in several buckets
     run = TinyRun(model_folder, results / f"run{ranks.rank}", "qwen3_vl")
     if only_trained:
         found = {"mixed": mixed_runs(run, ranks, results, only_trained.split(","), CUTS)}
