@@ -266,8 +266,7 @@ def install_shared_attention(model: nn.Module) -> None:
 
 def install_vision_attention(model: nn.Module) -> None:
     """Let the vision tower attend within images, or Qwen2.5-VL's windows, of one size all at once. transformers calls
-    the kernel for each of them (80 windows a layer for a page of text), and reads their lengths from the device three
-    times a layer, where the host waits each time until the GPU has done all that is queued."""
+    the kernel for each of them (80 windows a layer for a page of text)."""
     from transformers import AttentionInterface
 
     def forward(module, query, key, value, attention_mask, scaling=None, dropout=0.0, lengths=None, **others):
@@ -286,7 +285,7 @@ def install_vision_attention(model: nn.Module) -> None:
         bounds = kwargs["cu_seqlens"]
         entry = next((entry for entry in known if entry[0] is bounds), None)
         if entry is None:
-            on_host = bounds.cpu().tolist()
+            on_host = bounds.tolist()  # on the host: see `model.ON_HOST`
             lengths = [end - start for start, end in itertools.pairwise(on_host)]
             entry = bounds, lengths, torch.tensor([0, on_host[-1]], dtype=bounds.dtype)
             known[:] = [*known[-1:], entry]

@@ -12,6 +12,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 import torch
 
+from family import Family
 from images import ModelImage
 from templates import IGNORE
 
@@ -28,6 +29,11 @@ class Item:
     last_image_token: int  # index; -1 without images
     class_label: int | None = None  # of a document to be classified
     cut_tokens: int = 0  # of its text, at the end
+
+    @property
+    def answer_tokens(self) -> int:
+        """Supervised tokens, or labels."""
+        return int((self.labels != IGNORE).sum()) if self.class_label is None else int(self.class_label != IGNORE)
 
 
 def weightless(item: Item) -> Item:
@@ -176,9 +182,10 @@ def collate(
     share_prefix: bool,
     pad_id: int,
     rows: list[Row] | None = None,
+    family: Family | None = None,
 ) -> dict:
     """Lay questions out as the rows of one pass, those of one image behind one shared prefix. rows: those of `lay_out`,
-    where the pass holds a part of the items.
+    where the pass holds a part of the items. family: of the images, where they are shown to a model.
 
     A row is [prefix, question, question, ...] with segment 0 for the prefix, 1, 2, ... for the questions and -1 for
     padding; a token sees the prefix and its own segment (`attention.py`). Positions are each question's own.
@@ -186,7 +193,10 @@ def collate(
     images; image_index: for each image in the rows, in order, which of them it is; slots (B, K): item of each row's
     questions, -1 where there is none. shared_prefix: tokens that are prefix in every row, None where no row holds more
     than one question, which then need no mask. targets: the next token at the position that predicts it, elsewhere
-    `IGNORE`. answer_tokens: how many tokens, or labels, are supervised. class_labels, cut_tokens (items,): documents'.
+    `IGNORE`. answer_tokens: how many tokens, or labels, are supervised. tokens: laid out, without padding; 0 where
+    nothing is supervised. class_labels, cut_tokens (items,): documents'.
+    supervised, last_tokens (items,): places, counted over the whole (B × T), of what is supervised and of each item's
+    last token; with `vision_inputs`, these are worked out here because the host would have to wait for the GPU.
     """
     laid_out = lay_out(items, share_prefix) if rows is None else rows
     order = sorted(index for row in laid_out for index in row.items)  # of the items in this pass
@@ -201,6 +211,7 @@ def collate(
         "position_ids": torch.zeros((3, len(rows), length), dtype=torch.int64),
         "slots": torch.full((len(rows), slots), -1),
     }
+    last_tokens = np.empty(len(order), dtype=np.int64)
     for b, row in enumerate(rows):
         tokens = len(row["ids"])
         batch["input_ids"][b, :tokens] = torch.from_numpy(row["ids"])
@@ -209,6 +220,8 @@ def collate(
         batch["position_ids"][:, b, :tokens] = torch.from_numpy(row["positions"])
         members = [place[index] for index in laid_out[b].items]
         batch["slots"][b, : len(members)] = torch.tensor(members)
+        own_tokens = [len(items[index].input_ids) - laid_out[b].prefix for index in laid_out[b].items]
+        last_tokens[members] = b * length + laid_out[b].prefix + np.cumsum(own_tokens) - 1
     batch["shared_prefix"] = min(row.prefix for row in laid_out) if slots > 1 else None
     shown = [path for row in laid_out for path in items[row.items[0]].images]
     if shown:
@@ -216,21 +229,41 @@ def collate(
         batch["patches"] = torch.from_numpy(np.concatenate([images[path].patches for path in distinct]))
         batch["image_grid_thw"] = torch.tensor([(1, *images[path].grid) for path in distinct])
         batch["image_index"] = [distinct.index(path) for path in shown]
+        batch |= vision_inputs(batch["input_ids"], batch["image_grid_thw"], family) if family else {}
     batch["sample_ids"] = [items[index].sample_id for index in order]
-    batch["answer_tokens"] = int((batch["targets"] != IGNORE).sum())
+    batch["last_tokens"] = torch.from_numpy(last_tokens)
+    batch["supervised"] = (batch["targets"].flatten() != IGNORE).nonzero().flatten()
+    batch["answer_tokens"] = len(batch["supervised"])
     if items[order[0]].class_label is not None:
         batch["class_labels"] = torch.tensor([items[index].class_label for index in order])
         batch["cut_tokens"] = torch.tensor([items[index].cut_tokens for index in order])
         batch["answer_tokens"] = int((batch["class_labels"] != IGNORE).sum())
+    batch["tokens"] = sum(row.tokens for row in laid_out) if batch["answer_tokens"] else 0
     return batch
 
 
-def last_tokens(segments: torch.Tensor) -> torch.Tensor:
-    """(B, T) segments -> bool (B, T), True at each question's last token; row by row, they come in the slots' order."""
-    is_last = torch.zeros_like(segments, dtype=torch.bool)
-    is_last[:, :-1] = (segments[:, :-1] > 0) & (segments[:, 1:] != segments[:, :-1])
-    is_last[:, -1] = segments[:, -1] > 0
-    return is_last
+def vision_inputs(input_ids: torch.Tensor, grids: torch.Tensor, family: Family) -> dict:
+    """What the model derives from images' grids (N, 3), on the host.
+
+    Returns image_tokens: places of the image tokens, counted over the whole input_ids (B × T); vision: what
+    transformers' towers take beside the patches, each only what it reads. Source: transformers.vision_utils."""
+    from transformers import vision_utils
+
+    merge = family.merge_size
+    vision = {
+        "position_ids": vision_utils.get_vision_position_ids(grids, merge),
+        "cu_seqlens": vision_utils.get_vision_cu_seqlens(grids),
+    }
+    if family.window:
+        windows = vision_utils.get_vision_window_index(grids, merge, family.window, family.patch_size)
+        vision |= dict(zip(("window_index", "cu_window_seqlens"), windows, strict=True))
+    if family.position_rows:
+        taps = vision_utils.get_vision_interpolation_indices_and_weights(
+            grids, family.position_rows, "bilinear", align_corners=True, spatial_merge_size=merge
+        )
+        vision |= dict(zip(("interp_indices", "interp_weights"), taps, strict=True))
+    places = (input_ids.flatten() == family.image_token_id).nonzero().flatten()
+    return {"image_tokens": places, "vision": vision}
 
 
 def _shared_prefix(items: list[Item]) -> int:

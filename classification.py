@@ -12,11 +12,10 @@ from safetensors.torch import save_file
 from torch import nn
 from transformers.utils.generic import maybe_autocast
 
-from batches import last_tokens
 from config import Config
 from errors import UserError
 from family import Family
-from model import AnswerLoss, base_of, model_inputs, read_fitting
+from model import AnswerLoss, at_places, base_of, hidden_states, read_fitting
 from tasks import task_of
 from templates import IGNORE
 
@@ -38,12 +37,9 @@ def attach_head(model: nn.Module, num_labels: int, seed: int) -> None:
 def class_logits(model: nn.Module, batch: dict, family: Family) -> torch.Tensor:
     """A collated batch of documents -> logits (items, num_labels), float32, in the order of the items."""
     base = base_of(model)
-    hidden = base.model(**model_inputs(model, batch, family), use_cache=False).last_hidden_state  # (B, T, hidden_size)
-    last = hidden[last_tokens(batch["segments"])]  # (items, hidden_size), in the order of the slots
+    last = at_places(hidden_states(model, batch, family), batch["last_tokens"])  # (items, hidden_size)
     with maybe_autocast(last.device.type, enabled=False):  # it knows the meta device, too
-        logits = base.cls_head(last.to(base.cls_head.weight.dtype))
-    item_of_slot = batch["slots"][batch["slots"] >= 0]
-    return logits[item_of_slot.argsort()]
+        return base.cls_head(last.to(base.cls_head.weight.dtype))
 
 
 class ClassLoss(nn.Module):

@@ -168,7 +168,8 @@ class _Batches(Dataset):
 
 
 class StepDataset(_Batches):
-    """Index: an optimizer step. Item: this rank's passes of it, and [place in the step, sample id] of what it does."""
+    """Index: an optimizer step. Item: this rank's passes of it, the supervised tokens of the step on all ranks, and
+    [place in the step, sample id] of what this rank does."""
 
     def __init__(self, samples, encoder, share_prefix, plan: BatchPlan, pass_tokens: int, rank: int, world_size: int):
         super().__init__(samples, encoder, share_prefix)
@@ -189,13 +190,17 @@ class StepDataset(_Batches):
                     if path not in images:
                         images[path] = self._decode(path, rows[place])
             laid_out = lay_out(own, self.share_prefix, self.pass_tokens)
-            micro_batches = [
-                collate(own, images, self.share_prefix, self.pad_id, part)
+            collated = [
+                collate(own, images, self.share_prefix, self.pad_id, part, self.encoder.family)
                 for part in passes(laid_out, self.pass_tokens)
             ]
         except UserError as error:
             return {"error": str(error)}
-        return {"micro_batches": micro_batches, "sample_ids": [[place, items[place].sample_id] for place in mine]}
+        return {
+            "passes": collated,
+            "answer_tokens": sum(item.answer_tokens for item in items),
+            "sample_ids": [[place, items[place].sample_id] for place in mine],
+        }
 
     def _decode(self, path: str, row: int) -> ModelImage:
         try:
@@ -240,7 +245,8 @@ class EvalDataset(_Batches):
                 return images[path]
 
             items = [self.encode(row, load, self.generation) for row in self.batches[index]]
-            return {**collate(items, images, self.share_prefix, self.pad_id), "rows": self.batches[index]}
+            batch = collate(items, images, self.share_prefix, self.pad_id, family=self.encoder.family)
+            return {**batch, "rows": self.batches[index]}
         except UserError as error:
             return {"error": str(error)}
 

@@ -37,9 +37,16 @@ class Ranks:
     def is_first(self) -> bool:
         return self.rank == 0
 
-    def sum(self, *values: float) -> list[float]:
-        """Add up numbers over the ranks, in float64. All ranks: contains an all_reduce."""
-        total = torch.tensor(values, dtype=torch.float64, device=self.device)
+    def sum(self, *values: float | torch.Tensor) -> list[float]:
+        """Add up numbers, or scalars on the device, over the ranks, in float64; the host waits for the device once, and
+        without ranks and scalars not at all. All ranks: contains an all_reduce."""
+        on_device = {place: value for place, value in enumerate(values) if torch.is_tensor(value)}
+        total = torch.tensor([0 if torch.is_tensor(value) else value for value in values], dtype=torch.float64)
+        if on_device or self.world_size > 1:
+            pinned = total.pin_memory() if self.device.type == "cuda" else total
+            total = pinned.to(self.device, non_blocking=True)
+        for place, value in on_device.items():
+            total[place] = value
         if self.world_size > 1:
             dist.all_reduce(total)
         return total.tolist()

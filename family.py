@@ -5,6 +5,7 @@ Read from the model's own config and image processor, without loading weights. A
 
 import hashlib
 import json
+import math
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -31,6 +32,8 @@ class Family:
     min_pixels: int = 0
     max_pixels: int = 0
     image_token_id: int = -1
+    window: int = 0  # pixels a side that most layers of Qwen2.5-VL's tower look at
+    position_rows: int = 0  # of the tower's learned, square table of positions, where it has one
 
     @property
     def has_vision(self) -> bool:
@@ -120,6 +123,8 @@ def load_family(model_name: str) -> Family:
         min_pixels=processor.size["shortest_edge"],
         max_pixels=processor.size["longest_edge"],
         image_token_id=model_config.image_token_id,
+        window=getattr(vision, "window_size", 0),
+        position_rows=math.isqrt(getattr(vision, "num_position_embeddings", 0)),
     )
 
 

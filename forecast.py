@@ -30,6 +30,7 @@ from model import (
     LANGUAGE,
     PROJECTOR,
     VISION,
+    add_features_by_place,
     auto_class,
     base_of,
     group_of,
@@ -39,7 +40,6 @@ from model import (
 )
 from samples import SampleList
 from tasks import task_of
-from templates import IGNORE
 
 # ------------------------------------------------------------------------------------------------------------- memory
 
@@ -58,6 +58,7 @@ def meta_loss(config: Config, family: Family, dtype: torch.dtype) -> nn.Module:
             attach_head(base, config.num_labels, config.seed)
         if family.has_vision:
             patch_embed_as_matrix_product(base)
+            add_features_by_place(base)
             install_vision_attention(base)
             install_shared_attention(base)
         model = prepare_training(base, config)
@@ -285,7 +286,7 @@ def _operations_of(items: Sequence[Item], part: Sequence[Row], operations: Opera
     for row in part:
         members = [items[index] for index in row.items]
         lengths.append([row.prefix, *(len(item.input_ids) - row.prefix for item in members)])
-        positions += sum(1 if item.class_label is not None else int((item.labels != IGNORE).sum()) for item in members)
+        positions += sum(item.answer_tokens for item in members)
         count, tokens = len(members[0].images), int((members[0].input_ids == image_token_id).sum())
         images += [tokens // count] * count if count else []
     return operations.useful(lengths, positions, images)
@@ -460,7 +461,8 @@ def _repeated(item: Item, images: list[ModelImage], count: int, encoder: SampleE
         names = tuple(f"{copy}/{path}" for path in item.images)
         items.append(replace(item, images=names))
         shown |= dict(zip(names, images, strict=True))
-    return collate(items, shown, True, encoder.tokenizer.pad_token_id, lay_out(items, share_prefix=False))
+    rows = lay_out(items, share_prefix=False)
+    return collate(items, shown, True, encoder.tokenizer.pad_token_id, rows, encoder.family)
 
 
 # ------------------------------------------------------------------------------------------------ counted beforehand

@@ -2,7 +2,7 @@
 
 Greedy answers: an image is read once, and all its questions are answered from that cache. Questions of one image stand
 in one row behind their shared prefix (see `batches.collate`). Each decoding step feeds one token per question; the mask
-lets it see the prefix, its own question and its own answer.
+lets it see the prefix, its own question and its own answer. What has ended leaves the batch.
 """
 
 from collections.abc import Callable, Sequence
@@ -12,7 +12,6 @@ import torch
 from torch import nn
 from tqdm import tqdm
 
-from batches import last_tokens
 from classification import ClassLoss
 from config import Config
 from dataset import EvalDataset, SampleEncoder, load
@@ -202,41 +201,49 @@ def greedy(model: nn.Module, batch: dict, family: Family, end_ids: set[int], max
     """
     from transformers import DynamicCache
 
-    segments, positions, slots = batch["segments"], batch["position_ids"], batch["slots"]
-    rows, width = slots.shape
-    device = segments.device
-    is_last = last_tokens(segments)
-    used = slots >= 0  # (rows, width)
+    slots, count = batch["slots"], len(batch["sample_ids"])
+    width, device = slots.shape[1], slots.device
     cache = DynamicCache(config=model.config)
-    output = forward_logits(model, batch, family, is_last, use_cache=True, past_key_values=cache)
-    token = torch.zeros_like(slots)
-    token[used] = output.logits.argmax(-1)
-    next_position = torch.zeros(3, *slots.shape, dtype=torch.int64, device=device)
-    next_position[:, used] = positions[:, is_last] + 1
-    slot_segment = torch.arange(1, width + 1, device=device, dtype=segments.dtype).expand(rows, width)
-    key_segment = segments  # of every token in the cache
-    ends = torch.tensor(sorted(end_ids), device=device)
-    running = used & ~torch.isin(token, ends)
-    answers = [token]
-    for _ in range(max_new_tokens - 1):
-        if not running.any():
+    places = batch["last_tokens"]
+    logits = forward_logits(model, batch, family, places, use_cache=True, past_key_values=cache)
+    item = torch.where(slots < 0, count, slots)  # (rows, width); `count` where a slot is empty
+
+    def in_slots(of_items: torch.Tensor) -> torch.Tensor:  # (..., items) -> (..., rows, width)
+        padded = torch.nn.functional.pad(of_items, (0, 1))
+        return padded.index_select(-1, item.flatten()).unflatten(-1, item.shape)
+
+    token = in_slots(logits.argmax(-1))
+    next_position = in_slots(batch["position_ids"].flatten(1).index_select(1, places) + 1)  # (3, rows, width)
+    segment = torch.arange(1, width + 1, device=device, dtype=torch.int32).expand_as(slots)
+    key_segment = batch["segments"]  # of every token in the cache
+    ends = torch.tensor(sorted(end_ids)).to(device)
+    running = (slots >= 0) & ~torch.isin(token, ends)
+    answers = ends[0].repeat(max_new_tokens, count + 1)  # an answer that has ended goes on with end tokens
+    answers[0].scatter_(0, item.flatten(), token.flatten())
+    for step in range(1, max_new_tokens):
+        unfinished = [many for many in running.sum(1).tolist() if many]  # the one wait of a step
+        if not unfinished:
             break
-        key_segment = torch.cat([key_segment, slot_segment], dim=1)
+        if 2 * len(unfinished) * max(unfinished) <= running.numel():
+            # Rows that have ended leave, and so do columns: the cache is copied, so not at every end.
+            rows = running.any(1).nonzero().flatten()
+            columns = running[rows].int().argsort(dim=1, descending=True, stable=True)[:, : max(unfinished)]
+            cache.batch_select_indices(rows)
+            key_segment = key_segment[rows]
+            token, segment, item, running = (x[rows].gather(1, columns) for x in (token, segment, item, running))
+            next_position = next_position[:, rows].gather(2, columns.expand(3, -1, -1))
+        key_segment = torch.cat([key_segment, segment], dim=1)
         # A token sees the prefix (0) and everything of its own question, which is itself and tokens before it.
-        mask = (key_segment[:, None, None, :] == 0) | (key_segment[:, None, None, :] == slot_segment[:, None, :, None])
+        mask = (key_segment[:, None, None, :] == 0) | (key_segment[:, None, None, :] == segment[:, None, :, None])
         output = model(
             input_ids=token, attention_mask=mask, position_ids=next_position, past_key_values=cache, use_cache=True
         )
         token = output.logits.argmax(-1)
         next_position = next_position + 1
-        answers.append(torch.where(running, token, ends[0]))
+        answers[step].scatter_(0, item.flatten(), torch.where(running, token, ends[0]).flatten())
         running &= ~torch.isin(token, ends)
-    table = torch.stack(answers, dim=-1).tolist()
-    results: list[tuple[list[int], bool]] = [([], False) for _ in batch["sample_ids"]]
-    for row, items in enumerate(slots.tolist()):
-        for column, item in enumerate(items):
-            if item >= 0:
-                tokens = table[row][column]
-                end = next((i for i, value in enumerate(tokens) if value in end_ids), len(tokens))
-                results[item] = (tokens[:end], end < len(tokens))
+    results = []
+    for tokens in answers[:, :count].T.tolist():
+        end = next((place for place, token in enumerate(tokens) if token in end_ids), len(tokens))
+        results.append((tokens[:end], end < len(tokens)))
     return results

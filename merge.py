@@ -31,7 +31,6 @@ from preflight import open_encoder
 from run_folder import MERGED_CONFIG_FILE, config_of, with_own_model
 from samples import SampleList, load_samples
 from tasks import records, task_of
-from templates import IGNORE
 
 SHARD_SIZE = "5GB"
 CHECKED_SAMPLES = 3
@@ -89,9 +88,8 @@ def answer_logits(model: torch.nn.Module, samples: SampleList, encoder: SampleEn
         batch = batches[index]
         if "error" in batch:
             raise UserError(batch["error"])
-        keep = batch["targets"] != IGNORE
         batch = modeling.to_device(batch, device)
-        logits.append(modeling.forward_logits(model, batch, encoder.family, keep.to(device)).logits.float().cpu())
+        logits.append(modeling.forward_logits(model, batch, encoder.family, batch["supervised"]).float().cpu())
     return torch.cat(logits)
 
 

@@ -5,6 +5,7 @@ logits at supervised positions alone.
 """
 
 import contextlib
+import functools
 import logging
 import re
 import types
@@ -18,11 +19,11 @@ import torch.nn.functional as F
 from torch import nn
 
 from attention import SharedRows, attention_mask, install_shared_attention, install_vision_attention, without_cudnn
+from batches import vision_inputs
 from config import Config, Lora
 from errors import UserError
 from family import Family
 from tasks import task_of
-from templates import IGNORE
 
 OLDEST_TRANSFORMERS = (5, 23)  # an older one would ignore the images' features that it is given, and say nothing
 
@@ -85,6 +86,7 @@ def load_base(model_name: str, dtype: torch.dtype | str, quantization: str = "no
     model.requires_grad_(False)
     if hasattr(model.model, "visual"):
         patch_embed_as_matrix_product(model)
+        add_features_by_place(model)
         install_vision_attention(model)
         install_shared_attention(model)  # texts without an image share no prefix
     return model
@@ -330,8 +332,16 @@ def base_of(model: nn.Module) -> nn.Module:
     return model.get_base_model() if hasattr(model, "get_base_model") else model
 
 
+ON_HOST = frozenset(["image_grid_thw", "cu_seqlens", "cu_window_seqlens"])  # lengths, which only the host reads
+
+
 def to_device(batch: dict, device: torch.device) -> dict:
-    return {k: v.to(device, non_blocking=True) if torch.is_tensor(v) else v for k, v in batch.items()}
+    def moved(name: str, value):
+        if isinstance(value, dict):
+            return to_device(value, device)
+        return value.to(device, non_blocking=True) if torch.is_tensor(value) and name not in ON_HOST else value
+
+    return {name: moved(name, value) for name, value in batch.items()}
 
 
 def normalise_patches(patches: torch.Tensor, family: Family) -> torch.Tensor:
@@ -340,54 +350,86 @@ def normalise_patches(patches: torch.Tensor, family: Family) -> torch.Tensor:
     Same order of operations and same roundings as the stock processor: scale in float64, then float32 statistics.
     """
     pixels = (patches.view(len(patches), 3, 1, -1).double() * family.rescale_factor).float()
-    mean = torch.tensor(family.image_mean, device=patches.device).view(1, 3, 1, 1)
-    std = torch.tensor(family.image_std, device=patches.device).view(1, 3, 1, 1)
+    mean, std = _statistics(family.image_mean, family.image_std, patches.device)
     pixels = (pixels - mean) / std
     return pixels.expand(-1, -1, family.temporal_patch_size, -1).flatten(1)  # a still image fills every time slot
 
 
-def encode_images(model: nn.Module, batch: dict, family: Family):
-    """Vision features of each image occurrence in the rows, every distinct image encoded once.
+@functools.cache
+def _statistics(mean: tuple, std: tuple, device: torch.device) -> torch.Tensor:
+    """(2, 1, 3, 1, 1) on the device, copied there once."""
+    with torch.inference_mode(False):  # the first to ask may be an evaluation
+        return torch.tensor([mean, std]).view(2, 1, 3, 1, 1).to(device)
 
-    Returns what transformers' `mm_encoder_outputs={"image": ...}` takes, or None without images. Runs under
-    `no_grad` unless the vision tower or projector is trained."""
-    if "patches" not in batch:
-        return None
+
+def encode_images(model: nn.Module, batch: dict, family: Family):
+    """Vision features of the image tokens in the rows, every distinct image encoded once: (features (image tokens,
+    hidden_size), those of Qwen3-VL's DeepStack for each of the first layers, or None). Runs under `no_grad` unless the
+    vision tower or projector is trained."""
     visual = base_of(model).model.visual
     trained = any(parameter.requires_grad for parameter in visual.parameters())
     with torch.set_grad_enabled(trained and torch.is_grad_enabled()):
         pixels = normalise_patches(batch["patches"], family)
-        features = base_of(model).get_image_features(pixels, batch["image_grid_thw"], return_dict=True)
-    index = batch["image_index"]
-    features.pooler_output = [features.pooler_output[i] for i in index]
-    if getattr(features, "deepstack_features", None) is not None:  # Qwen3-VL: per layer, per image
-        features.deepstack_features = [[layer[i] for i in index] for layer in features.deepstack_features]
-    return features
+        found = base_of(model).get_image_features(pixels, batch["image_grid_thw"], return_dict=True, **batch["vision"])
+
+        def in_rows(images):
+            return torch.cat([images[i] for i in batch["image_index"]])
+
+        deepstack = getattr(found, "deepstack_features", None)
+        return in_rows(found.pooler_output), [in_rows(layer) for layer in deepstack] if deepstack else None
 
 
-def forward_logits(model: nn.Module, batch: dict, family: Family, keep: torch.Tensor, **cache):
-    """Run the model on a collated batch. keep: bool (B, T), where logits are wanted. Returns transformers' output with
-    logits (positions kept, vocabulary)."""
-    return model(**model_inputs(model, batch, family), logits_to_keep=keep, **{"use_cache": False, **cache})
+def at_places(states: torch.Tensor, places: torch.Tensor) -> torch.Tensor:
+    """states (B, T, size), places (N,) counted over the whole (B × T) -> (N, size). (A bool mask would have to be
+    counted, and the host would wait for the GPU.)"""
+    return states.flatten(0, 1).index_select(0, places)
 
 
-def model_inputs(model: nn.Module, batch: dict, family: Family) -> dict:
-    """What transformers' forward takes of a collated batch."""
+def add_features_by_place(model: nn.Module) -> None:
+    """Let Qwen3-VL's DeepStack add its features at places instead of a bool mask, where it is given those: see
+    `at_places`."""
+
+    def add(self, hidden, places, features):  # (B, T, hidden_size), (image tokens,), (image tokens, hidden_size)
+        if places.dtype == torch.bool:  # transformers' own `generate`
+            return type(self)._deepstack_process(self, hidden, places, features)
+        return hidden.flatten(0, 1).index_add(0, places, features.to(hidden.dtype)).view_as(hidden)
+
+    language_model = model.model.language_model
+    if hasattr(language_model, "_deepstack_process"):
+        language_model._deepstack_process = types.MethodType(add, language_model)
+
+
+def hidden_states(model: nn.Module, batch: dict, family: Family, **cache) -> torch.Tensor:
+    """Run the language model on a collated batch -> (B, T, hidden_size), after its final norm."""
+    base, cache = base_of(model).model, {"use_cache": False, **cache}
     if not family.has_vision:
         # Without an image no prefix is shared. Positions of their own would make transformers look for packed
         # sequences, and put a mask where plain causal attention does.
-        return {"input_ids": batch["input_ids"]}
-    features = encode_images(model, batch, family)
+        return base(input_ids=batch["input_ids"], **cache).last_hidden_state
+    embedded = base.language_model.embed_tokens(batch["input_ids"])
     inputs = {
-        "input_ids": batch["input_ids"],
         "attention_mask": None,  # plain causal; padding stands at the end, where no question can see it
         "position_ids": batch["position_ids"],
-        "mm_encoder_outputs": {"image": features} if features is not None else None,
     }
+    if "patches" in batch:
+        if "vision" not in batch:  # collated without the family
+            made = vision_inputs(batch["input_ids"], batch["image_grid_thw"], family)
+            batch = batch | to_device(made, embedded.device)
+        places = batch["image_tokens"]
+        features, deepstack = encode_images(model, batch, family)
+        flat = embedded.flatten(0, 1).index_copy(0, places, features.to(embedded.dtype))
+        embedded = flat.view_as(embedded)
+        if deepstack:
+            inputs |= {"visual_pos_masks": places, "deepstack_visual_embeds": deepstack}
     if batch["shared_prefix"] is not None:  # without the mask, questions would read each other
         mask = attention_mask(batch["segments"])
         inputs |= {"attention_mask": mask, "shared_rows": SharedRows(batch["segments"], mask, batch["shared_prefix"])}
-    return inputs
+    return base.language_model(inputs_embeds=embedded, **inputs, **cache).last_hidden_state
+
+
+def forward_logits(model: nn.Module, batch: dict, family: Family, places: torch.Tensor, **cache) -> torch.Tensor:
+    """Logits (N, vocabulary) of a collated batch at these places, counted over the whole (B × T)."""
+    return base_of(model).lm_head(at_places(hidden_states(model, batch, family, **cache), places))
 
 
 class AnswerLoss(nn.Module):
@@ -402,7 +444,6 @@ class AnswerLoss(nn.Module):
         self.model, self.family = model, family
 
     def forward(self, batch: dict) -> torch.Tensor:
-        keep = batch["targets"] != IGNORE
-        logits = forward_logits(self.model, batch, self.family, keep).logits
+        logits = forward_logits(self.model, batch, self.family, batch["supervised"])
         logits = logits.float() if logits.dtype in (torch.bfloat16, torch.float16) else logits
-        return F.cross_entropy(logits, batch["targets"][keep], reduction="sum")
+        return F.cross_entropy(logits, batch["targets"].flatten().index_select(0, batch["supervised"]), reduction="sum")

@@ -37,18 +37,20 @@ def shard(loss: nn.Module, ranks: Ranks) -> None:
     mesh = init_device_mesh(ranks.device.type, (ranks.world_size,))
     compute = torch.bfloat16 if ranks.device.type == "cuda" else torch.float32
     policy = MixedPrecisionPolicy(param_dtype=compute, reduce_dtype=torch.float32)
+    # Without their inputs: the vision tower's positions come in float32.
+    uncast = MixedPrecisionPolicy(param_dtype=compute, reduce_dtype=torch.float32, cast_forward_inputs=False)
     exact = MixedPrecisionPolicy(param_dtype=None, reduce_dtype=torch.float32)
     base = base_of(loss.model)
     language_model = getattr(base.model, "language_model", base.model)
     for layer in language_model.layers:
         fully_shard(layer, mesh=mesh, mp_policy=policy)
     if hasattr(base.model, "visual"):
-        fully_shard(base.model.visual, mesh=mesh, mp_policy=policy)
+        fully_shard(base.model.visual, mesh=mesh, mp_policy=uncast)
     if base.lm_head.weight is not language_model.embed_tokens.weight:
         fully_shard(base.lm_head, mesh=mesh, mp_policy=policy)  # classification never gathers it
     if hasattr(base, "cls_head"):
         fully_shard(base.cls_head, mesh=mesh, mp_policy=exact)
-    fully_shard(loss, mesh=mesh, mp_policy=policy)
+    fully_shard(loss, mesh=mesh, mp_policy=uncast)
     # FSDP takes the first module that runs for the root; an evaluation may begin with a layer.
     loss.meet = lambda: None
     register_fsdp_forward_method(loss, "meet")
@@ -85,13 +87,14 @@ def unsharded(loss: nn.Module):
             loss.set_reshard_after_forward(False, recurse=False)  # the backward pass begins with the root
 
 
-def pad_micro_batches(micro_batches: list[dict], ranks: Ranks) -> list[dict]:
-    """As many micro-batches on every rank as the busiest one has: each forward pass gathers weights from all. The added
+def pad_passes(passes: list[dict], ranks: Ranks) -> list[dict]:
+    """As many passes on every rank as the busiest one has: each forward pass gathers weights from all. The added
     ones carry no weight. All ranks: contains all_gathers."""
-    missing = max(ranks.gather([len(micro_batches)])) - len(micro_batches)
-    last = micro_batches[-1]
+    missing = max(ranks.gather([len(passes)])) - len(passes)
+    last = passes[-1]
     ignored = {key: torch.full_like(last[key], IGNORE) for key in ("targets", "class_labels") if key in last}
-    return micro_batches + [{**last, **ignored, "answer_tokens": 0}] * missing
+    ignored["supervised"] = last["supervised"][:0]
+    return passes + [{**last, **ignored, "answer_tokens": 0, "tokens": 0}] * missing
 
 
 # --------------------------------------------------------------------------------------------------------- checkpoints

@@ -302,21 +302,22 @@ def describe(run: Run, resume_from: str, ready: str, notes: list[str]) -> None:
 # ----------------------------------------------------------------------------------------------------- the step
 
 
-def training_step(run: Run, micro_batches: list[dict], waited: float) -> dict:
+def training_step(run: Run, passes: list[dict], answer_tokens: int, waited: float) -> dict:
     """One optimizer step over this rank's passes. All ranks: contains all_reduces.
 
     The loss is the mean over the supervised tokens of the whole step, on all ranks: each pass adds
-    sum_nll / answer_tokens of the step, and the gradients are added up over the ranks.
-    waited: seconds for the data, on this rank. Returns nll, answer_tokens, tokens (laid out) of the step over all
-    ranks, waited (mean), grad_norm, learning_rates, finite (where not, nothing was updated), stop (whether any
-    rank was asked to).
+    sum_nll / answer_tokens of the step, and the gradients are added up over the ranks. The host waits for the GPU
+    twice: for the sums over the ranks, and for the gradient's norm.
+    answer_tokens: supervised, on all ranks. waited: seconds for the data, on this rank. Returns nll, answer_tokens,
+    tokens (laid out) of the step over all ranks, waited (mean), grad_norm, learning_rates, finite (where not, nothing
+    was updated), stop (whether any rank was asked to).
     """
     config, ranks, step = run.config, run.ranks, run.state.step
     torch.manual_seed(((config.seed * 1_000_003 + step) * 4_099 + ranks.rank) % 2**63)  # dropout
-    largest = max(micro_batches, key=lambda batch: batch["input_ids"].numel())
+    largest = max(passes, key=lambda batch: batch["input_ids"].numel())
     with out_of_memory_is_said(f"a pass of step {step + 1}", config, largest):
-        nll, answer_tokens = backward(run.loss, micro_batches, ranks, config.parallel, run.autocast)
-    tokens = sum(int((batch["segments"] >= 0).sum()) for batch in micro_batches)
+        nll = backward(run.loss, passes, answer_tokens, ranks, config.parallel, run.autocast)
+    tokens = sum(batch["tokens"] for batch in passes)
     has_gradient = [parameter.grad is not None for parameter in run.trainable.values()]
     sums = ranks.sum(nll, tokens, run.stop.requested, waited, *has_gradient)
     total_nll, total_tokens, stop_wanted, total_waited, *present = sums
@@ -347,27 +348,26 @@ def training_step(run: Run, micro_batches: list[dict], waited: float) -> dict:
     }
 
 
-def backward(loss, micro_batches: list[dict], ranks: Ranks, parallel: str, autocast) -> tuple[float, int]:
-    """Forward and backward over this rank's passes of one step. All ranks: contains an all_reduce.
+def backward(loss, passes: list[dict], answer_tokens: int, ranks: Ranks, parallel: str, autocast) -> torch.Tensor:
+    """Forward and backward over this rank's passes of one step. answer_tokens: the step's, on all ranks.
 
-    Returns the summed negative log-likelihood of this rank, and the step's supervised tokens on all ranks."""
-    answer_tokens = ranks.sum(sum(batch["answer_tokens"] for batch in micro_batches))[0]
+    Returns the summed negative log-likelihood of this rank, float64 on the device."""
     scale = (ranks.world_size if parallel == "fsdp" else 1) / answer_tokens  # FSDP averages the gradients of the ranks
     nll = torch.zeros((), dtype=torch.float64, device=ranks.device)
-    for batch in micro_batches:
+    for batch in passes:
         with autocast():
             batch_nll = loss(modeling.to_device(batch, ranks.device))
             (batch_nll * scale).backward()
         nll += batch_nll.detach()
-    return float(nll), int(answer_tokens)
+    return nll
 
 
 # ------------------------------------------------------------------------------------------------- once in a while
 
 
-def report_nonfinite(run: Run, step: dict, micro_batches: list[dict]) -> None:
+def report_nonfinite(run: Run, step: dict, passes: list[dict]) -> None:
     """All ranks: contains an all_gather. Raises: `UserError` after several in a row."""
-    concerned = [] if math.isfinite(step["own_nll"]) else [f for batch in micro_batches for f in batch["sample_ids"]]
+    concerned = [] if step["own_nll"].isfinite() else [name for batch in passes for name in batch["sample_ids"]]
     ids, number = run.ranks.gather(concerned), run.state.step
     run.log.say(
         f"step {number}: loss {step['nll'] / step['answer_tokens']}, grad_norm {step['grad_norm']}: not finite, no "
@@ -473,16 +473,16 @@ def train(config: Config, source: str) -> None:
             # ---- the training step ----
             began = time.perf_counter()
             loaded = next(steps)
-            micro_batches, waited = loaded["micro_batches"], time.perf_counter() - began
+            passes, waited = loaded["passes"], time.perf_counter() - began
             if config.parallel == "fsdp":
-                micro_batches = sharding.pad_micro_batches(micro_batches, ranks)
-            step = training_step(run, micro_batches, waited)
+                passes = sharding.pad_passes(passes, ranks)
+            step = training_step(run, passes, loaded["answer_tokens"], waited)
             trained.append([state.step, loaded["sample_ids"]])
             meter.add(step, len(plan.questions(state.step - 1)))
 
             # ---- once in a while: a loss that is not finite ----
             if not step["finite"]:
-                report_nonfinite(run, step, micro_batches)
+                report_nonfinite(run, step, passes)
 
             # ---- once in a while: log ----
             if (run.is_due(config.logging_steps) or run.is_done) and meter.has_loss:

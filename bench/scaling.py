@@ -53,9 +53,9 @@ def worker(rank: int, folder: Path, args: argparse.Namespace) -> None:
     plan = BatchPlan(len(setting.samples), setting.questions, 1, "sequential", 0)
     dataset = StepDataset(setting.samples, setting.encoder, True, plan, FULL_PASS, 0, 1)
 
-    def step(micro_batches, ranks: Ranks) -> float:
+    def step(loaded: dict, ranks: Ranks) -> float:
         began = time.perf_counter()
-        backward(loss, micro_batches, ranks, "ddp", contextlib.nullcontext)
+        backward(loss, loaded["passes"], loaded["answer_tokens"], ranks, "ddp", contextlib.nullcontext)
         if ranks.world_size > 1:
             sum_gradients(trainable, [True] * len(trainable))
         torch.nn.utils.clip_grad_norm_(trainable.values(), 1.0)
@@ -65,11 +65,11 @@ def worker(rank: int, folder: Path, args: argparse.Namespace) -> None:
 
     ratios = []
     for index in range(args.rounds + 1):
-        micro_batches = dataset[index]["micro_batches"]
+        loaded = dataset[index]
         dist.barrier()
-        one = step(micro_batches, Ranks(0, 1, device)) if rank == 0 else 0.0
+        one = step(loaded, Ranks(0, 1, device)) if rank == 0 else 0.0
         dist.barrier()
-        both = step(micro_batches, Ranks(rank, WORLD, device))
+        both = step(loaded, Ranks(rank, WORLD, device))
         if rank == 0 and index:  # the first round warms up
             ratios.append(WORLD * one / both)
             print(f"one process {setting.questions / one:.3g} questions/s, two {WORLD * setting.questions / both:.3g}, "

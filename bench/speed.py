@@ -36,6 +36,7 @@ import workload as work
 from measuring import Measured, largest_difference, measure_step
 from workload import Workload
 
+from batches import vision_inputs
 from config import Lora
 from dataset import StepDataset, load
 from distributed import Ranks
@@ -75,8 +76,11 @@ class FullWork(torch.nn.Module):
             "image_grid_thw": batch["image_grid_thw"][batch["image_index"]],
             "image_index": list(range(len(batch["image_index"]))),
         }
-        everywhere = torch.ones_like(batch["targets"], dtype=torch.bool)
-        logits = forward_logits(self.model, occurrences, self.family, everywhere).logits
+        occurrences |= to_device(
+            vision_inputs(batch["input_ids"], occurrences["image_grid_thw"], self.family), batch["input_ids"].device
+        )
+        everywhere = torch.arange(batch["targets"].numel(), device=batch["targets"].device)
+        logits = forward_logits(self.model, occurrences, self.family, everywhere)
         return F.cross_entropy(logits.float(), batch["targets"].flatten(), ignore_index=IGNORE, reduction="sum")
 
 
@@ -111,13 +115,14 @@ class Ours:
         if self.variant in "EF":
             os.environ.pop("SHARED_ATTENTION") if before is None else os.environ.update(SHARED_ATTENTION=before)
 
-    def backward(self, micro_batches: list[dict]) -> None:
+    def backward(self, step: dict) -> None:
         with self.path():
-            backward(self.loss, micro_batches, Ranks(0, 1, self.device), "ddp", contextlib.nullcontext)
+            ranks = Ranks(0, 1, self.device)
+            backward(self.loss, step["passes"], step["answer_tokens"], ranks, "ddp", contextlib.nullcontext)
 
     def gradients(self, rows: list[int]) -> dict:
         self.model.train()
-        self.backward(self._steps_of(types.SimpleNamespace(questions=lambda step: rows))[0]["micro_batches"])
+        self.backward(self._steps_of(types.SimpleNamespace(questions=lambda step: rows))[0])
         gradients = {name: p.grad.float().cpu().numpy() for name, p in trainable_parameters(self.model).items()}
         self.model.zero_grad(set_to_none=True)
         return gradients
@@ -126,7 +131,7 @@ class Ours:
         if self._steps is None:
             workers = self.workload.config.dataloader_num_workers
             self._steps = load(self.dataset, range(self.workload.steps), workers, self.device)
-        self.backward(next(self._steps)["micro_batches"])
+        self.backward(next(self._steps))
         parameters = [p for p in self.model.parameters() if p.requires_grad]
         torch.nn.utils.clip_grad_norm_(parameters, self.workload.config.max_grad_norm)
         self.optimizer.step()
@@ -163,7 +168,7 @@ def final_loss(model, workload: Workload, device: torch.device) -> float:
     dataset = StepDataset(workload.samples, workload.encoder, True, plan, FULL_PASS, 0, 1)
     loss, nll, tokens = AnswerLoss(model, workload.family), 0.0, 0
     with torch.no_grad():
-        for batch in dataset[0]["micro_batches"]:
+        for batch in dataset[0]["passes"]:
             nll += float(loss(to_device(batch, device)))
             tokens += batch["answer_tokens"]
     return nll / tokens
@@ -272,7 +277,7 @@ def main() -> None:
     parser.add_argument("--images", type=int, default=2, help="images in an optimizer step")
     parser.add_argument("--steps", type=int, default=3, help="timed steps of each variant, after one for its memory")
     parser.add_argument("--variants", default=None, help="the first is what the others are compared with")
-    parser.add_argument("--micro-batch", type=int, default=1, help="questions per micro-step of A, B and C")
+    parser.add_argument("--micro-batch", type=int, default=1, help="questions per pass of A, B and C")
     parser.add_argument("--lora-r", type=int, default=16)
     parser.add_argument("--gradient-checkpointing", action="store_true", help="in all variants")
     parser.add_argument("--workers", type=int, default=8 if torch.cuda.is_available() else 1,

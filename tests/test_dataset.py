@@ -165,8 +165,8 @@ def test_a_step_holds_the_same_questions_once_and_tells_their_places_however_it_
     assert told == [samples[row]["id"] for row in order]
     for step in steps:
         for rank in step:
-            laid_out = [id for batch in rank["micro_batches"] for id in batch["sample_ids"]]
-            weighted = sum(batch["answer_tokens"] for batch in rank["micro_batches"])
+            laid_out = [id for batch in rank["passes"] for id in batch["sample_ids"]]
+            weighted = sum(batch["answer_tokens"] for batch in rank["passes"])
             assert sorted(laid_out) == sorted(id for _, id in rank["sample_ids"]) or (
                 not weighted and len(laid_out) == 1
             )
@@ -183,15 +183,15 @@ def test_no_pass_is_larger_than_its_budget_but_for_one_row_that_is_longer_by_its
     run, samples = tiny_run(tiny_models, "qwen3_vl"), vqa_samples(3, 30)
     for budget in (40, 100, 300, 5000):
         ((rank,),) = steps_of(run, samples, batch=90, ranks=1, pass_tokens=budget)
-        shapes = [batch["input_ids"].shape for batch in rank["micro_batches"]]
+        shapes = [batch["input_ids"].shape for batch in rank["passes"]]
         assert all(rows * length <= budget or rows == 1 for rows, length in shapes)
-        assert all(int((batch["slots"] >= 0).sum()) == 1 for batch in rank["micro_batches"]) or budget > 40
-    assert len(rank["micro_batches"]) == 1 or max(rows * length for rows, length in shapes) > 1000
+        assert all(int((batch["slots"] >= 0).sum()) == 1 for batch in rank["passes"]) or budget > 40
+    assert len(rank["passes"]) == 1 or max(rows * length for rows, length in shapes) > 1000
 
 
 def test_a_rank_without_a_question_in_the_last_small_step_gets_one_that_weighs_nothing(tiny_models):
     run = tiny_run(tiny_models, "qwen3_vl")
-    last = [rank["micro_batches"] for rank in steps_of(run, vqa_samples(1, 1), batch=3, ranks=3, pass_tokens=1)[-1]]
+    last = [rank["passes"] for rank in steps_of(run, vqa_samples(1, 1), batch=3, ranks=3, pass_tokens=1)[-1]]
     assert [rank[0]["answer_tokens"] for rank in last] == [2, 0, 0]
     assert (last[2][0]["targets"] == IGNORE).all() and last[2][0]["patches"] is not None
 
@@ -227,7 +227,7 @@ def test_workers_deliver_the_steps_in_order_and_the_same_as_without_them(tiny_mo
     dataset = StepDataset(SampleList(vqa_samples(3, 4), "s"), run.encoder(), True, plan, 30, 0, 1)
     alone, with_workers = (list(load(dataset, range(6), workers, CPU)) for workers in (0, 2))
     for first, second in zip(alone, with_workers, strict=True):
-        for a, b in zip(first["micro_batches"], second["micro_batches"], strict=True):
+        for a, b in zip(first["passes"], second["passes"], strict=True):
             assert a["sample_ids"] == b["sample_ids"] and torch.equal(a["input_ids"], b["input_ids"])
             assert torch.equal(a["patches"], b["patches"])
 

@@ -296,9 +296,9 @@ def test_a_rank_without_a_question_has_nothing_supervised_neither_tokens_nor_cla
     for encoder, samples in (classes, answers):
         plan = BatchPlan(len(samples), 3, 1, "sequential", 0)
         shares = [StepDataset(samples, encoder, False, plan, 1000, rank, 3)[0] for rank in range(3)]
-        supervised = [sum(batch["answer_tokens"] for batch in share["micro_batches"]) for share in shares]
+        supervised = [sum(batch["answer_tokens"] for batch in share["passes"]) for share in shares]
         (idle,) = [share for share in shares if not share["sample_ids"]]
-        (batch,) = idle["micro_batches"]
+        (batch,) = idle["passes"]
         assert sorted(map(bool, supervised)) == [False, True, True]
         assert (batch["targets"] == IGNORE).all() and (batch.get("class_labels", IGNORE) == torch.tensor(IGNORE)).all()
 

@@ -6,6 +6,7 @@ from support.tiny_runs import END, FAMILIES, build_items, calls_to, tiny_run, vq
 from transformers import AutoImageProcessor
 
 import attention
+import inference
 from batches import collate
 from dataset import EvalDataset
 from images import letterbox, open_image
@@ -102,42 +103,43 @@ class Scripted(torch.nn.Module):
 
     def __init__(self, run, end_id: int):
         super().__init__()
-        self.config, self.inner, self.end_id = run.model().config, run.model(), end_id
+        self.config, self.end_id, self.asked = run.model().config, end_id, []
 
     def get_base_model(self):
         return self.inner.get_base_model()
 
-    def forward(self, input_ids, logits_to_keep=None, **others):
-        vocabulary = 2000
-        if logits_to_keep is not None:
-            self.asked, self.step = int(logits_to_keep.sum()), 0
-            tokens = torch.arange(self.asked) + 10
-        else:
-            self.step += 1
-            ends = torch.arange(self.asked) < self.step
-            tokens = torch.where(ends, self.end_id, torch.arange(self.asked) + 10)
-            tokens = tokens.view(input_ids.shape)
-        logits = torch.nn.functional.one_hot(tokens, vocabulary).float()
-        return type("Output", (), {"logits": logits})()
+    def first_logits(self, model, batch, family, places, past_key_values, **others):
+        """In place of `forward_logits`."""
+        self.step = 0
+        for layer in range(self.config.get_text_config().num_hidden_layers):
+            past_key_values.update(*torch.zeros(2, len(batch["slots"]), 1, 1, 1), layer)
+        return torch.nn.functional.one_hot(torch.arange(len(places)) + 10, 2000).float()
+
+    def forward(self, input_ids, **others):
+        self.step += 1
+        self.asked.append(input_ids.numel())
+        tokens = torch.where(input_ids < 10 + self.step, self.end_id, input_ids)
+        return type("Output", (), {"logits": torch.nn.functional.one_hot(tokens, 2000).float()})()
 
 
-def scripted(run, max_new_tokens: int) -> tuple[list, int]:
-    """(answers, forward passes after the first)"""
+def scripted(run, monkeypatch, max_new_tokens: int) -> tuple[list, list[int]]:
+    """(answers, tokens of each forward pass after the first)"""
     items, images = build_items(run.encoder(), vqa_samples(images=1, questions=4), generation=True)
     batch = collate(items, images, True, 0)
     end = run.tokenizer.convert_tokens_to_ids(END)
     model = Scripted(run, end)
-    return greedy(model, batch, run.family, end_ids(run), max_new_tokens), model.step
+    monkeypatch.setattr(inference, "forward_logits", model.first_logits)
+    return greedy(model, batch, run.family, end_ids(run), max_new_tokens), model.asked
 
 
-def test_answers_end_at_their_own_end_token_while_neighbours_go_on(run):
-    found, steps = scripted(run, 99)
+def test_answers_end_at_their_own_end_token_while_neighbours_go_on(run, monkeypatch):
+    found, asked = scripted(run, monkeypatch, 99)
     assert found == [([10], True), ([11] * 2, True), ([12] * 3, True), ([13] * 4, True)]
-    assert steps == 4, "and nothing is computed once all have ended"
+    assert asked == [4, 4, 2, 1], "those that have ended leave, and nothing is computed once all have"
 
 
-def test_an_answer_cut_off_at_the_limit_is_marked_as_unfinished(run):
-    found, _ = scripted(run, 3)
+def test_an_answer_cut_off_at_the_limit_is_marked_as_unfinished(run, monkeypatch):
+    found, _ = scripted(run, monkeypatch, 3)
     assert found == [([10], True), ([11] * 2, True), ([12] * 3, False), ([13] * 3, False)]
 
 

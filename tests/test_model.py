@@ -125,7 +125,7 @@ def test_each_image_reaches_the_rows_that_show_it(run):
     assert together == pytest.approx(one_by_one, rel=1e-6)
 
 
-def test_a_micro_batch_without_any_supervised_token_has_a_loss_of_zero_and_zero_gradients(run):
+def test_a_pass_without_any_supervised_token_has_a_loss_of_zero_and_zero_gradients(run):
     batch = batch_of(run, vqa_samples(1, 1))
     batch["targets"] = torch.full_like(batch["targets"], IGNORE)
     value, gradients = loss_and_gradients(AnswerLoss(run.model(), run.family), batch)

@@ -171,13 +171,13 @@ def test_a_busier_rank_is_matched_with_batches_of_no_weight():
             return [2, *rows, 3]
 
     batch = {"input_ids": torch.ones(1, 4), "targets": torch.ones(1, 4, dtype=torch.int64), "answer_tokens": 4}
-    batch["class_labels"] = torch.tensor([1])
-    padded = sharding.pad_micro_batches([batch], Third(1, 3, torch.device("cpu")))
+    batch |= {"class_labels": torch.tensor([1]), "supervised": torch.arange(4), "tokens": 4}
+    padded = sharding.pad_passes([batch], Third(1, 3, torch.device("cpu")))
     assert len(padded) == 3 and padded[0] is batch
     for added in padded[1:]:
-        assert added["answer_tokens"] == 0
+        assert added["answer_tokens"] == added["tokens"] == len(added["supervised"]) == 0
         assert (added["targets"] == IGNORE).all() and (added["class_labels"] == IGNORE).all()
-    assert sharding.pad_micro_batches([batch] * 3, Third(1, 3, torch.device("cpu"))) == [batch] * 3
+    assert sharding.pad_passes([batch] * 3, Third(1, 3, torch.device("cpu"))) == [batch] * 3
 
 
 def test_the_best_epoch_is_put_back_from_its_shares(config, monkeypatch, tmp_path):
@@ -209,7 +209,7 @@ def test_a_bfloat16_base_is_sharded_and_computed_as_on_gpus(changes, config, mon
     monkeypatch.setattr(modeling, "load_base", lambda name, dtype, kind="none": load(name, torch.bfloat16, kind))
     compute = {torch.float32: torch.bfloat16, None: None}  # the head computes as it is
     monkeypatch.setattr(
-        sharding, "MixedPrecisionPolicy", lambda param_dtype, reduce_dtype: policy(compute[param_dtype], reduce_dtype)
+        sharding, "MixedPrecisionPolicy", lambda param_dtype, **others: policy(compute[param_dtype], **others)
     )
     train.main(["--config", str(config("out", parallel="fsdp", grad_accum=4, learning_rate=3e-3, **changes))])
     found = losses(tmp_path / "out")

@@ -68,7 +68,7 @@ def losses(run, batch: dict, dtype=torch.float64) -> dict[str, float]:
     """Sample id -> the summed negative log-likelihood of its answer, in the batch it stands in."""
     keep = batch["targets"] != IGNORE
     with torch.no_grad():
-        logits = forward_logits(run.model(dtype), batch, run.family, keep).logits
+        logits = forward_logits(run.model(dtype), batch, run.family, batch["supervised"])
     nll = torch.zeros(keep.shape, dtype=dtype)
     nll[keep] = F.cross_entropy(logits, batch["targets"][keep], reduction="none")
     found = {}
@@ -130,7 +130,7 @@ def test_every_question_has_the_loss_it_has_alone(run):
         assert_same_losses(shared, alone, [sample["id"]])
 
 
-def test_a_group_cut_between_micro_batches_adds_up_to_the_whole(run):
+def test_a_group_cut_between_passes_adds_up_to_the_whole(run):
     loss = AnswerLoss(run.model(torch.float64), run.family)
     samples = several_groups()
     whole, whole_gradients = loss_and_gradients(loss, laid_out(run, samples, True))

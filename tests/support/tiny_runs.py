@@ -157,7 +157,7 @@ def supervised_text(batch: dict, tokenizer) -> list[str]:
 
 
 def loss_and_gradients(loss, batch: dict):
-    """(loss, {name: gradient}) of one micro-batch."""
+    """(loss, {name: gradient}) of one pass."""
     loss.zero_grad()
     value = loss(batch)
     value.backward()
@@ -191,13 +191,14 @@ def step_gradients(run: TinyRun, samples, pass_tokens: int, ranks) -> tuple[dict
     )
     loss = AnswerLoss(run.model(torch.float64), run.family)
     loss.zero_grad()
-    nll, tokens = backward(loss, dataset[0]["micro_batches"], ranks, "ddp", contextlib.nullcontext)
+    step = dataset[0]
+    nll = float(backward(loss, step["passes"], step["answer_tokens"], ranks, "ddp", contextlib.nullcontext))
     if ranks.world_size > 1:
         trained = {name: p for name, p in loss.model.named_parameters() if p.requires_grad}
         sum_gradients(trained, [count > 0 for count in ranks.sum(*(p.grad is not None for p in trained.values()))])
     gradients = {name: p.grad.clone() for name, p in loss.model.named_parameters() if p.grad is not None}
     loss.zero_grad()
-    return {"nll": nll, "answer_tokens": tokens}, gradients
+    return {"nll": nll, "answer_tokens": step["answer_tokens"]}, gradients
 
 
 VISION_TOO = {"vision_frozen": False, "projector_frozen": False}
@@ -256,7 +257,7 @@ def mixed_run(run: TinyRun, trained: str, pass_tokens: int, ranks) -> tuple[list
     )
     with exact_rotary_embedding():
         for step in range(plan.total_steps):
-            train.training_step(steps, dataset[step]["micro_batches"], 0.0)
+            train.training_step(steps, dataset[step]["passes"], dataset[step]["answer_tokens"], 0.0)
     return gradients, {name: parameter.detach() for name, parameter in trainable.items()}
 
 
