@@ -39,29 +39,28 @@ class SharedRows:
     """What all layers need to know about the rows of one batch, worked out once.
 
     segments: int (B, T); prefix: tokens that are prefix in every row; both as `batches.collate` gives them, so that
-    the host need not wait for the GPU to count. mask: of the segments, from `attention_mask`.
+    the host need not wait for the GPU to count. mask: of the segments, from `attention_mask`. dtype: of the queries.
+    groups: the G of `masked`. Layers read the prefix off the bias's shape: Dynamo follows shapes, and not every number.
     """
 
-    def __init__(self, segments: torch.Tensor, mask: torch.Tensor, prefix: int):
-        self.segments, self.prefix = segments, prefix
-        self._mask_after_prefix = mask[:, :, prefix:]
-        self._biases: dict[tuple, torch.Tensor] = {}
+    def __init__(self, segments: torch.Tensor, mask: torch.Tensor, prefix: int, dtype: torch.dtype, groups: int = 1):
         self.path = chosen_path(segments.device)
+        if self.path == "varlen" and dtype not in VARLEN_TYPES:
+            self.path = "two_part"
+        # Made here, not at the first use: a compiled layer would be compiled anew for the second.
+        self.varlen = varlen_layout(segments) if self.path == "varlen" else None
+        self.bias = bias_of(mask[:, :, prefix:], dtype, groups) if self.path == "two_part" else None
 
-    def bias(self, dtype: torch.dtype, groups: int = 1) -> torch.Tensor:
-        """(B, 1, groups × (T - prefix), T), 0 or -inf: SDPA would turn a bool mask into this again in every layer.
-        groups: the G of `masked`."""
-        if (dtype, groups) not in self._biases:
-            rows, _, queries, length = self._mask_after_prefix.shape
-            aligned = -(-length // 8) * 8  # rows that begin elsewhere are copied by CUDA's SDPA in every layer
-            bias = torch.zeros(rows, 1, groups, queries, aligned, dtype=dtype, device=self.segments.device)
-            bias = bias[..., :length].masked_fill_(~self._mask_after_prefix[:, :, None], float("-inf"))
-            self._biases[dtype, groups] = bias.flatten(2, 3)  # a view
-        return self._biases[dtype, groups]
 
-    @functools.cached_property
-    def varlen(self) -> dict:
-        return varlen_layout(self.segments)
+def bias_of(mask: torch.Tensor, dtype: torch.dtype, groups: int) -> torch.Tensor:
+    """(B, 1, queries, T) bool -> (B, 1, groups, queries, T), 0 or -inf: SDPA would turn a bool mask into this again in
+    every layer."""
+    rows, _, queries, length = mask.shape
+    # Rows that begin elsewhere are copied by CUDA's SDPA in every layer. Never the length itself: where the bias is
+    # contiguous for some lengths, a layer is compiled for those once more.
+    aligned = (length // 8 + 1) * 8
+    bias = torch.zeros(rows, 1, groups, queries, aligned, dtype=dtype, device=mask.device)
+    return bias[..., :length].masked_fill_(~mask[:, :, None], float("-inf"))  # a view
 
 
 def chosen_path(device: torch.device) -> str:
@@ -74,9 +73,10 @@ def chosen_path(device: torch.device) -> str:
 # ------------------------------------------------------------------------------------------------------------- paths
 
 
-def two_part(query, key, value, prefix: int, bias: torch.Tensor, scaling: float) -> torch.Tensor:
-    """query (B, H, T, D), key and value (B, K, T, D) with H a multiple of K -> (B, H, T, D). prefix, bias: those of
-    `SharedRows`."""
+def two_part(query, key, value, bias: torch.Tensor, scaling: float) -> torch.Tensor:
+    """query (B, H, T, D), key and value (B, K, T, D) with H a multiple of K -> (B, H, T, D). bias: that of
+    `SharedRows`, for what follows the prefix."""
+    prefix = query.shape[2] - bias.shape[3]
     first, rest = query.split([prefix, query.shape[2] - prefix], dim=2)
     rest = masked(rest, key, value, bias, scaling)
     if not prefix:
@@ -90,21 +90,26 @@ def two_part(query, key, value, prefix: int, bias: torch.Tensor, scaling: float)
 def masked(query, key, value, mask: torch.Tensor, scaling: float) -> torch.Tensor:
     """SDPA with a mask: query (B, H, T, D), key and value (B, K, S, D) -> (B, H, T, D).
 
-    mask: (B, 1, G × T, S), bool or added. With G > 1, the G query heads that read the same keys stand one after the
+    mask: (B, 1, G, T, S), bool or added. With G > 1, the G query heads that read the same keys stand one after the
     other as queries of one head: see `heads_together`.
     """
     batch, heads, length, size = query.shape
-    groups = mask.shape[2] // length
+    groups = mask.shape[2]
     together = query.reshape(batch, heads // groups, groups * length, size)
-    gqa = together.shape[1] != key.shape[1]
+    gqa = True if together.shape[1] != key.shape[1] else False  # noqa: SIM210 - a compiled layer wants no symbol here
+    if gqa and query.device.type == "cuda":
+        key, value = (x.repeat_interleave(heads // x.shape[1], dim=1) for x in (key, value))
+        gqa = False
+    mask = mask.flatten(2, 3)
     output = F.scaled_dot_product_attention(together, key, value, attn_mask=mask, scale=scaling, enable_gqa=gqa)
     return output.reshape(batch, heads, length, size)
 
 
-def heads_together(query, key) -> int:
+def heads_together(device: torch.device, heads: int, key_heads: int) -> int:
     """The G of `masked`. On CUDA, `enable_gqa` with a mask takes a slow kernel, and repeating the keys copies them in
-    every layer; on a CPU, `enable_gqa` is the faster one."""
-    return 1 if query.device.type == "cpu" else query.shape[1] // key.shape[1]
+    every layer; on a CPU, `enable_gqa` is the faster one. The deterministic backward pass does not split the keys among
+    the GPU's processors, which would leave most of them idle with few heads: there the keys are repeated."""
+    return 1 if device.type == "cpu" or torch.are_deterministic_algorithms_enabled() else heads // key_heads
 
 
 def varlen_layout(segments: torch.Tensor) -> dict:
@@ -250,13 +255,14 @@ def install_shared_attention(model: nn.Module) -> None:
         # Under autocast, norms and the rotary embedding leave these in float32; SDPA would cast them in every layer.
         query, key = query.to(value.dtype), key.to(value.dtype)
         scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
-        groups = heads_together(query, key)
         if shared_rows is None:  # answers, token by token
-            output = masked(query, key, value, attention_mask.repeat(1, 1, groups, 1), scaling)
-        elif shared_rows.path == "varlen" and query.dtype in VARLEN_TYPES:
+            groups = heads_together(query.device, query.shape[1], key.shape[1])
+            mask = attention_mask[:, :, None].expand(-1, -1, groups, -1, -1)
+            output = masked(query, key, value, mask, scaling)
+        elif shared_rows.path == "varlen":
             output = varlen(query, key, value, shared_rows.varlen, scaling)
         else:
-            output = two_part(query, key, value, shared_rows.prefix, shared_rows.bias(query.dtype, groups), scaling)
+            output = two_part(query, key, value, shared_rows.bias.to(query.dtype), scaling)
         return output.transpose(1, 2).contiguous(), None
 
     AttentionInterface.register(NAME, forward)

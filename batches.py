@@ -191,10 +191,11 @@ def collate(
     padding; a token sees the prefix and its own segment (`attention.py`). Positions are each question's own.
     Returns input_ids, targets, segments (B, T); position_ids (3, B, T); patches, image_grid_thw of the distinct
     images; image_index: for each image in the rows, in order, which of them it is; slots (B, K): item of each row's
-    questions, -1 where there is none. shared_prefix: tokens that are prefix in every row, None where no row holds more
-    than one question, which then need no mask. targets: the next token at the position that predicts it, elsewhere
-    `IGNORE`. answer_tokens: how many tokens, or labels, are supervised. tokens: laid out, without padding; 0 where
-    nothing is supervised. class_labels, cut_tokens (items,): documents'.
+    questions, -1 where there is none. shared_prefix: tokens that are prefix in every row, None where several rows hold
+    one question each, which then need no mask. (A single row of one question needs none either, but without this
+    exception a compiled layer would have two forms more.) targets: the next token at the position that predicts it,
+    elsewhere `IGNORE`. answer_tokens: how many tokens, or labels, are supervised. tokens: laid out, without padding;
+    0 where nothing is supervised. class_labels, cut_tokens (items,): documents'.
     supervised, last_tokens (items,): places, counted over the whole (B × T), of what is supervised and of each item's
     last token; with `vision_inputs`, these are worked out here because the host would have to wait for the GPU.
     """
@@ -222,7 +223,7 @@ def collate(
         batch["slots"][b, : len(members)] = torch.tensor(members)
         own_tokens = [len(items[index].input_ids) - laid_out[b].prefix for index in laid_out[b].items]
         last_tokens[members] = b * length + laid_out[b].prefix + np.cumsum(own_tokens) - 1
-    batch["shared_prefix"] = min(row.prefix for row in laid_out) if slots > 1 else None
+    batch["shared_prefix"] = min(row.prefix for row in laid_out) if slots > 1 or len(rows) == 1 else None
     shown = [path for row in laid_out for path in items[row.items[0]].images]
     if shown:
         distinct = list(dict.fromkeys(shown))

@@ -64,7 +64,7 @@ class Config:
     num_train_epochs: float = 1.0
     train_bs: int = 4  # train_bs × grad_accum × GPUs is the number of questions of a step, and nothing else
     grad_accum: int = 8
-    eval_bs: int = 36  # four images of nine questions
+    eval_bs: int | None = None  # questions of an evaluation batch at the most; None: as many as 16,384 tokens hold
     backbone_learning_rate: float | None = None  # cls only
     weight_decay: float = 0.0
     max_grad_norm: float = 1.0
@@ -73,6 +73,8 @@ class Config:
     gradient_checkpointing: bool = False
     share_prefix: bool = True
     pass_tokens: int | None = None  # of one forward and backward, with padding; None: from the device's memory
+    compile: bool | None = None  # the decoder layers, while training; None: on a GPU where a compiler works
+    deterministic: bool = False  # bit for bit the same on GPUs too; slower, and without `compile`
     dataloader_num_workers: int = 4
     logging_steps: int = 10
     eval_steps: int | Literal["epoch"] | None = None  # None: no evaluation during training
@@ -90,8 +92,8 @@ class Config:
 # the questions of one optimizer step, stays.
 FREE_ON_RESUME = frozenset(
     "experiment data output_dir results_dir eval_bs eval_steps eval_max_samples logging_steps save_steps "
-    "save_total_limit dataloader_num_workers resume share_prefix pass_tokens gradient_checkpointing train_bs "
-    "grad_accum".split()
+    "save_total_limit dataloader_num_workers resume share_prefix pass_tokens gradient_checkpointing compile "
+    "deterministic train_bs grad_accum".split()
 )
 _AT_LEAST = {
     **dict.fromkeys(
@@ -272,6 +274,15 @@ def _check_rules(config: Config, source: str) -> None:
     forbid(
         config.init_adapter is not None and config.finetuning != "lora",
         "key 'init_adapter' starts from an adapter, so it needs finetuning: lora",
+    )
+    forbid(
+        config.compile and config.deterministic,
+        "a compiled layer's sums depend on the first shapes it meets, so compile: true cannot be deterministic: true; "
+        "remove one of them",
+    )
+    forbid(
+        config.compile and (config.parallel == "fsdp" or config.quantization != "none"),
+        "compile: true works under parallel: ddp and quantization: none; remove it",
     )
 
 

@@ -5,8 +5,10 @@ the step. Every rank tokenises the whole step, because who does what depends on 
 Which questions make up a step, and how they are laid out, is decided in `batches.py`.
 """
 
+import contextlib
 import functools
 import hashlib
+import json
 from collections.abc import Callable, Iterator, Sequence
 
 import numpy as np
@@ -35,6 +37,8 @@ from tasks import task_of
 from templates import cut_text, encode, image_paths, split_answer
 
 SIZES_KEPT = 65_536  # images whose size a worker remembers
+EVAL_TOKENS = 16_384  # of an evaluation batch: 2.4 GB of keys and values for an 8B, and work enough for a large GPU
+CHARACTERS_OF_A_TOKEN = 4
 
 
 # ---------------------------------------------------------------------------------------------------- one sample
@@ -210,27 +214,45 @@ class StepDataset(_Batches):
 
 
 class EvalDataset(_Batches):
-    """Index: a batch of the split. With shared prefixes it holds the questions of an image together, up to eval_bs,
-    so that the image is read once. Batches do not depend on the number of ranks, so predictions do not either."""
+    """Index: a batch of the split, of about `EVAL_TOKENS` tokens and at most eval_bs questions. With shared prefixes it
+    holds the questions of an image together, so that the image is read once. Batches do not depend on the number of
+    ranks, so predictions do not either."""
 
     def __init__(
-        self, samples, encoder, share_prefix, eval_bs: int, generation: bool, rows: Sequence[int] | None = None
+        self, samples, encoder, share_prefix, eval_bs: int | None, generation: bool, rows: Sequence[int] | None = None
     ):
         super().__init__(samples, encoder, share_prefix)
-        rows = range(len(samples)) if rows is None else rows
-        groups: dict = {}
-        for row in rows:
-            groups.setdefault(encoder.images_of(samples[row]) or row, []).append(row)
-        self.batches: list[list[int]] = [[]]
-        for group in groups.values():
-            if share_prefix and len(self.batches[-1]) + len(group) > eval_bs:
-                self.batches.append([])  # an image is cut only where it has more questions than a batch
-            for row in group:
-                if len(self.batches[-1]) == eval_bs:
-                    self.batches.append([])
-                self.batches[-1].append(row)
-        self.batches = [batch for batch in self.batches if batch]
         self.generation = generation
+        groups: dict = {}
+        for row in range(len(samples)) if rows is None else rows:
+            images = encoder.images_of(samples[row])
+            groups.setdefault((images if share_prefix and images else row, images), []).append(row)
+        most, tokens = eval_bs or len(samples), 0
+        self.batches: list[list[int]] = [[]]
+        for (_, images), group in groups.items():
+            prefix, texts = self._image_tokens(images), [self._text_tokens(row) for row in group]
+            full = len(self.batches[-1]) + len(group) > most or tokens + prefix + sum(texts) > EVAL_TOKENS
+            if self.batches[-1] and full:
+                self.batches.append([])  # an image is cut only where it has more questions than a batch
+                tokens = 0
+            tokens += prefix
+            for row, text in zip(group, texts, strict=True):
+                if self.batches[-1] and (len(self.batches[-1]) == most or tokens + text > EVAL_TOKENS):
+                    self.batches.append([])
+                    tokens = prefix
+                self.batches[-1].append(row)
+                tokens += text
+        self.batches = [batch for batch in self.batches if batch]
+
+    def _image_tokens(self, images: Sequence[str]) -> int:
+        with contextlib.suppress(UserError):  # a worker names the row of an image that cannot be read
+            grids = [self.encoder.size_only(path).grid for path in images]
+            return sum(height * width // self.encoder.family.merge_size**2 for height, width in grids)
+        return 0
+
+    def _text_tokens(self, row: int) -> int:
+        """About as many as the sample's text has, without tokenising a whole split here."""
+        return len(json.dumps(self.samples[row], ensure_ascii=False)) // CHARACTERS_OF_A_TOKEN
 
     def __len__(self) -> int:
         return len(self.batches)

@@ -86,13 +86,19 @@ class Ranks:
         return f"Running in distributed mode with {self.world_size} {kind}{plural} ({dist.get_backend()})"
 
 
-def start_ranks() -> Ranks:
+def start_ranks(deterministic: bool = False) -> Ranks:
     """Join the process group that torchrun announces, or run alone without it. NCCL on GPUs, gloo on CPU.
+    deterministic: the same operation gives the same bits, each time on the same kind of GPU; where PyTorch knows only
+    one that adds up in any order, it raises.
 
     Raises: `UserError` where there are more local ranks than GPUs, or the rendezvous port is taken."""
     world_size, rank = int(os.environ.get("WORLD_SIZE", "1")), int(os.environ.get("RANK", "0"))
     local_rank = int(os.environ.get("LOCAL_RANK", "0"))
     device = torch.device("cpu")
+    torch.use_deterministic_algorithms(deterministic)
+    if deterministic:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # read when CUDA starts
+        torch.utils.deterministic.fill_uninitialized_memory = False  # a fill of every new tensor, for nothing
     if torch.cuda.is_available():
         if local_rank >= torch.cuda.device_count():
             raise UserError(

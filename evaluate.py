@@ -78,7 +78,7 @@ def evaluate(config: Config, checkpoint: str | None, split: str, source: str) ->
     is_training_file = len({file_sha256(path) for path in files}) == 1
     results = results_folder(config, split)
     refuse_unusable_folder(results, "results_dir")
-    ranks = start_ranks()
+    ranks = start_ranks(config.deterministic)
     samples = in_turns(ranks, lambda: load_split(config, split))
     all_or_raise(ranks, lambda: ranks.is_first and check_samples(samples, encoder))
     started = time.perf_counter()

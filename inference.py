@@ -5,6 +5,7 @@ in one row behind their shared prefix (see `batches.collate`). Each decoding ste
 lets it see the prefix, its own question and its own answer. What has ended leaves the batch.
 """
 
+import contextlib
 from collections.abc import Callable, Sequence
 
 import numpy as np
@@ -16,6 +17,7 @@ from classification import ClassLoss
 from config import Config
 from dataset import EvalDataset, SampleEncoder, load
 from distributed import Ranks
+from errors import UserError
 from family import Family
 from model import AnswerLoss, forward_logits, to_device
 from runlog import on_terminal
@@ -39,6 +41,19 @@ def _rounds(dataset: EvalDataset, config: Config, ranks: Ranks, stop: Callable[[
             raise Stopped
 
 
+@contextlib.contextmanager
+def _batch_fits(batch: dict):
+    """Raises: `UserError` where the memory does not suffice for what is done with the batch."""
+    try:
+        yield
+    except torch.OutOfMemoryError:
+        (rows, length), questions = batch["input_ids"].shape, len(batch["sample_ids"])
+        cure = f"set eval_bs={questions // 2}" if questions > 1 else "evaluate on a GPU with more memory"
+        raise UserError(
+            f"out of memory on an evaluation batch of {questions} questions ({rows} rows of {length} tokens); {cure}"
+        ) from None
+
+
 @torch.no_grad()
 def split_loss(
     loss: AnswerLoss,
@@ -55,7 +70,8 @@ def split_loss(
     nll, tokens = 0.0, 0
     for batch in _rounds(dataset, encoder.config, ranks, stop, "loss"):
         if batch is not None:
-            nll += float(loss(to_device(batch, ranks.device)))
+            with _batch_fits(batch):
+                nll += float(loss(to_device(batch, ranks.device)))
             tokens += batch["answer_tokens"]
     nll, tokens = ranks.sum(nll, tokens)
     return nll / tokens
@@ -119,7 +135,8 @@ def classify_split(
     found = []
     for batch in _rounds(dataset, encoder.config, ranks, stop, "classes"):
         if batch is not None:
-            logits = loss(to_device(batch, ranks.device), only_logits=True)
+            with _batch_fits(batch):
+                logits = loss(to_device(batch, ranks.device), only_logits=True)
             found += zip(batch["rows"], logits.tolist(), batch["cut_tokens"].tolist(), strict=True)
     found = sorted(map(tuple, ranks.gather(found)))
     return [encoder.task.row(samples[row], encoder, output) for row, *output in found]
@@ -156,7 +173,8 @@ def _answers(model, samples, encoder, ranks, rows, stop) -> list[tuple[int, str,
     for batch in _rounds(dataset, config, ranks, stop, "answers"):
         if batch is None:
             continue
-        tokens = greedy(model, to_device(batch, ranks.device), encoder.family, end_ids)
+        with _batch_fits(batch):
+            tokens = greedy(model, to_device(batch, ranks.device), encoder.family, end_ids)
         for row, (ids, finished) in zip(batch["rows"], tokens, strict=True):
             answers.append((row, tokenizer.decode(ids, skip_special_tokens=True).strip(), finished))
     return [tuple(answer) for answer in sorted(ranks.gather(answers))]

@@ -18,7 +18,14 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from attention import SharedRows, attention_mask, install_shared_attention, install_vision_attention, without_cudnn
+from attention import (
+    SharedRows,
+    attention_mask,
+    heads_together,
+    install_shared_attention,
+    install_vision_attention,
+    without_cudnn,
+)
 from batches import vision_inputs
 from config import Config, Lora
 from errors import UserError
@@ -287,6 +294,62 @@ def prepare_training(model: nn.Module, config: Config) -> nn.Module:
     return model
 
 
+# ------------------------------------------------------------------------------------------------------ compilation
+
+
+def compile_layers(model: nn.Module, config: Config, device: torch.device) -> str:
+    """Compile each decoder layer for any shape, where the config and the machine allow it, and say in one line what was
+    done. What stands around a layer's matrix products (norms, rotary embedding, LoRA's dropout, residuals) then takes a
+    quarter of the memory traffic. A layer has at most six forms: the first layer or another × one row, several, or
+    several without a mask.
+
+    Raises: `UserError` where `compile: true` cannot be done."""
+    unfit = {
+        "deterministic: true": config.deterministic,
+        "parallel: fsdp": config.parallel == "fsdp",
+        "4-bit weights": config.quantization != "none",
+        "no GPU": device.type != "cuda" and config.compile is None,
+    }
+    reason = next((reason for reason, holds in unfit.items() if holds), None)
+    if config.compile is False or reason:
+        return f"Decoder layers run uncompiled ({reason or 'compile: false'})"
+    if reason := _compiler_fails(device):
+        if config.compile:
+            raise UserError(
+                f"compile: true, and no compiler works here ({reason}); install a C++ compiler, or remove it"
+            )
+        return f"Decoder layers run uncompiled (no compiler works here: {reason})"
+    for layer in text_layers(model):
+        layer.compile(dynamic=True)
+    return "Decoder layers are compiled, each form at its first use"
+
+
+def text_layers(model: nn.Module) -> list[nn.Module]:
+    """The decoder layers of the language model that attend."""
+    inner = base_of(model).model
+    return [layer for layer in getattr(inner, "language_model", inner).layers if hasattr(layer, "self_attn")]
+
+
+def _compiler_fails(device: torch.device) -> str | None:
+    """Why nothing can be compiled for this device, or None."""
+    try:
+        torch.compile(lambda x: x * 2 + 1, dynamic=True)(torch.ones(8, device=device))
+    except Exception as error:  # of Dynamo, Inductor, Triton, the C++ compiler or the file system
+        return str(error).strip().splitlines()[0][:120]
+    finally:
+        torch._dynamo.reset()
+        torch._dynamo.utils.counters.clear()  # of `compiled_so_far`
+        torch._dynamo.utils.compilation_time_metrics.clear()
+    return None
+
+
+def compiled_so_far() -> tuple[int, float]:
+    """(forms, seconds) that compilation has taken in this process."""
+    from torch._dynamo.utils import compilation_time_metrics, counters
+
+    return counters["stats"]["unique_graphs"], sum(compilation_time_metrics.get("_compile.compile_inner", []))
+
+
 def trainable_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
     return {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
 
@@ -423,8 +486,17 @@ def hidden_states(model: nn.Module, batch: dict, family: Family, **cache) -> tor
             inputs |= {"visual_pos_masks": places, "deepstack_visual_embeds": deepstack}
     if batch["shared_prefix"] is not None:  # without the mask, questions would read each other
         mask = attention_mask(batch["segments"])
-        inputs |= {"attention_mask": mask, "shared_rows": SharedRows(batch["segments"], mask, batch["shared_prefix"])}
+        inputs |= {"attention_mask": mask, "shared_rows": shared_rows(base, batch, mask, embedded.dtype)}
     return base.language_model(inputs_embeds=embedded, **inputs, **cache).last_hidden_state
+
+
+def shared_rows(base: nn.Module, batch: dict, mask: torch.Tensor, dtype: torch.dtype) -> SharedRows:
+    """dtype: of the embeddings; under autocast the queries have another."""
+    device, text = mask.device, base.config.get_text_config()
+    if torch.is_autocast_enabled(device.type):
+        dtype = torch.get_autocast_dtype(device.type)
+    groups = heads_together(device, text.num_attention_heads, text.num_key_value_heads)
+    return SharedRows(batch["segments"], mask, batch["shared_prefix"], dtype, groups)
 
 
 def forward_logits(model: nn.Module, batch: dict, family: Family, places: torch.Tensor, **cache) -> torch.Tensor:

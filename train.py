@@ -165,7 +165,7 @@ def set_up(config: Config, source: str) -> Run | None:
     Everything that can be wrong is found before weights load. All ranks: contains all_gathers and all_reduces."""
     stop = StopSignal()
     encoder, named = open_data(config, source)
-    ranks = start_ranks()
+    ranks = start_ranks(config.deterministic)
     stop.ranks_have_met()
     splits = in_turns(ranks, lambda: load_splits(config, named))
     if len(set(ranks.gather([splits["train"].sha256]))) > 1:
@@ -209,6 +209,7 @@ def set_up(config: Config, source: str) -> Run | None:
             checkpoint.resume(Path(resume_from), model, optimizer, trainable, config)
     if config.parallel == "ddp":
         check_same_start(trainable, ranks)
+    notes.append(all_or_raise(ranks, lambda: modeling.compile_layers(model, config, ranks.device)))
     state.pass_tokens, told = pass_budget(config, state, splits["train"], longest, encoder, ranks)
     state.device = " and ".join(sorted(set(ranks.gather([device_name(ranks.device)]))))
     notes += told
@@ -406,7 +407,8 @@ def evaluate(run: Run) -> None:
     state.evaluation_due = True
     began = time.perf_counter()
     run.model.eval()
-    with sharding.unsharded(run.loss), run.autocast():
+    # Uncompiled: prompts and answers would need forms of their own.
+    with sharding.unsharded(run.loss), run.autocast(), torch.compiler.set_stance("force_eager"):
         values = scores_while_training(
             run.loss, run.splits, run.encoder, run.ranks, lambda: run.stop.requested, run.is_done
         )
@@ -479,6 +481,8 @@ def train(config: Config, source: str) -> None:
             step = training_step(run, passes, loaded["answer_tokens"], waited)
             trained.append([state.step, loaded["sample_ids"]])
             meter.add(step, len(plan.questions(state.step - 1)))
+            if len(trained) == 1 and (forms := modeling.compiled_so_far())[0]:
+                run.log.say("Compiled {} forms of a decoder layer in {:.1f} s so far".format(*forms))
 
             # ---- once in a while: a loss that is not finite ----
             if not step["finite"]:

@@ -62,19 +62,19 @@ def in_pieces(queries, keys, values, cu_q, cu_k, max_q, max_k, scale):
     return torch.cat(outputs)
 
 
-def shared_rows(segments):
-    return SharedRows(segments, attention_mask(segments), int((segments == PREFIX).sum(1).min()))
+def shared_rows(segments, groups=1, dtype=torch.float64):
+    return SharedRows(segments, attention_mask(segments), int((segments == PREFIX).sum(1).min()), dtype, groups)
 
 
 def by_two_part(query, key, value, segments):
     rows = shared_rows(segments)
-    return two_part(query, key, value, rows.prefix, rows.bias(query.dtype), 0.3)
+    return two_part(query, key, value, rows.bias, 0.3)
 
 
 def by_two_part_as_on_cuda(query, key, value, segments):
     """The query heads that read the same keys as queries of one head."""
-    rows = shared_rows(segments)
-    return two_part(query, key, value, rows.prefix, rows.bias(query.dtype, groups=2), 0.3)
+    rows = shared_rows(segments, groups=2)
+    return two_part(query, key, value, rows.bias, 0.3)
 
 
 def by_varlen(query, key, value, segments):
@@ -115,8 +115,9 @@ def test_the_two_part_path_leaves_out_most_of_what_the_mask_throws_away():
     segments = torch.tensor([row((PREFIX, 600), *((k, 40) for k in range(1, 10)))])
     rows = shared_rows(segments)
     useful = int(attention_mask(segments).sum())
-    computed = rows.prefix**2 / 2 + rows.bias(torch.float32).numel()
-    assert rows.prefix == 600 and computed < 0.6 * 960**2 and computed < 1.3 * useful + 360**2 * 0.9
+    prefix = 960 - rows.bias.shape[3]
+    computed = prefix**2 / 2 + rows.bias.numel()
+    assert prefix == 600 and computed < 0.6 * 960**2 and computed < 1.3 * useful + 360**2 * 0.9
 
 
 def loss_and_gradients(run, monkeypatch, path: str, dtype=torch.float64):
@@ -215,7 +216,9 @@ def test_answers_read_a_cache_alike_whether_keys_are_repeated_or_heads_stand_tog
     mask[..., 0] = True
     repeated = (x.repeat_interleave(2, dim=1) for x in (key, value))
     expected = F.scaled_dot_product_attention(query, *repeated, attn_mask=mask, scale=0.3)
-    assert torch.allclose(masked(query, key, value, mask.repeat(1, 1, groups, 1), 0.3), expected, atol=1e-6)
+    assert torch.allclose(
+        masked(query, key, value, mask[:, :, None].expand(-1, -1, groups, -1, -1), 0.3), expected, atol=1e-6
+    )
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU")

@@ -1,5 +1,6 @@
 """Sample files become tokenised questions: what the model is asked in training is what it is asked at inference."""
 
+import json
 from dataclasses import replace
 
 import pytest
@@ -8,6 +9,7 @@ from conftest import shared_data
 from support.tiny_runs import FAMILIES, TinyRun, build_items, tiny_run, vqa_samples, write_images
 from transformers import AutoImageProcessor
 
+import dataset as dataset_module
 from batches import BatchPlan, collate
 from dataset import EvalDataset, StepDataset, load
 from errors import UserError
@@ -267,3 +269,20 @@ def test_the_collator_ships_bytes_for_pixels(tiny_models):
     items, images = build_items(tiny_run(tiny_models, "qwen3_vl").encoder(), vqa_samples(2, 2))
     batch = collate(items, images, True, 0)
     assert batch["patches"].dtype == torch.uint8 and batch["patches"].numel() == 2 * 128 * 128 * 3
+
+
+def test_an_evaluation_batch_holds_as_many_questions_as_the_tokens_allow(tiny_models, monkeypatch):
+    run = tiny_run(tiny_models, "qwen3_vl")
+    samples = SampleList(vqa_samples(3, 6), "s")
+
+    def sizes(tokens, share_prefix=True, eval_bs=None):
+        monkeypatch.setattr(dataset_module, "EVAL_TOKENS", tokens)
+        found = EvalDataset(samples, run.encoder(), share_prefix, eval_bs, True).batches
+        assert sorted(row for batch in found for row in batch) == list(range(18))
+        return [len(batch) for batch in found]
+
+    assert sizes(100_000) == [18] and sizes(100_000, eval_bs=7) == [6, 6, 6]
+    one = 16 + sum(len(json.dumps(sample)) // 4 for sample in vqa_samples(1, 6))  # an image has 16 tokens
+    assert sizes(2 * one + 40) == [12, 6] and sizes(one + 40) == [6, 6, 6]
+    assert sizes(1) == [1] * 18, "a question alone goes in whatever it has"
+    assert len(sizes(one + 40, share_prefix=False)) > 3, "alone, each question has its image's tokens"

@@ -12,6 +12,7 @@ import inference
 import tasks
 from batches import collate
 from distributed import Ranks
+from errors import UserError
 from inference import Stopped, answer_split, evaluation_rows, scores_while_training, split_loss
 from model import AnswerLoss
 from samples import SampleList
@@ -260,3 +261,18 @@ def test_the_best_is_chosen_among_losses_of_the_same_questions(scored):
     before, last = scored(False)[0], scored(True)[0]
     assert "eval_subset_loss" not in before
     assert tasks.vqa.selection_score(before) == tasks.vqa.selection_score(last) == [-4.0]
+
+
+@pytest.mark.parametrize(("questions", "cure"), [(4, "set eval_bs=2"), (1, "evaluate on a GPU with more memory")])
+def test_an_evaluation_that_runs_out_of_memory_says_what_to_set(tiny_models, monkeypatch, questions, cure):
+    def too_much(*arguments, **options):
+        raise torch.OutOfMemoryError
+
+    run = tiny_run(tiny_models, "qwen3_vl")
+    samples = SampleList(vqa_samples(1, questions), "s")
+    monkeypatch.setattr(inference, "greedy", too_much)
+    message = rf"out of memory on an evaluation batch of {questions} questions \(1 rows of \d+ tokens\); {cure}$"
+    with pytest.raises(UserError, match=message):
+        answer_split(run.model(), samples, run.encoder(), ALONE)
+    with pytest.raises(UserError, match=message):
+        split_loss(too_much, samples, run.encoder(), ALONE)

@@ -7,6 +7,7 @@ from transformers import AutoImageProcessor
 
 import attention
 import inference
+import model
 from batches import collate
 from dataset import EvalDataset
 from images import letterbox, open_image
@@ -92,7 +93,8 @@ def test_answers_do_not_depend_on_the_batch_or_on_sharing(run, batch_size, share
 
 def test_answers_are_the_same_with_the_heads_laid_out_as_on_a_gpu(run, monkeypatch):
     """There the query heads that read the same keys stand together, and so must the masks of several questions."""
-    monkeypatch.setattr(attention, "heads_together", lambda query, key: query.shape[1] // key.shape[1])
+    for room in (attention, model):
+        monkeypatch.setattr(room, "heads_together", lambda device, heads, key_heads: heads // key_heads)
     text_config = run.model().config.get_text_config()
     assert text_config.num_attention_heads > text_config.num_key_value_heads
     assert answers(run, prompts(), 16, True) == answers_one_by_one(run)

@@ -105,7 +105,7 @@ def test_of_equally_good_checkpoints_the_earliest_is_the_best_and_a_step_without
 
 FREE = {"experiment", "data", "output_dir", "results_dir", "eval_bs", "eval_steps", "eval_max_samples", "logging_steps",
         "save_steps", "save_total_limit", "dataloader_num_workers", "resume", "share_prefix", "gradient_checkpointing",
-        "train_bs", "grad_accum", "pass_tokens"}  # fmt: skip
+        "train_bs", "grad_accum", "pass_tokens", "compile", "deterministic"}  # fmt: skip
 
 
 def another(value):

@@ -545,3 +545,44 @@ def test_thirty_kills_at_random_moments_lose_nothing(data, tiny_models, tmp_path
     assert history(killed) == history(whole)
     assert order(killed) == order(whole)
     assert weights(killed) == weights(whole)
+
+
+# -------------------------------------------------------------------------------------------------------- deterministic
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("ranks", [3, 4])
+def test_three_and_four_ranks_end_bit_for_bit_alike_when_resumed(data, tiny_models, tmp_path, ranks):
+    """Sums over more than two ranks depend on their order."""
+    changes = {"num_train_epochs": 2, "train_bs": 1, "save_steps": 2, "save_total_limit": 9}
+    whole, cut = tmp_path / "whole", tmp_path / "cut"
+    code, text = finish(start_train(write_config(data, tiny_models["qwen3_vl"], whole, **changes), ranks=ranks))
+    assert code == 0, text
+    middle = str(whole / "checkpoint-2")
+    path = write_config(data, tiny_models["qwen3_vl"], cut, resume=middle, **changes)
+    code, text = finish(start_train(path, ranks=ranks))
+    assert code == 0 and f"Resuming from {middle}" in text
+    assert history(cut) == history(whole)[2:] and weights(cut) == weights(whole)
+
+
+def test_a_deterministic_run_asks_for_deterministic_algorithms_before_cuda_starts_and_ends_alike(run, monkeypatch):
+    """On a CPU all runs are: no operation of a step, an evaluation or an answer lacks a deterministic form."""
+    monkeypatch.delenv("CUBLAS_WORKSPACE_CONFIG", raising=False)
+    seen = []
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: seen.append(os.environ.get("CUBLAS_WORKSPACE_CONFIG")))
+    try:
+        outputs = [run(name, deterministic=name != "plain", eval_steps="epoch") for name in ("plain", "one", "other")]
+        assert torch.are_deterministic_algorithms_enabled() and not torch.utils.deterministic.fill_uninitialized_memory
+    finally:
+        torch.use_deterministic_algorithms(False)
+        torch.utils.deterministic.fill_uninitialized_memory = True
+    assert seen[0] is None and ":4096:8" in seen
+    assert weights(outputs[1]) == weights(outputs[2])
+
+
+def test_the_deterministic_layout_of_heads_is_the_one_that_leaves_no_processor_idle(monkeypatch):
+    from attention import heads_together
+
+    assert heads_together(torch.device("cuda"), 32, 8) == 4
+    monkeypatch.setattr(torch, "are_deterministic_algorithms_enabled", lambda: True)
+    assert heads_together(torch.device("cuda"), 32, 8) == 1

@@ -8,6 +8,7 @@ import torch.nn.functional as F
 from support.document_runs import document_config, write_documents
 from support.run_helpers import log_rows, write_config, write_samples
 from support.tiny_runs import build_items, tiny_run, vqa_samples
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import train
 from batches import collate, weightless
@@ -117,3 +118,25 @@ def test_a_document_for_an_idle_rank_has_a_loss_of_zero(encoder, documents):
     idle, busy = (collate([one], {}, True, encoder.tokenizer.pad_token_id) for one in (weightless(item), item))
     assert (idle["answer_tokens"], busy["answer_tokens"]) == (0, 1)
     assert float(loss(idle)) == 0.0 and float(loss(busy)) > 0.1
+
+
+def test_every_product_of_the_head_is_of_float64_forward_and_backward_so_that_tf32_cannot_round_it(encoder, documents):
+    model = load_base(encoder.config.model_name, torch.float32)
+    attach_head(model, 2, seed=0)
+    model.requires_grad_(True)
+    products = []
+
+    class Products(TorchDispatchMode):
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+            if function in (torch.ops.aten.mm.default, torch.ops.aten.addmm.default):
+                shapes = {tuple(sorted(x.shape)) for x in args if torch.is_tensor(x)}
+                if any(2 in shape for shape in shapes):  # classes
+                    products.append({x.dtype for x in args if torch.is_tensor(x)})
+            return function(*args, **(kwargs or {}))
+
+    item = encoder.encode(json.loads((documents / "text_train.json").read_text())[1], [])
+    batch = collate([item], {}, True, encoder.tokenizer.pad_token_id)
+    with Products():
+        loss = ClassLoss(model, encoder.family)(batch)
+        loss.backward()
+    assert loss.dtype == torch.float32 and len(products) == 3 and all(kinds == {torch.float64} for kinds in products)
