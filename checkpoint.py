@@ -447,8 +447,9 @@ def load_optimizer(optimizer: torch.optim.Optimizer, trainable: dict[str, torch.
     states: dict = {name: {} for name in trainable}
     for entry, value in load_file(path).items():
         name, _, key = entry.rpartition("|")
-        # AdamW keeps its step count on the CPU, its moments beside the parameter.
-        states[name][key] = value if key == "step" else value.to(trainable[name].device)
+        # The fused AdamW keeps its step count beside the parameter, as its moments; the others on the CPU.
+        on_host = key == "step" and not optimizer.defaults["fused"]
+        states[name][key] = value if on_host else value.to(trainable[name].device)
     for name, parameter in trainable.items():
         if states[name]:
             optimizer.state[parameter] = states[name]

@@ -267,11 +267,11 @@ def add_lora_in_the_product(model: nn.Module) -> None:
         if self.disable_adapters or self.merged or args or kwargs or self.lora_variant:
             return type(self).forward(self, x, *args, **kwargs)
         (adapter,) = self.active_adapters
-        result = self.base_layer(x)
+        flat = x.flatten(0, -2)
+        result = self.base_layer(flat)  # (tokens, features out); not a view, or adding in place would copy its gradient
         down, up = self.lora_A[adapter].weight.to(x.dtype), self.lora_B[adapter].weight.to(x.dtype)
-        low = F.linear(self.lora_dropout[adapter](x), down)  # (..., r)
-        scaled = low.flatten(0, -2) * self.scaling[adapter]
-        return torch.addmm(result.flatten(0, -2), scaled, up.t()).view_as(result)
+        low = F.linear(self.lora_dropout[adapter](flat), down)  # (tokens, r)
+        return result.addmm_(low * self.scaling[adapter], up.t()).view(*x.shape[:-1], -1)
 
     for module in model.modules():
         if isinstance(module, LoraLayer) and type(module).__name__ in ("Linear", "Linear4bit"):

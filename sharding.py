@@ -138,7 +138,8 @@ def load_shards(
     for name, parameter in trainable.items():
         if f"{name}|step" in saved:
             moments = {key: torch.zeros_like(parameter, requires_grad=False) for key in ("exp_avg", "exp_avg_sq")}
-            optimizer.state[parameter] = {"step": torch.zeros(()), **moments}
+            device = parameter.device if optimizer.defaults["fused"] else "cpu"
+            optimizer.state[parameter] = {"step": torch.zeros((), device=device), **moments}
     entries = _entries(trainable, optimizer)
     if strangers := saved ^ entries.keys():
         raise UserError(f"{folder} does not fit this run: {len(strangers)} differing entries, first {min(strangers)}")

@@ -3,11 +3,14 @@
 Training speed, side by side in one process: the same weights, samples, seed and LoRA targets, one optimizer step of
 each variant in turn, so that whatever else the machine does hits all alike. Prints one table per setting.
 
-(A) the Hugging Face Trainer with a plain collator; (B) this repo's loop with A's layout and A's work: every question
-its own sequence, logits at every position, an image's vision once per question, Conv3d patches, PEFT's own LoRA;
-(C) without the unused work; (D) with shared prefixes, as train.py runs; on CUDA also (E) the varlen attention path
-and, with --compile, (F) E with norms and MLPs compiled. The setting `exp2` has steps of that config, in its order of
-questions (--metadata: of real ones): (S) with its train_bs 4 and grad_accum 8, (L) with train_bs 32 and grad_accum 1.
+(A) the Hugging Face Trainer with a plain collator, one question a pass; (T) the same at its best: --best-batch
+questions a pass, and flash attention where it is installed; (K) as T, with all questions of an image as one conversation:
+nearly the cost of D, but a later question sees the gold answers of the earlier ones, so another task is trained; (B) this
+repo's loop with A's layout and A's work: every question its own sequence, logits at every position, an image's vision
+once per question, Conv3d patches, PEFT's own LoRA; (C) without the unused work; (D) with shared prefixes, as train.py
+runs uncompiled; (E) D with the varlen attention path (CUDA only); (F) D with compiled layers, as train.py runs on a GPU.
+The setting `exp2` has steps of that config, in its order of questions (--metadata: of real ones): (S) with its train_bs
+4 and grad_accum 8, (L) with train_bs 32 and grad_accum 1. Gradients are compared without dropout.
 """
 
 import os
@@ -17,6 +20,7 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 import argparse
 import contextlib
+import importlib.util
 import shutil
 import statistics
 import sys
@@ -42,7 +46,7 @@ from dataset import StepDataset, load
 from distributed import Ranks
 from errors import UserError, exit_on_user_error
 from forecast import FULL_PASS, Operations, count_step
-from model import AnswerLoss, forward_logits, optimizer_groups, to_device, trainable_parameters
+from model import AnswerLoss, forward_logits, optimizer_groups, text_layers, to_device, trainable_parameters
 from preflight import make_plan
 from templates import IGNORE
 from train import backward
@@ -54,7 +58,9 @@ TITLES = {
     "C": "+ unused work removed",
     "D": "+ shared prefixes",
     "E": "+ varlen attention",
-    "F": "+ norms, MLPs compiled",
+    "F": "+ compiled layers",
+    "T": "Trainer at its best",
+    "K": "Trainer, an image's questions as one conversation (sees gold answers)",
     "S": "exp2 as shipped",
     "L": "train_bs as large as the step",
 }
@@ -109,10 +115,10 @@ class Ours:
     @contextlib.contextmanager
     def path(self):
         before = os.environ.get("SHARED_ATTENTION")
-        if self.variant in "EF":
+        if self.variant == "E":
             os.environ["SHARED_ATTENTION"] = "varlen"
         yield
-        if self.variant in "EF":
+        if self.variant == "E":
             os.environ.pop("SHARED_ATTENTION") if before is None else os.environ.update(SHARED_ATTENTION=before)
 
     def backward(self, step: dict) -> None:
@@ -121,10 +127,11 @@ class Ours:
             backward(self.loss, step["passes"], step["answer_tokens"], ranks, "ddp", contextlib.nullcontext)
 
     def gradients(self, rows: list[int]) -> dict:
-        self.model.train()
+        self.model.eval()  # without dropout
         self.backward(self._steps_of(types.SimpleNamespace(questions=lambda step: rows))[0])
         gradients = {name: p.grad.float().cpu().numpy() for name, p in trainable_parameters(self.model).items()}
         self.model.zero_grad(set_to_none=True)
+        self.model.train()
         return gradients
 
     def step(self) -> None:
@@ -138,25 +145,23 @@ class Ours:
         self.optimizer.zero_grad(set_to_none=True)
 
 
-def build(variant: str, base, workload: Workload, device: torch.device, folder: Path, micro_batch: int):
+def build(
+    variant: str, base, workload: Workload, device: torch.device, folder: Path, micro_batch: int, best_batch: int
+):
     """A runnable variant on a copy of the base that shares its frozen weights. All start from the same adapter."""
-    model = work.adapted(base, workload.config.lora, workload.config.seed, stock=variant in "AB").train()
-    if variant == "F":
-        compile_elementwise(model)
-    if variant == "A":
+    model = work.adapted(base, workload.config.lora, workload.config.seed, stock=variant in "ABTK").train()
+    for layer in text_layers(model) if variant == "F" else ():
+        layer.compile(dynamic=True)
+    if variant in "ATK":
         from trainer import HuggingFace
 
-        return HuggingFace(model, workload, folder / "trainer", device, micro_batch)
+        if variant != "A" and device.type == "cuda" and importlib.util.find_spec("flash_attn"):
+            model.get_base_model().set_attn_implementation("flash_attention_2")
+        sequences = {"A": micro_batch, "T": best_batch, "K": max(1, best_batch // 4)}[variant]
+        return HuggingFace(model, workload, folder / f"trainer-{variant}", device, sequences, variant == "K")
     if workload.config.gradient_checkpointing:
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     return Ours(variant, model, workload, device, micro_batch)
-
-
-def compile_elementwise(model) -> None:
-    """Fuse what surrounds the matrix products in norms and MLPs."""
-    for layer in model.get_base_model().model.language_model.layers:
-        for module in (layer.mlp, layer.input_layernorm, layer.post_attention_layernorm):
-            module.compile(dynamic=True)
 
 
 # ------------------------------------------------------------------------------------------------------- measuring
@@ -174,7 +179,9 @@ def final_loss(model, workload: Workload, device: torch.device) -> float:
     return nll / tokens
 
 
-def measure(variants: str, base, workload: Workload, device: torch.device, folder: Path, micro_batch: int) -> dict:
+def measure(
+    variants: str, base, workload: Workload, device: torch.device, folder: Path, micro_batch: int, best_batch: int
+) -> dict:
     """Every variant: gradient check, one step for its memory, then the timed ones in rounds, all side by side."""
     runs, results, reference = {}, {variant: Measured() for variant in variants}, None
 
@@ -187,11 +194,11 @@ def measure(variants: str, base, workload: Workload, device: torch.device, folde
             torch.cuda.empty_cache()
 
     for variant in variants:
-        runs[variant] = build(variant, base, workload, device, folder, micro_batch)
+        runs[variant] = build(variant, base, workload, device, folder, micro_batch, best_batch)
         rows = list(range(min(4, workload.questions)))
         gradients = guarded(variant, lambda run=runs[variant]: run.gradients(rows))  # noqa: B023
         reference = gradients if reference is None else reference
-        if gradients is not None and reference is not None:
+        if gradients is not None and reference is not None and variant != "K":  # which has another loss
             results[variant].gradient_difference = largest_difference(gradients, reference)
     for step in range(workload.steps):
         for variant in list(runs):
@@ -247,12 +254,12 @@ def table(results: dict, workload: Workload, operations: Operations, rate: float
         seconds, cpu_seconds = statistics.median(result.seconds), statistics.median(result.cpu_seconds)
         speed = workload.questions / seconds
         rate_reached = useful / (seconds if on_gpu else cpu_seconds)
-        difference = "–" if result is first else f"{result.gradient_difference:.1e}"
+        difference = "–" if result is first or variant == "K" else f"{result.gradient_difference:.1e}"
         hours = work.EPOCHS * work.QUESTIONS_IN_TRAINING / speed / 3600
         cpu_ratio = ratio("cpu_seconds", result)
         clock = "seconds" if on_gpu else "cpu_seconds"
         reached = sum(getattr(first, clock)) / sum(getattr(result, clock)) / token_ceiling
-        ceiling = f"{reached:.0%}" if variant not in "ABC" and "A" in results else ""
+        ceiling = f"{reached:.0%}" if variant not in "ABCTK" and "A" in results else ""
         lines.append(
             f"| {title} | {speed:.3g} | {ratio('seconds', result):.2f} | {cpu_ratio:.2f} | {seconds:.2f} "
             f"| {cpu_seconds:.2f} | {result.peak_gb:.2f} | {result.loss:.5f} | {difference} "
@@ -278,17 +285,22 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=3, help="timed steps of each variant, after one for its memory")
     parser.add_argument("--variants", default=None, help="the first is what the others are compared with")
     parser.add_argument("--micro-batch", type=int, default=1, help="questions per pass of A, B and C")
+    parser.add_argument(
+        "--best-batch", type=int, default=8, help="questions per pass of T; a quarter as many images for K"
+    )
     parser.add_argument("--lora-r", type=int, default=16)
+    parser.add_argument(
+        "--dropout", type=float, default=0.05, help="of LoRA, as the configs have it (default: %(default)s)"
+    )
     parser.add_argument("--gradient-checkpointing", action="store_true", help="in all variants")
     parser.add_argument("--workers", type=int, default=8 if torch.cuda.is_available() else 1,
                         help="DataLoader workers of each variant; on a GPU one would starve A")  # fmt: skip
-    parser.add_argument("--compile", action="store_true", help="adds variant F")
     parser.add_argument("--tokenizer", help="folder of a real tokenizer; the embedding then has 151,936 rows")
     parser.add_argument("--histogram", help="csv with a column img_id, for 'real'; default: numbers in workload.py")
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    on_image = "ABCD" + ("EF" if args.compile else "E") * (device.type == "cuda")
+    on_image = "ATKBCDEF" if device.type == "cuda" else "ABCD"
     if not set(args.variants or "") <= set(TITLES):
         raise UserError(f"--variants {args.variants}: choose letters of {''.join(TITLES)}")
     if args.size == "8b" and device.type != "cuda":
@@ -309,7 +321,7 @@ def main() -> None:
         print(f"{name}; torch {torch.__version__}; {parameters / 1e6:,.0f}M parameters; matrix product {rate / 1e12:.3g} TFLOP/s")  # fmt: skip  # noqa: E501
         for image_tokens in map(int, args.image_tokens.split(",")):
             for k in args.questions_per_image.split(","):
-                data, lora = folder / f"data-{image_tokens}-{k}", Lora(args.lora_r, 2 * args.lora_r, 0.0)
+                data, lora = folder / f"data-{image_tokens}-{k}", Lora(args.lora_r, 2 * args.lora_r, args.dropout)
                 common = (image_tokens, args.steps + 1, lora, args.seed)
                 if k == "exp2":
                     variants, title = args.variants or "ASL", "steps of exp2"
@@ -324,7 +336,7 @@ def main() -> None:
                     dataloader_num_workers=args.workers,
                 )
                 workload = replace(workload, config=config)
-                results = measure(variants, base, workload, device, folder, args.micro_batch)
+                results = measure(variants, base, workload, device, folder, args.micro_batch, args.best_batch)
                 print(f"\n### {args.size}, {image_tokens} image tokens, {title}\n")
                 print("\n".join(table(results, workload, operations, rate, device.type == "cuda")), flush=True)
     finally:

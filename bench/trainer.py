@@ -45,6 +45,32 @@ class Questions(torch.utils.data.Dataset):
         return {"input_ids": ids, "labels": labels, **pixels}
 
 
+class Conversations(Questions):
+    """All questions of an image as one conversation, as such data are often packed: the image's tokens stand there
+    once, at nearly the cost of a shared prefix. But a later question sees the gold answers of the earlier ones, which
+    an evaluation that asks one by one never has: another task is trained."""
+
+    def __init__(self, workload: Workload):
+        super().__init__(workload)
+        self.rows: dict[str, list[int]] = {}
+        for row, sample in enumerate(workload.samples):
+            self.rows.setdefault(sample["image"], []).append(row)
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __getitem__(self, index: int) -> dict:
+        first, *others = (super(Conversations, self).__getitem__(row) for row in list(self.rows.values())[index])
+        vision_end = self.tokenizer.convert_tokens_to_ids("<|vision_end|>")
+        opening = torch.tensor(self.tokenizer("\n<|im_start|>user\n")["input_ids"])
+        ids, labels = [first["input_ids"]], [first["labels"]]
+        for turn in others:
+            own = int((turn["input_ids"] == vision_end).nonzero()[-1]) + 1  # what follows the image
+            ids += [opening, turn["input_ids"][own:]]
+            labels += [torch.full_like(opening, -100), turn["labels"][own:]]
+        return {**first, "input_ids": torch.cat(ids), "labels": torch.cat(labels)}
+
+
 class Collator:
     """Pads to the longest question on the right, and joins the images of all."""
 
@@ -76,15 +102,19 @@ class HuggingFace(TrainerCallback):
     """Runs a Trainer in a thread of its own that rests between optimizer steps, so that others can be measured in
     between, step by step."""
 
-    def __init__(self, model, workload: Workload, folder: Path, device: torch.device, micro_batch: int):
-        questions = workload.questions
-        micro_batch = max(n for n in range(1, micro_batch + 1) if questions % n == 0)
+    def __init__(
+        self, model, workload: Workload, folder: Path, device: torch.device, micro_batch: int, conversations: bool
+    ):
+        """micro_batch: sequences of a pass. conversations: one an image, see `Conversations`."""
+        data = (Conversations if conversations else Questions)(workload)
+        sequences = len(data) // workload.steps  # of a step
+        micro_batch = max(n for n in range(1, min(micro_batch, sequences) + 1) if sequences % n == 0)
         self.model, self.workload = model, workload
         vocabulary = model.config.text_config.vocab_size
         arguments = TrainingArguments(
             output_dir=str(folder),
             per_device_train_batch_size=micro_batch,
-            gradient_accumulation_steps=questions // micro_batch,
+            gradient_accumulation_steps=sequences // micro_batch,
             max_steps=workload.steps,
             learning_rate=workload.config.learning_rate,
             lr_scheduler_type="constant",
@@ -108,7 +138,7 @@ class HuggingFace(TrainerCallback):
         self.trainer = InOrder(
             model=model,
             args=arguments,
-            train_dataset=Questions(workload),
+            train_dataset=data,
             data_collator=Collator(workload.encoder.tokenizer.pad_token_id, workload.family.image_token_id),
             callbacks=[self],
             compute_loss_func=lambda outputs, labels, num_items_in_batch=None: ForCausalLMLoss(
@@ -121,10 +151,12 @@ class HuggingFace(TrainerCallback):
         self._thread: threading.Thread | None = None
 
     def gradients(self, rows: list[int]) -> dict[str, np.ndarray]:
-        """Of the mean loss over these samples, by parameter name, at the present weights."""
+        """Of the mean loss over these samples, by parameter name, at the present weights, without dropout."""
+        if isinstance(self.trainer.train_dataset, Conversations):
+            rows = [0]  # the first image's; not the same loss
         batches = [self.trainer.data_collator([self.trainer.train_dataset[row]]) for row in rows]
         tokens = sum((batch["labels"] != -100).sum() for batch in batches).to(self.model.device)
-        self.model.train()
+        self.model.eval()
         for batch in batches:  # one by one: all of them together may not fit
             batch = {key: value.to(self.model.device) for key, value in batch.items()}
             with self.trainer.compute_loss_context_manager():
@@ -132,6 +164,7 @@ class HuggingFace(TrainerCallback):
             loss.backward()
         gradients = {name: p.grad.float().cpu().numpy() for name, p in self.model.named_parameters() if p.requires_grad}
         self.model.zero_grad(set_to_none=True)
+        self.model.train()
         return gradients
 
     def step(self) -> None:

@@ -1,8 +1,10 @@
 """The benchmarks run, their variants compute the same thing, and their arithmetic is that of the model's makers."""
 
+import json
 import re
 import subprocess
 import sys
+import types
 
 import pytest
 import torch
@@ -30,7 +32,9 @@ def columns(output: str) -> dict[str, list[str]]:
 
 
 def test_speed_prints_a_table_in_which_all_variants_learn_the_same():
-    output = run(*"bench/speed.py --size tiny --image-tokens 16 --questions-per-image 3 --images 1 --steps 1".split())
+    output = run(
+        *"bench/speed.py --size tiny --image-tokens 16 --questions-per-image 3 --images 1 --steps 1 --dropout 0".split()
+    )
     table = columns(output)
     variants = {name: cells for name, cells in table.items() if name.startswith("(")}
     assert [name[:3] for name in variants] == ["(A)", "(B)", "(C)", "(D)"]
@@ -41,8 +45,38 @@ def test_speed_prints_a_table_in_which_all_variants_learn_the_same():
 
 
 @pytest.mark.slow
+def test_the_strong_baselines_run_beside_ours():
+    options = (
+        "--size tiny --image-tokens 16 --questions-per-image 3 --images 2 --steps 1 --variants ATKD --best-batch 4"
+    )
+    variants = {name[:3]: cells for name, cells in columns(run("bench/speed.py", *options.split())).items()}
+    assert all(float(variants[name][0]) > 0 for name in ("(A)", "(T)", "(K)", "(D)")), variants
+    assert variants["(K)"][7] == "–" and float(variants["(T)"][7]) < 1e-4
+
+
+@pytest.mark.slow
+def test_the_gpu_check_runs_dry_on_a_cpu_and_a_failing_line_does_not_end_the_others(tmp_path):
+    printed = run("bench/gpu_check.py", "--size", "tiny", "--out", str(tmp_path / "found.json"))
+    found = json.loads((tmp_path / "found.json").read_text())
+    verdicts = {line["name"]: line["verdict"] for line in found["lines"]}
+    assert set(verdicts.values()) <= {"ok", "not measured"}, printed
+    for name in ("attention: two_part", "compiled layers", "answers", "predicted: exp2's order"):
+        assert verdicts[name] == "ok", printed
+    assert len(columns(printed)) >= len(found["lines"])
+    import gpu_check
+
+    def fails(machine):
+        raise RuntimeError("no such kernel")
+
+    lines = gpu_check.run_checks(types.SimpleNamespace(on_gpu=False), [fails, lambda _: gpu_check.Line("next", "1")])
+    assert [line.verdict for line in lines] == ["failed: no such kernel", "ok"]
+
+
+@pytest.mark.slow
 def test_exp2_as_shipped_is_laid_out_as_with_a_train_bs_as_large_as_the_step():
-    output = run(*"bench/speed.py --size tiny --image-tokens 16 --questions-per-image exp2 --steps 1".split())
+    output = run(
+        *"bench/speed.py --size tiny --image-tokens 16 --questions-per-image exp2 --steps 1 --dropout 0".split()
+    )
     shipped, large = (cells for name, cells in columns(output).items() if name[:3] in ("(S)", "(L)"))
     assert shipped[6] == large[6] and shipped[7] == large[7], "loss and gradients"
 

@@ -347,3 +347,26 @@ def test_a_broken_checkpoint_of_the_same_step_is_saved_anew(runs, tmp_path):
     train.main(["--config", str(runs["lora"]), f"output_dir={output}"])
     assert optimizer.read_bytes() == before and whats_wrong(output / "checkpoint-2", content=True) is None
     assert run_folder.newest_complete(output) == (output / "checkpoint-2", [])
+
+
+@pytest.mark.parametrize("fused", [False, True])
+def test_the_optimizers_state_is_saved_and_put_back_with_its_step_count_where_adamw_keeps_it(tmp_path, fused):
+    def steps(count, optimizer, parameter):
+        for _ in range(count):
+            parameter.grad = torch.full_like(parameter, 0.5)
+            optimizer.step()
+
+    def fresh():
+        parameter = torch.nn.Parameter(torch.ones(3))
+        return parameter, torch.optim.AdamW([parameter], lr=0.1, fused=fused)
+
+    (whole, of_whole), (cut, of_cut) = fresh(), fresh()
+    steps(5, of_whole, whole)
+    steps(3, of_cut, cut)
+    checkpoint.save_optimizer(of_cut, {"p": cut}, tmp_path / "optimizer.safetensors")
+    resumed = torch.nn.Parameter(cut.detach().clone())
+    of_resumed = torch.optim.AdamW([resumed], lr=0.1, fused=fused)
+    checkpoint.load_optimizer(of_resumed, {"p": resumed}, tmp_path / "optimizer.safetensors")
+    assert of_resumed.state[resumed]["step"].device == (resumed.device if fused else CPU)
+    steps(2, of_resumed, resumed)
+    assert torch.equal(resumed, whole)
