@@ -4,13 +4,14 @@ Training speed, side by side in one process: the same weights, samples, seed and
 each variant in turn, so that whatever else the machine does hits all alike. Prints one table per setting.
 
 (A) the Hugging Face Trainer with a plain collator, one question a pass; (T) the same at its best: --best-batch
-questions a pass, and flash attention where it is installed; (K) as T, with all questions of an image as one conversation:
-nearly the cost of D, but a later question sees the gold answers of the earlier ones, so another task is trained; (B) this
-repo's loop with A's layout and A's work: every question its own sequence, logits at every position, an image's vision
-once per question, Conv3d patches, PEFT's own LoRA; (C) without the unused work; (D) with shared prefixes, as train.py
-runs uncompiled; (E) D with the varlen attention path (CUDA only); (F) D with compiled layers, as train.py runs on a GPU.
-The setting `exp2` has steps of that config, in its order of questions (--metadata: of real ones): (S) with its train_bs
-4 and grad_accum 8, (L) with train_bs 32 and grad_accum 1. Gradients are compared without dropout.
+questions a pass, and flash attention where it is installed; (K) as T, with all questions of an image as one
+conversation: nearly the cost of D, but a later question sees the gold answers of the earlier ones, so another task is
+trained; (B) this repo's loop with A's layout and A's work: every question its own sequence, logits at every position,
+an image's vision once per question, Conv3d patches, PEFT's own LoRA; (C) without the unused work; (D) with shared
+prefixes, as train.py runs uncompiled; (E) D with the varlen attention path (CUDA only); (F) D with compiled layers, as
+train.py runs on a GPU. The setting `exp2` has steps of that config, in its order of questions (--metadata: of real
+ones): (S) with its train_bs 4 and grad_accum 8, (L) with train_bs 32 and grad_accum 1. Gradients are compared without
+dropout.
 """
 
 import os

@@ -90,12 +90,11 @@ def test_compiled_layers_give_the_loss_and_every_gradient_of_the_adapter(tiny_mo
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("family", FAMILIES)
-def test_generated_kernels_give_the_loss_and_every_gradient_of_the_adapter(tiny_models, family):
-    run = tiny_run(tiny_models, family)
+def test_generated_kernels_give_the_loss_and_every_gradient_of_the_adapter(tiny_models):
+    run = tiny_run(tiny_models, "qwen3_vl")
     if reason := modeling._compiler_fails(CPU):
         pytest.skip(f"no compiler works here: {reason}")
-    assert_equal(run, compiled(run, "inductor"), passes_of_many_shapes(run, 3), 1e-4)
+    assert_equal(run, compiled(run, "inductor"), passes_of_many_shapes(run, 1), 1e-4)
 
 
 @pytest.mark.parametrize(
