@@ -319,6 +319,7 @@ def compile_layers(model: nn.Module, config: Config, device: torch.device) -> st
                 f"compile: true, and no compiler works here ({reason}); install a C++ compiler, or remove it"
             )
         return f"Decoder layers run uncompiled (no compiler works here: {reason})"
+    torch._dynamo.config.suppress_errors = not config.compile  # by default, what cannot be compiled runs as it is
     for layer in text_layers(model):
         layer.compile(dynamic=True)
     return "Decoder layers are compiled, each form at its first use"

@@ -326,6 +326,10 @@ def main() -> None:
                 common = (image_tokens, args.steps + 1, lora, args.seed)
                 if k == "exp2":
                     variants, title = args.variants or "ASL", "steps of exp2"
+                    if "K" in variants:
+                        raise UserError(
+                            "--variants K takes whole images, which the steps of exp2 are not; leave it out"
+                        )
                     workload = work.exp2_workload(model_folder, data, args.metadata, *common)
                 else:
                     per_step = work.questions_of_step(k, histogram, args.images)
