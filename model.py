@@ -8,6 +8,7 @@ import contextlib
 import functools
 import logging
 import re
+import sys
 import types
 import warnings
 from collections import OrderedDict
@@ -344,8 +345,18 @@ def _compiler_fails(device: torch.device) -> str | None:
     return None
 
 
+@contextlib.contextmanager
+def uncompiled(model: nn.Module):
+    """While it lasts, layers run as they are: prompts and answers would need forms of their own."""
+    compiled = any(layer._compiled_call_impl for layer in text_layers(model))
+    with torch.compiler.set_stance("force_eager") if compiled else contextlib.nullcontext():
+        yield
+
+
 def compiled_so_far() -> tuple[int, float]:
     """(forms, seconds) that compilation has taken in this process."""
+    if "torch._dynamo" not in sys.modules:  # its import takes a second
+        return 0, 0.0
     from torch._dynamo.utils import compilation_time_metrics, counters
 
     return counters["stats"]["unique_graphs"], sum(compilation_time_metrics.get("_compile.compile_inner", []))

@@ -409,8 +409,7 @@ def evaluate(run: Run) -> None:
     state.evaluation_due = True
     began = time.perf_counter()
     run.model.eval()
-    # Uncompiled: prompts and answers would need forms of their own.
-    with sharding.unsharded(run.loss), run.autocast(), torch.compiler.set_stance("force_eager"):
+    with sharding.unsharded(run.loss), run.autocast(), modeling.uncompiled(run.model):
         values = scores_while_training(
             run.loss, run.splits, run.encoder, run.ranks, lambda: run.stop.requested, run.is_done
         )

@@ -3,6 +3,7 @@
 import json
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -350,23 +351,15 @@ def test_a_broken_checkpoint_of_the_same_step_is_saved_anew(runs, tmp_path):
 
 
 @pytest.mark.parametrize("fused", [False, True])
-def test_the_optimizers_state_is_saved_and_put_back_with_its_step_count_where_adamw_keeps_it(tmp_path, fused):
-    def steps(count, optimizer, parameter):
-        for _ in range(count):
-            parameter.grad = torch.full_like(parameter, 0.5)
-            optimizer.step()
-
-    def fresh():
-        parameter = torch.nn.Parameter(torch.ones(3))
-        return parameter, torch.optim.AdamW([parameter], lr=0.1, fused=fused)
-
-    (whole, of_whole), (cut, of_cut) = fresh(), fresh()
-    steps(5, of_whole, whole)
-    steps(3, of_cut, cut)
-    checkpoint.save_optimizer(of_cut, {"p": cut}, tmp_path / "optimizer.safetensors")
-    resumed = torch.nn.Parameter(cut.detach().clone())
-    of_resumed = torch.optim.AdamW([resumed], lr=0.1, fused=fused)
-    checkpoint.load_optimizer(of_resumed, {"p": resumed}, tmp_path / "optimizer.safetensors")
-    assert of_resumed.state[resumed]["step"].device == (resumed.device if fused else CPU)
-    steps(2, of_resumed, resumed)
-    assert torch.equal(resumed, whole)
+def test_the_optimizers_state_is_put_back_where_adamw_keeps_it(tmp_path, fused):
+    """The fused kernels want the step count beside the parameter, the others on the CPU."""
+    parameter = torch.nn.Parameter(torch.ones(3))
+    optimizer = torch.optim.AdamW([parameter], lr=0.1, fused=fused)
+    parameter.grad = torch.ones(3)
+    optimizer.step()
+    checkpoint.save_optimizer(optimizer, {"p": parameter}, tmp_path / "optimizer.safetensors")
+    elsewhere = torch.nn.Parameter(torch.ones(3, device="meta"))
+    resumed = SimpleNamespace(defaults=optimizer.defaults, state={})
+    checkpoint.load_optimizer(resumed, {"p": elsewhere}, tmp_path / "optimizer.safetensors")
+    devices = {key: value.device.type for key, value in resumed.state[elsewhere].items()}
+    assert devices == {"step": "meta" if fused else "cpu", "exp_avg": "meta", "exp_avg_sq": "meta"}

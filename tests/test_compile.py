@@ -128,3 +128,14 @@ def test_a_compiler_that_fails_is_an_error_where_compilation_is_asked_for_and_el
 def test_keys_that_compilation_does_not_go_with_are_refused(tmp_path, changes, message):
     with pytest.raises(UserError, match=message):
         load_config(write_config(tmp_path, "model", compile=True, **changes))
+
+
+def test_an_evaluation_runs_the_layers_as_they_are(tiny_models):
+    run = tiny_run(tiny_models, "qwen3_vl")
+    model = run.fresh_model(torch.float32).eval()
+    loss, batch = AnswerLoss(model, run.family), passes_of_many_shapes(run, 1)[0]
+    for layer in text_layers(model):
+        layer.compile(dynamic=True, backend=None)  # calling it would be an error
+    with torch.no_grad(), modeling.uncompiled(model):
+        assert float(loss(batch)) > 0
+    assert compiled_so_far()[0] == 0
