@@ -58,7 +58,7 @@ def who_checks(run: TinyRun, ranks: Ranks) -> list:
         checked.append([samples.source, (Path(config.output_dir) / ".lock").is_file()])
         raise UserError("as far as this test goes")
 
-    with mock.patch.multiple("train", check_samples=check, start_ranks=lambda: ranks, StopSignal=mock.MagicMock()):
+    with mock.patch.multiple("train", check_samples=check, start_ranks=lambda *_: ranks, StopSignal=mock.MagicMock()):
         try:
             train.set_up(config, "c.yaml")
         except UserError as error:
