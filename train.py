@@ -464,6 +464,7 @@ def train(config: Config, source: str) -> None:
     )
     steps = load(dataset, range(state.step, plan.total_steps), config.dataloader_num_workers, ranks.device)
     meter = Meter(state.interval)
+    first_step = state.step + 1
     trained: list = []  # [step, [[place in the step, sample id], ...] of this rank], until written out
     stopped = False
     run.model.train()
@@ -482,7 +483,7 @@ def train(config: Config, source: str) -> None:
             step = training_step(run, passes, loaded["answer_tokens"], waited)
             trained.append([state.step, loaded["sample_ids"]])
             meter.add(step, len(plan.questions(state.step - 1)))
-            if len(trained) == 1 and (forms := modeling.compiled_so_far())[0]:
+            if state.step == first_step and (forms := modeling.compiled_so_far())[0]:
                 run.log.say("Compiled {} forms of a decoder layer in {:.1f} s so far".format(*forms))
 
             # ---- once in a while: a loss that is not finite ----

@@ -586,3 +586,9 @@ def test_the_deterministic_layout_of_heads_is_the_one_that_leaves_no_processor_i
     assert heads_together(torch.device("cuda"), 32, 8) == 4
     monkeypatch.setattr(torch, "are_deterministic_algorithms_enabled", lambda: True)
     assert heads_together(torch.device("cuda"), 32, 8) == 1
+
+
+def test_the_time_that_compilation_took_is_logged_once(run, monkeypatch, capsys):
+    monkeypatch.setattr(train.modeling, "compiled_so_far", lambda: (4, 12.34))
+    run("compiled", save_steps=1, num_train_epochs=1)
+    assert capsys.readouterr().out.count("Compiled 4 forms of a decoder layer in 12.3 s so far") == 1
