@@ -41,7 +41,8 @@ def table(scores: dict) -> list[str]:
         unit, factor, digits = ("pixels", 1, 1) if name.endswith("_pixels") else ("%", 100, 1)
         if name in ("predict_auroc", "predict_brier", "predict_ece"):
             unit, factor, digits = " ", 1, 3
-        shown = [f"{factor * number:6.{digits}f}" for number in (value, *(scores[f"{name}_ci"] or []))]
+        numbers = (value, *(scores[f"{name}_ci"] or []))
+        shown = ["  open" if number is None else f"{factor * number:6.{digits}f}" for number in numbers]
         spread = f"   95 % interval {shown[1]} to {shown[2]}" if shown[1:] else ""
         lines.append(f"  {name:<28}{shown[0]} {unit}{spread}")
     if scores.get("outside_candidates") is not None:
