@@ -280,6 +280,14 @@ def to_dict(config: Config) -> dict:
     return dataclasses.asdict(config)
 
 
+def flatten(values: dict, prefix: str = "") -> dict:
+    """Nested dict -> {"lora.r": 16, ...}."""
+    flat = {}
+    for key, value in values.items():
+        flat |= flatten(value, f"{prefix}{key}.") if isinstance(value, dict) else {prefix + key: value}
+    return flat
+
+
 def to_yaml(config: Config) -> str:
     return yaml.safe_dump(to_dict(config), sort_keys=False, allow_unicode=True)
 

@@ -6,8 +6,11 @@ out, with the same answers. Writes generated_predictions.jsonl, predict_results.
 """
 
 import argparse
+import contextlib
+import hashlib
 import json
 import os
+import re
 import time
 from pathlib import Path
 
@@ -15,14 +18,16 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # it warns in every fo
 
 import torch
 
-from checkpoint import load_trained
+from checkpoint import OPTIMIZER_FILE, hash_files, load_trained, read_state
 from classification import make_loss
-from config import Config, check_data_files, load_config
+from config import Config, check_data_files, load_config, to_dict
 from distributed import all_or_raise, in_turns, run_command, start_ranks, stop_ranks
+from errors import UserError
 from files import file_sha256, refuse_unusable_folder, write_json, write_text
 from inference import predict_split
 from preflight import check_samples, open_encoder
 from report.results import run_history
+from run_folder import CONFIG_FILE, checkpoints
 from samples import load_split
 
 
@@ -30,6 +35,30 @@ def results_folder(config: Config, split: str) -> Path:
     """Where the scores of a split go; the baseline and other splits never overwrite the test results."""
     suffix = "" if split == "test" else f"_{split}"
     return Path(config.results_dir + suffix + ("_question_only" if config.image == "none" else ""))
+
+
+def provenance(config: Config, folder: Path | None, hashes: dict[str, str]) -> dict:
+    """What compare.py needs to say in what two results differ. folder: of the weights; None: of the base alone.
+    hashes: SHA-256 of the data files by split."""
+    trained = questions_per_step = weights = None
+    if folder:
+        run = folder.absolute().parent if re.fullmatch(r"checkpoint-\d+", folder.name) else folder
+        with contextlib.suppress(UserError):  # weights that were copied elsewhere, or are another tool's
+            trained = to_dict(load_config(run / CONFIG_FILE))
+        with contextlib.suppress(UserError, IndexError, TypeError):
+            newest = folder if folder != run else checkpoints(run)[-1]
+            questions_per_step = read_state(newest).global_batch
+        files = sorted(path for path in folder.glob("*.safetensors") if path.name != OPTIMIZER_FILE)
+        digests = hash_files(folder, files)
+        weights = hashlib.sha256("".join(digests.values()).encode()).hexdigest() if digests else None
+    return {
+        "seed": trained["seed"] if trained else None,
+        "adapter_sha256": weights,
+        "data_sha256": hashes,
+        "questions_per_step": questions_per_step,
+        "trained_config": trained,
+        "config": to_dict(config),
+    }
 
 
 def table(scores: dict) -> list[str]:
@@ -75,8 +104,8 @@ def evaluate(config: Config, checkpoint: str | None, split: str, source: str) ->
     trained = None if checkpoint == "base" else folder
     encoder = open_encoder(config, source, trained or config.model_name)
     task, family = encoder.task, encoder.family
-    files = [getattr(config.data, name) for name in ("train", split)]
-    is_training_file = len({file_sha256(path) for path in files}) == 1
+    hashes = {name: file_sha256(getattr(config.data, name)) for name in dict.fromkeys(["train", split])}
+    is_training_file = len(set(hashes.values())) == 1
     results = results_folder(config, split)
     refuse_unusable_folder(results, "results_dir")
     ranks = start_ranks()
@@ -104,6 +133,7 @@ def evaluate(config: Config, checkpoint: str | None, split: str, source: str) ->
         "load_seconds": loaded - started,
         "predict_seconds": seconds,
         "predict_samples_per_second": len(rows) / seconds,
+        **(provenance(config, trained, hashes) if ranks.is_first else {}),
     }
     if ranks.is_first:
         results.mkdir(parents=True, exist_ok=True)

@@ -135,8 +135,60 @@ class Estimate:
         half = t_quantile((1 + level) / 2, self.degrees) * self.error
         return [self.value - half, self.value + half]
 
+    def detectable(self, alpha: float) -> float | None:
+        """The smallest true difference that a two-sided test at `alpha` finds in 80 % of cases."""
+        return None if self.clusters < 2 else _detectable(self.variance, self.degrees, alpha)
+
+    def seed_spread(self, runs: int) -> float | None:
+        """Of one experiment: the standard deviation of its accuracy from seed to seed, were there endlessly many
+        images. None where a single run tells nothing."""
+        return None if self.seed is None else float(np.sqrt(max(0.0, (self.seed - self.interaction) * runs)))
+
     def p_value(self) -> float:
         """Two-sided, of the t test that the difference is 0."""
         if self.clusters < 2:
             return 1.0
         return float(2 * special.stdtr(self.degrees, -abs(self.value) / self.error))
+
+
+def _detectable(variance: float, degrees: float, alpha: float) -> float:
+    return (t_quantile(1 - alpha / 2, degrees) + t_quantile(POWER, degrees)) * float(np.sqrt(variance))
+
+
+@dataclass(frozen=True)
+class Plan:
+    """The variances of a difference of two experiments, from which other numbers of images and seeds are foretold."""
+
+    image: float  # of one image
+    both: float  # of one image in one run of each: the interaction
+    seeds: float  # of one seed of each
+    alpha: float = 1 - LEVEL
+
+    @staticmethod
+    def of(estimate: Estimate, runs: int, spread: float | None = None, alpha: float = 1 - LEVEL) -> "Plan":
+        """estimate: a difference. runs: of each experiment. spread: of the accuracy from seed to seed, where it is
+        assumed; None: as it was measured."""
+        both = estimate.interaction * estimate.clusters * runs
+        image = max(0.0, estimate.image * estimate.clusters - both / runs)
+        measured = max(0.0, ((estimate.seed or 0.0) - estimate.interaction) * runs)
+        return Plan(image, both, measured if spread is None else 2 * spread**2, alpha)
+
+    def detectable(self, images: int, runs: int) -> float:
+        """The smallest true difference found in 80 % of cases. With one run each, of the trained models alone."""
+        from_images = (self.image + self.both / runs) / images
+        if runs == 1:
+            return _detectable(from_images, images - 1, self.alpha)
+        from_seeds = self.seeds / runs
+        squares = from_images**2 / (images - 1) + from_seeds**2 / (2 * (runs - 1))
+        variance = from_images + from_seeds
+        return _detectable(variance, variance**2 / squares if squares else images - 1, self.alpha)
+
+    def images(self, difference: float, runs: int, most: int = 10_000_000) -> int | None:
+        """The fewest images with which a difference is found; None where no number of images is enough."""
+        if self.detectable(most, runs) > difference:
+            return None
+        low, high = 1, most  # not enough (or too few for any test), enough
+        while high - low > 1:
+            middle = (low + high) // 2
+            low, high = (low, middle) if self.detectable(middle, runs) <= difference else (middle, high)
+        return high

@@ -470,9 +470,7 @@ def test_a_resume_refuses_to_go_on_in_an_order_that_is_drawn_otherwise(data, tin
             if order == "sequential":
                 train.main(["--config", path])
             else:
-                with pytest.raises(
-                    UserError, match=r"^the order that is drawn for order 'random' .*changed"
-                ):
+                with pytest.raises(UserError, match=r"^the order that is drawn for order 'random' .*changed"):
                     train.main(["--config", path])
 
 
