@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from report.variance import Estimate, wilson
+from report.variance import Estimate, Plan, wilson
 
 
 def independent(right, samples):
@@ -42,3 +42,104 @@ def test_images_without_any_question_of_a_part_change_nothing():
 def test_one_image_has_no_interval():
     alone = Estimate.of([np.array([[3]])], np.array([4]))
     assert alone.value == 0.75 and alone.wilson() is None and alone.interval() is None and alone.p_value() == 1.0
+
+
+# ------------------------------------------------------------------------------------------------ seeds and images
+
+
+def by_hand(first, second):
+    """(difference, variance, degrees of freedom) of two balanced layouts (runs, images) of image means, from the sums
+    of squares of an analysis of variance: seed + image − interaction."""
+    images = first.shape[1]
+    parts = []  # (variance of the difference, its degrees of freedom)
+    paired = [float(a - b) for a, b in zip(first.mean(axis=0), second.mean(axis=0), strict=True)]
+    mean = sum(paired) / images
+    parts.append((sum((one - mean) ** 2 for one in paired) / (images - 1) / images, images - 1))
+    total = parts[0][0]
+    for layout in (first, second):
+        runs, grand = len(layout), layout.mean()
+        of_run, of_image = layout.mean(axis=1), layout.mean(axis=0)
+        seed = images * sum((one - grand) ** 2 for one in of_run) / (runs - 1)
+        both = 0.0
+        for run in range(runs):
+            for image in range(images):
+                both += (layout[run, image] - of_run[run] - of_image[image] + grand) ** 2
+        both /= (runs - 1) * (images - 1)
+        parts += [(seed / (runs * images), runs - 1), (both / (runs * images), (runs - 1) * (images - 1))]
+        total += seed / (runs * images) - both / (runs * images)
+    total = max(total, parts[0][0], parts[1][0] + parts[3][0])
+    return mean, total, total**2 / sum(variance**2 / degrees for variance, degrees in parts)
+
+
+def runs_of(generator, runs, images, questions, accuracy=0.5, seed_spread=0.03):
+    ease = generator.normal(0, 0.2, images)
+    seeds = generator.normal(0, seed_spread, (runs, 1))
+    return generator.binomial(questions, np.clip(accuracy + ease + seeds, 0, 1))
+
+
+@pytest.mark.parametrize("number", range(10))
+def test_the_two_way_t_is_that_of_an_analysis_of_variance_done_by_hand(number):
+    generator = np.random.default_rng(number)
+    images, questions, runs = 40 + 30 * number, 2 + number % 4, (2 + number % 3, 2 + number // 4)
+    first, second = (runs_of(generator, count, images, questions, seed_spread=0.01 * number) for count in runs)
+    estimate = Estimate.of([first, second], np.full(images, questions))
+    difference, variance, degrees = by_hand(first / questions, second / questions)
+    one_more = np.mean([one**2 for one in first.mean(axis=0) - second.mean(axis=0) if one]) / (images * questions) ** 2
+    assert estimate.value == pytest.approx(difference, abs=1e-12)
+    assert estimate.variance == pytest.approx(variance + one_more, rel=1e-9)
+    assert estimate.degrees == pytest.approx(degrees, rel=0.1), "one more image moves them a little"
+    t = estimate.value / estimate.error
+    assert estimate.p_value() == pytest.approx(2 * stats.t.sf(abs(t), estimate.degrees))
+    low, high = estimate.interval()
+    assert stats.t.cdf((high - low) / 2 / estimate.error, estimate.degrees) == pytest.approx(0.975)
+
+
+def test_with_one_run_each_a_difference_has_the_paired_t_interval_over_images():
+    generator = np.random.default_rng(3)
+    first, second = (runs_of(generator, 1, 500, 6) for _ in range(2))
+    estimate = Estimate.of([first, second], np.full(500, 6))
+    scipys = stats.ttest_rel(first[0] / 6, second[0] / 6).confidence_interval(0.95)
+    assert estimate.interval() == pytest.approx(list(scipys), rel=5e-3)
+    assert estimate.seed is None and estimate.seed_spread(1) is None
+
+
+def test_runs_that_agree_on_every_question_are_as_good_as_one():
+    generator = np.random.default_rng(4)
+    first, second = (runs_of(generator, 1, 200, 6) for _ in range(2))
+    asked = np.full(200, 6)
+    once = Estimate.of([first, second], asked)
+    thrice = Estimate.of([first.repeat(3, axis=0), second.repeat(3, axis=0)], asked)
+    assert thrice.interval() == pytest.approx(once.interval()) and thrice.degrees == pytest.approx(once.degrees)
+
+
+def test_two_models_that_answer_alike_throughout_are_not_shown_equal_within_anything():
+    hits, asked = np.full((1, 24), 3), np.full(24, 6)
+    low, high = Estimate.of([hits, hits], asked).interval(0.9)
+    assert low == -high and high == pytest.approx(stats.t.ppf(0.95, 23) / 24), "one image more could differ"
+
+
+# -------------------------------------------------------------------------------------------------- power and plan
+
+
+def test_the_detectable_difference_is_that_of_the_closed_form():
+    generator = np.random.default_rng(5)
+    right = generator.random((2, 8000)) < [[0.6], [0.62]]
+    estimate = Estimate.of([right[:1].astype(int), right[1:].astype(int)], np.ones(8000, dtype=int))
+    discordant = np.mean(right[0] != right[1])
+    expected = (stats.norm.ppf(0.975) + stats.norm.ppf(0.8)) * np.sqrt(discordant / 8000)
+    assert estimate.detectable(0.05) == pytest.approx(expected, rel=2e-3)
+    assert estimate.detectable(0.05 / 10) > 1.3 * expected
+
+
+def test_a_plan_foretells_the_test_it_was_made_from_and_what_it_says_is_enough_is():
+    generator = np.random.default_rng(6)
+    runs = [runs_of(generator, 4, 900, 9, seed_spread=0.01) for _ in range(2)]
+    estimate = Estimate.of(runs, np.full(900, 9))
+    plan = Plan.of(estimate, 4)
+    assert plan.detectable(900, 4) == pytest.approx(estimate.detectable(0.05), rel=0.1)
+    assert np.sqrt(plan.seeds / 2) == pytest.approx(0.01, rel=0.6)
+    for count in (3, 10):
+        images = plan.images(0.03, count)
+        assert plan.detectable(images, count) <= 0.03 < plan.detectable(images - 1, count)
+    assert Plan.of(estimate, 4, spread=0.05).images(0.03, 3) is None, "no number of images makes up for three seeds"
+    assert Plan.of(estimate, 4, spread=0.0).images(0.03, 3) < plan.images(0.03, 3)
