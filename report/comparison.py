@@ -178,7 +178,8 @@ def _scores(experiment: Experiment, ids: list[str], keys: list) -> dict:
     scores = of_runs[0]
     if len(of_runs) > 1:
         numbers = [key for key in scores if all(isinstance(one[key], int | float) for one in of_runs)]
-        scores = {key: float(np.mean([one[key] for one in of_runs])) for key in numbers}
+        means = {key: np.mean([one[key] for one in of_runs]) for key in numbers}
+        scores = {key: round(mean) if isinstance(scores[key], int) else float(mean) for key, mean in means.items()}
     return {
         "name": experiment.name,
         "folder": ",".join(run.folder for run in experiment.runs),

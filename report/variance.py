@@ -60,7 +60,7 @@ def _image_variance(influences: np.ndarray) -> float:
 
 def _unseen_share(clusters: int) -> float:
     """The variance of one more image, a third of whose questions go another way: a rare bad image is seldom in a small
-    test set, and without it 95 % intervals of an accuracy of 0.99 cover 88 % (bench/statistics.py)."""
+    test set, and without it 95 % intervals of an accuracy of 0.99 cover 88 % (bench/simulations.py)."""
     return 1 / (3 * clusters) ** 2
 
 
@@ -113,8 +113,10 @@ class Estimate:
             of_both = clusters / (clusters - 1) * float((residuals**2).sum()) / (runs * (runs - 1))
             seed, interaction = seed + of_seed, interaction + of_both
             squares += of_seed**2 / (runs - 1) + of_both**2 / ((runs - 1) * (clusters - 1))
-        variance = max(image + seed - interaction, image, seed)  # each of the two is part of it
-        degrees = variance**2 / squares if squares else clusters - 1
+        variance, degrees = max(image + seed - interaction, seed), clusters - 1
+        if variance > image:
+            degrees = variance**2 / squares
+        variance = max(variance, image)  # each of the two is part of it; the image's alone is known as well as ever
         return Estimate(value, total, clusters, image, seed, interaction, variance, degrees)
 
     @property

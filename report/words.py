@@ -128,41 +128,57 @@ def _value(value) -> str:
 
 
 def statements(report: dict) -> list[str]:
-    """What to say of all pairs: a sentence each, and one for all those of many pairs that end alike."""
-    pairs, said, grouped = report["pairs"], [], {}
+    """What to say of all pairs: a sentence each, or, of many pairs, one statement for all those that end alike."""
+    pairs = report["pairs"]
+    if len(pairs) < MANY_PAIRS:
+        return [f"{pair['sentence']} {pair['recipe']}" for pair in pairs]
+    cluster = TASKS[report["task"]].CLUSTER
+    ends: dict[str, list[dict]] = {"better": [], "equal": [], "undecided": []}
     for pair in pairs:
-        kind = "better" if pair["p_holm"] < ALPHA else "equal" if is_equal(pair) else "not told apart"
-        if len(pairs) < MANY_PAIRS or kind == "better":
-            said.append(f"{pair['sentence']} {pair['recipe']}")
-        else:
-            grouped.setdefault(kind, []).append(pair)
-    for kind, alike in grouped.items():
-        names = "; ".join(f"{pair['first']} and {pair['second']}" for pair in alike)
-        if kind == "equal":
-            said.append(
-                f"{len(alike)} of {len(pairs)} pairs are shown equal within {_margin(alike[0]['margin'])}: {names}."
-            )
-            continue
-        least = [pair["detectable_difference"] for pair in alike if pair["detectable_difference"] is not None]
-        found = (
-            f" True differences of {100 * min(least):.2f} to {100 * max(least):.2f} points would be found in 80 % of "
-            "cases."
-            if least
-            else ""
-        )
+        ends["better" if pair["p_holm"] < ALPHA else "equal" if is_equal(pair) else "undecided"].append(pair)
+    said = []
+    if ends["better"]:
+        several = " and of seeds" if min(min(pair["runs"]) for pair in ends["better"]) > 1 else ""
+        found = "; ".join(_finding(pair) for pair in ends["better"])
         said.append(
-            f"{len(alike)} of {len(pairs)} pairs are not told apart by these numbers, nor shown equal: {names}.{found}"
+            f"{len(ends['better'])} of {len(pairs)} pairs differ by more than the choice of {cluster}s{several} "
+            f"explains (adjusted for {len(pairs)} pairs; points with their 95 % intervals): {found}."
         )
-    if len(pairs) >= MANY_PAIRS:
-        counts = [sum(entry["matters"] for entry in pair["differing_keys"] or []) for pair in pairs]
-        one = [f"{p['first']} and {p['second']}" for p, count in zip(pairs, counts, strict=True) if count == 1]
-        if any(pair["differing_keys"] is not None for pair in pairs):
-            said.append(
-                f"{len(one)} of {len(pairs)} pairs differ in one key alone"
-                + (f" ({'; '.join(one)})" if one else "")
-                + "; where more differ, no difference can be ascribed to one of them (table Keys that differ)."
-            )
+    if ends["equal"]:
+        margin = _margin(pairs[0]["margin"])
+        said.append(
+            f"{len(ends['equal'])} of {len(pairs)} pairs are shown equal within {margin}: {_names(ends['equal'])}."
+        )
+    if ends["undecided"]:
+        least = [100 * p["detectable_difference"] for p in ends["undecided"] if p["detectable_difference"] is not None]
+        power = f" True differences of {min(least):.2f} to {max(least):.2f} points would be found in 80 % of cases."
+        said.append(
+            f"{len(ends['undecided'])} of {len(pairs)} pairs are not told apart by these numbers, nor shown equal: "
+            f"{_names(ends['undecided'])}.{power if least else ''}"
+        )
+    if any(min(pair["runs"]) == 1 for pair in pairs):
+        said.append("Where a pair has a single run, this speaks of the trained models, not of their recipes.")
+    known = [pair for pair in pairs if pair["differing_keys"] is not None]
+    one_key = [pair for pair in known if sum(entry["matters"] for entry in pair["differing_keys"]) == 1]
+    if known:
+        said.append(
+            f"{len(one_key)} of {len(pairs)} pairs differ in one key alone"
+            + (f": {_names(one_key)}" if one_key else "")
+            + ". Where more differ (table Keys that differ), no difference can be ascribed to any one of them."
+        )
     return said
+
+
+def _finding(pair: dict) -> str:
+    first, second, ends = pair["first"], pair["second"], pair["difference_ci"] or []
+    if pair["difference"] < 0:
+        first, second, ends = second, first, sorted(-end for end in ends)
+    interval = f" [{', '.join(map(_points, ends))}]" if ends else ""
+    return f"{first} over {second} by {_points(abs(pair['difference']))}{interval}"
+
+
+def _names(pairs: list[dict]) -> str:
+    return "; ".join(f"{pair['first']} and {pair['second']}" for pair in pairs)
 
 
 def notes(task: str, scores: list[dict]) -> list[str]:

@@ -414,11 +414,15 @@ def test_many_pairs_that_end_alike_share_one_statement(tmp_path):
     ]
     better = write_results(tmp_path / "better", vqa_rows(1.3, 9), **recorded("exp2", 9))
     report = run(*folders, better, out=tmp_path / "out")
-    lines = [
-        line for line in (tmp_path / "out" / "compare.md").read_text().split("## ")[0].splitlines() if line[:1] == "-"
-    ]
-    assert len(lines) == 4 + 1 + 1, "a sentence for each finding, one for the six others, one on their keys"
-    assert "6 of 10 pairs are not told apart by these numbers, nor shown equal: exp0 and exp1; " in lines[4]
+    head = (tmp_path / "out" / "compare.md").read_text().split("## ")[0]
+    lines = [line for line in head.splitlines() if line.startswith("- ")]
+    assert len(lines) == 4, "findings, the others, what single runs mean, and their keys"
+    assert (
+        lines[0].startswith("- 4 of 10 pairs differ by more than the choice of images explains")
+        and "better over exp0 by" in lines[0]
+    )
+    assert "6 of 10 pairs are not told apart by these numbers, nor shown equal: exp0 and exp1; " in lines[1]
+    assert "trained models, not of their recipes" in lines[2] and "0 of 10 pairs differ in one key alone." in lines[3]
     assert len(report["pairs"]) == 10
 
 

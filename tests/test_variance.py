@@ -67,7 +67,9 @@ def by_hand(first, second):
         both /= (runs - 1) * (images - 1)
         parts += [(seed / (runs * images), runs - 1), (both / (runs * images), (runs - 1) * (images - 1))]
         total += seed / (runs * images) - both / (runs * images)
-    total = max(total, parts[0][0], parts[1][0] + parts[3][0])
+    total = max(total, parts[1][0] + parts[3][0])  # each is part of it
+    if total <= parts[0][0]:
+        return mean, *parts[0]
     return mean, total, total**2 / sum(variance**2 / degrees for variance, degrees in parts)
 
 
