@@ -26,7 +26,7 @@ from errors import UserError
 from files import file_sha256, refuse_unusable_folder, write_json, write_text
 from inference import predict_split
 from preflight import check_samples, open_encoder
-from report.results import run_history
+from report.results import read_log, run_history
 from run_folder import CONFIG_FILE, checkpoints
 from samples import load_split
 
@@ -42,11 +42,11 @@ def provenance(config: Config, folder: Path | None, hashes: dict[str, str]) -> d
     hashes: SHA-256 of the data files by split."""
     trained = questions_per_step = weights = None
     if folder:
-        run = folder.absolute().parent if re.fullmatch(r"checkpoint-\d+", folder.name) else folder
+        run, step = run_of(folder)
         with contextlib.suppress(UserError):  # weights that were copied elsewhere, or are another tool's
             trained = to_dict(load_config(run / CONFIG_FILE))
         with contextlib.suppress(UserError, IndexError, TypeError):
-            newest = folder if folder != run else checkpoints(run)[-1]
+            newest = checkpoints(run)[-1] if step is None else folder
             questions_per_step = read_state(newest).global_batch
         files = sorted(path for path in folder.glob("*.safetensors") if path.name != OPTIMIZER_FILE)
         digests = hash_files(folder, files)
@@ -59,6 +59,29 @@ def provenance(config: Config, folder: Path | None, hashes: dict[str, str]) -> d
         "trained_config": trained,
         "config": to_dict(config),
     }
+
+
+def draw_curves(config: Config, task, folder: Path | None, results: Path) -> None:
+    """The run's loss and accuracy where its log is at hand, with the step whose weights are scored."""
+    from report import plots
+
+    if folder is None:
+        return
+    run, step = run_of(folder)
+    log = read_log(run)
+    evaluated = [row for row in log if "step" in row and "eval_loss" in row]
+    if step is None and task.BEST_IS_RESULT and evaluated:
+        step = max(evaluated, key=task.selection_score)["step"]
+    elif step is None:
+        step = log[-1].get("step") if log else None
+    if plots.loss_curves(log, results / "loss_curves.png", config.experiment, step):
+        print(f"Drawn: {results / 'loss_curves.png'}")
+
+
+def run_of(folder: Path) -> tuple[Path, int | None]:
+    """The run's folder, and the step where `folder` is one of its checkpoints."""
+    match = re.fullmatch(r"checkpoint-(\d+)", folder.name)
+    return (folder.absolute().parent, int(match[1])) if match else (folder, None)
 
 
 def table(scores: dict) -> list[str]:
@@ -143,6 +166,7 @@ def evaluate(config: Config, checkpoint: str | None, split: str, source: str) ->
         write_json(results / "predict_results.json", scores)
         print("\n".join([f"{config.experiment}: {split}, {len(rows):,} samples, {seconds:.1f} s", *table(scores)]))
         task.draw(rows, config, results)
+        draw_curves(config, task, trained, results)
         print(f"Predictions and scores are in {results}", flush=True)
     ranks.barrier()
     stop_ranks()

@@ -17,7 +17,7 @@ import numpy as np
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from report.resampling import sign_flip_p_value
-from report.variance import Estimate
+from report.variance import Estimate, Plan
 from report.words import ALPHA
 
 IMAGES, QUESTIONS = 975, 9
@@ -120,7 +120,9 @@ def power(generator, comparisons: int) -> None:
     rows = []
     for runs, spread in ((1, 0.0), (3, 0.005), (5, 0.005), (5, 0.01), (10, 0.005)):
         estimates = [Estimate.of(answers.pair(runs, spread), asked) for _ in range(200)]
-        detectable = float(np.median([estimate.detectable(ALPHA) for estimate in estimates]))
+        plans = [Plan.of(estimate, runs) for estimate in estimates]
+        plan = Plan(*(float(np.mean([getattr(one, name) for one in plans])) for name in ("image", "both", "seeds")))
+        detectable = plan.detectable(IMAGES, runs)
         shift = answers.shift(detectable)
         found = [p_value(*answers.pair(runs, spread, shift), asked) < ALPHA for _ in range(comparisons)]
         rows.append(
