@@ -86,7 +86,9 @@ class Config:
 
 
 # A resumed run may change these; every other key changes the mathematics. (The samples themselves are compared by their
-# content, so the data may move.) train_bs and grad_accum may change, as long as their product with the number of GPUs,
+# content, so the data may move.) share_prefix, pass_tokens, gradient_checkpointing, train_bs, grad_accum and the number
+# of GPUs move no question to another step; they change which dropout is drawn and the order of sums, so that losses
+# differ slightly from there. train_bs and grad_accum may change, as long as their product with the number of GPUs,
 # the questions of one optimizer step, stays.
 FREE_ON_RESUME = frozenset(
     "experiment data output_dir results_dir eval_bs eval_steps eval_max_samples logging_steps save_steps "

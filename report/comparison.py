@@ -92,16 +92,17 @@ def compare(experiments: list[Experiment], margin: float | None = None, wanted: 
         pair["differing_keys"] = differing_keys(experiments[a].runs[0], experiments[b].runs[0])
         pair["sentence"] = sentence(pair, accuracy, task.UNIT, task.CLUSTER)
         pair["recipe"] = recipe_sentence(pair)
+    baselines = _majority_baselines(experiments)
     return {
         "task": runs[0].task,
         "samples": len(ids),
         "clusters": cluster_count,
         "experiments": scores,
         "chance": 0.5 if len(runs[0].rows[ids[0]].get("probabilities", [])) == 2 else None,
-        "majority_baselines": _majority_baselines(experiments),
+        "majority_baselines": baselines,
         "pairs": whole["pairs"],
         "parts": measured[1:],
-        "notes": notes(runs[0].task, scores),
+        "notes": notes(runs[0].task, scores, baselines),
     }
 
 
@@ -205,6 +206,7 @@ def _majority_baselines(experiments: list[Experiment]) -> list[dict]:
             "baseline": "no model",
             "predict_accuracy": group[0][1].majority_accuracy,
             "predict_accuracy_ci": group[0][1].majority_accuracy_ci,
+            "unseen": group[0][1].majority_unseen,
         }
         for group in distinct.values()
     ]

@@ -32,6 +32,7 @@ class Results:
     stated_accuracy: float | None  # what the score file says, to be checked against the rows
     majority_accuracy: float | None
     majority_accuracy_ci: list[float] | None
+    majority_unseen: int  # samples whose question training never asks
     without_images: bool  # evaluate.py image=none: what the questions alone give away
     image_root: str | None
     recipe: dict | None  # what decides the result, see `_recipe`; None: an older evaluate.py did not record it
@@ -102,6 +103,7 @@ def read_run(folders: str) -> Results:
         stated_accuracy=_joined_mean(scores, "predict_accuracy"),
         majority_accuracy=_joined_mean(scores, "majority_accuracy"),
         majority_accuracy_ci=only.get("majority_accuracy_ci"),
+        majority_unseen=sum(score.get("majority_unseen") or 0 for score in scores),
         without_images=all(score.get("image") == "none" for score in scores),
         image_root=next((score["image_root"] for score in scores if score.get("image_root")), None),
         recipe=None if None in recipes else {key: _joined([r.get(key) for r in recipes]) for key in recipes[0]},

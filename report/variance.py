@@ -104,19 +104,18 @@ class Estimate:
         if any(len(hits) < 2 for hits in experiments):
             return Estimate(value, total, clusters, image, None, 0.0, image, clusters - 1)
         seed = interaction = 0.0
-        squares = image**2 / (clusters - 1)  # of the parts over their degrees of freedom
         for hits, share in zip(experiments, shares, strict=True):
             runs = len(hits)
-            of_seed = float(share.var(ddof=1)) / runs
+            seed += float(share.var(ddof=1)) / runs
             residuals = (hits - share[:, None] * asked) / total
             residuals -= residuals.mean(axis=0)
-            of_both = clusters / (clusters - 1) * float((residuals**2).sum()) / (runs * (runs - 1))
-            seed, interaction = seed + of_seed, interaction + of_both
-            squares += of_seed**2 / (runs - 1) + of_both**2 / ((runs - 1) * (clusters - 1))
-        variance, degrees = max(image + seed - interaction, seed), clusters - 1
-        if variance > image:
-            degrees = variance**2 / squares
-        variance = max(variance, image)  # each of the two is part of it; the image's alone is known as well as ever
+            interaction += clusters / (clusters - 1) * float((residuals**2).sum()) / (runs * (runs - 1))
+        seeds = sum(len(hits) - 1 for hits in experiments)  # degrees of freedom; all spread alike, as in a mixed model
+        variance = max(image + seed - interaction, seed)
+        if variance < image / 4:  # seeds that happen to agree, which a few may
+            return Estimate(value, total, clusters, image, seed, interaction, image, clusters - 1)
+        squares = image**2 / (clusters - 1) + seed**2 / seeds + interaction**2 / (seeds * (clusters - 1))
+        degrees = variance**2 / squares
         return Estimate(value, total, clusters, image, seed, interaction, variance, degrees)
 
     @property

@@ -181,7 +181,7 @@ def _names(pairs: list[dict]) -> str:
     return "; ".join(f"{pair['first']} and {pair['second']}" for pair in pairs)
 
 
-def notes(task: str, scores: list[dict]) -> list[str]:
+def notes(task: str, scores: list[dict], baselines: list[dict]) -> list[str]:
     """How the numbers of a report came about, and what they do not speak of. scores: those of each experiment."""
     unit, cluster = TASKS[task].UNIT, TASKS[task].CLUSTER
     together = f", because the {unit}s of one {cluster} are not independent" if unit != cluster else ""
@@ -215,6 +215,9 @@ def notes(task: str, scores: list[dict]) -> list[str]:
         lines.append("Resampling adds noise to every bin, so the calibration error's interval lies high.")
     if any(one.get("predict_f1") is not None and "predict_precision" not in one for one in scores):
         lines.append("F1 and Jaccard cover the multi-label questions only.")
+    for one in baselines:
+        if one["unseen"]:
+            lines.append(f"{one['name']}: {one['unseen']} {unit}s are never asked in training, and count as wrong.")
     return lines
 
 

@@ -150,6 +150,7 @@ def test_question_only_results_and_majority_answer_are_labelled_as_baselines(two
         del row["group"]  # nothing ties the samples of an image together but the other experiments
     blind = write_results(tmp_path / "blind", rows, image="none", predict_accuracy_ci=None)
     report = run(blind, *two, out=tmp_path / "out")
+    assert "majority answer: 120 questions are never asked in training, and count as wrong." in report["notes"]
     assert report["clusters"] == 24
     assert [scores["baseline"] for scores in report["experiments"]] == ["question only", None, None]
     assert report["majority_baselines"][0]["predict_accuracy"] == pytest.approx(1 / 6)

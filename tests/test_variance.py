@@ -51,11 +51,11 @@ def by_hand(first, second):
     """(difference, variance, degrees of freedom) of two balanced layouts (runs, images) of image means, from the sums
     of squares of an analysis of variance: seed + image − interaction."""
     images = first.shape[1]
-    parts = []  # (variance of the difference, its degrees of freedom)
     paired = [float(a - b) for a, b in zip(first.mean(axis=0), second.mean(axis=0), strict=True)]
     mean = sum(paired) / images
-    parts.append((sum((one - mean) ** 2 for one in paired) / (images - 1) / images, images - 1))
-    total = parts[0][0]
+    of_images = sum((one - mean) ** 2 for one in paired) / (images - 1) / images
+    of_seeds = of_both = 0.0
+    seeds = len(first) + len(second) - 2
     for layout in (first, second):
         runs, grand = len(layout), layout.mean()
         of_run, of_image = layout.mean(axis=1), layout.mean(axis=0)
@@ -65,11 +65,12 @@ def by_hand(first, second):
             for image in range(images):
                 both += (layout[run, image] - of_run[run] - of_image[image] + grand) ** 2
         both /= (runs - 1) * (images - 1)
-        parts += [(seed / (runs * images), runs - 1), (both / (runs * images), (runs - 1) * (images - 1))]
-        total += seed / (runs * images) - both / (runs * images)
-    total = max(total, parts[1][0] + parts[3][0])  # each is part of it
-    if total <= parts[0][0]:
-        return mean, *parts[0]
+        of_seeds += seed / (runs * images)
+        of_both += both / (runs * images)
+    total = max(of_images + of_seeds - of_both, of_seeds)
+    if total < of_images / 4:
+        return mean, of_images, images - 1
+    parts = (of_images, images - 1), (of_seeds, seeds), (of_both, seeds * (images - 1))
     return mean, total, total**2 / sum(variance**2 / degrees for variance, degrees in parts)
 
 
