@@ -156,7 +156,7 @@ def test_question_only_results_and_majority_answer_are_labelled_as_baselines(two
     assert report["majority_baselines"][0]["predict_accuracy"] == pytest.approx(1 / 6)
     text = (tmp_path / "out" / "compare.md").read_text()
     assert "blind (baseline: question only)" in text and "majority answer (baseline: no model)" in text
-    assert text.count("majority answer") == 1  # the experiments agree about it
+    assert text.count("| majority answer") == 1  # the experiments agree about it
 
 
 def test_six_classifications_make_one_table(tmp_path, capsys):
