@@ -145,7 +145,7 @@ def equivalence(generator, comparisons: int) -> None:
                 shown += all(abs(end) < margin for end in ends)
             row.append(percent(shown / comparisons))
         rows.append(row)
-    table(["runs each", "spread", "margin", "true difference = margin (at most 5 %)", "no difference"], rows)
+    table(["runs each", "spread", "margin", "true difference = margin (should be 5 %)", "no difference"], rows)
 
 
 def main() -> None:

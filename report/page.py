@@ -37,7 +37,7 @@ def page(
     shown = _choose(cards, most_images)
     root = image_root or next((Path(run.image_root) for run in runs if run.image_root), Path("."))
     unreadable: list[str] = []
-    html_cards = [_card(card, runs, root, unreadable) for card in shown]
+    html_cards = [_card(card, experiments, root, unreadable) for card in shown]
 
     items = sum(len(card["items"]) for card in shown)
     noun = "images" if _card_per_image(task) else f"{unit}s"
@@ -60,6 +60,7 @@ def page(
     fields = {
         "script_hash": base64.b64encode(hashlib.sha256(script.encode()).digest()).decode(),
         "title": escape(title),
+        "heading": _breakable(title),
         "size": escape(size),
         "sentences": "".join(f"<li>{_prose(statement)}</li>" for statement in statements(report)),
         "chart": _chart(report),
@@ -154,7 +155,7 @@ def thumbnail(path: Path, side: int = THUMBNAIL_SIDE) -> tuple[str, int, int]:
     return "data:image/jpeg;base64," + base64.b64encode(buffer.getvalue()).decode(), *image.size
 
 
-def _card(card: dict, runs: list, root: Path, unreadable: list[str]) -> str:
+def _card(card: dict, experiments: list, root: Path, unreadable: list[str]) -> str:
     figure = ""
     if card["images"]:
         name = str(card["images"][0])
@@ -167,7 +168,7 @@ def _card(card: dict, runs: list, root: Path, unreadable: list[str]) -> str:
             image = '<div class="missing">image not found</div>'
         more = f" and {len(card['images']) - 1} more" if len(card["images"]) > 1 else ""
         figure = f"<figure>{image}<figcaption>{escape(name)}{more}</figcaption></figure>"
-    items = "".join(_answers(item, runs) for item in card["items"])
+    items = "".join(_answers(item, experiments) for item in card["items"])
     return f'<article class="card">{figure}<ul class="items">{items}</ul></article>\n'
 
 
@@ -191,20 +192,31 @@ def _marks(item: dict) -> str:
     return f'<svg viewBox="0 0 {width} {height}" aria-hidden="true">{"".join(marks)}</svg>'
 
 
-def _answers(item: dict, runs: list) -> str:
+def _answers(item: dict, experiments: list) -> str:
     right = " ".join(str(n) for n, is_right in enumerate(item["right_mostly"]) if is_right)
     stage = f'<span class="stage">stage {escape(item["stage"])}</span>' if item["stage"] else ""
     rows = f'<tr class="gold"><th scope="row">gold</th><td>{_clamped(item["gold"])}</td></tr>'
-    for number, (run, text, is_right) in enumerate(zip(runs, item["texts"], item["rights"], strict=True), start=1):
+    labels = [_run_labels(experiment) for experiment in experiments]
+    said = zip(chain.from_iterable(labels), item["texts"], item["rights"], strict=True)
+    for number, ((heading, name), text, is_right) in enumerate(said, start=1):
         mark, word = ("✓", "right") if is_right else ("✗", "wrong")
-        label = f'<span class="number">{number}</span> ' * ("points" in item) + _breakable(run.name)
+        label = f'<span class="number">{number}</span> ' * ("points" in item) + _breakable(name)
         answer = _clamped(text) if text.strip() else "<em>(empty answer)</em>"
+        rows += f'<tr><th scope="rowgroup" colspan="2">{_breakable(heading)}</th></tr>' if heading else ""
         rows += (
             f'<tr class="{word}"><th scope="row">{label}</th><td><span class="mark" aria-hidden="true">{mark}</span>'
         )
         rows += f'<span class="word">{word}: </span>{answer}</td></tr>'
     attributes = f'data-stage="{escape(item["stage"])}" data-question="{escape(item["asked"])}" data-right="{right}"'
     return f'<li {attributes}><p class="asked">{stage}{escape(item["asked"])}</p><table>{rows}</table></li>'
+
+
+def _run_labels(experiment) -> list[tuple[str, str]]:
+    """(heading, label) of each run's answer: a single run is called as its experiment, several stand below its name."""
+    runs = experiment.runs
+    if len(runs) == 1:
+        return [("", experiment.name)]
+    return [(experiment.name * (n == 0), run.name.removeprefix(experiment.name).strip()) for n, run in enumerate(runs)]
 
 
 def _clamped(text: str) -> str:

@@ -179,10 +179,10 @@ class Plan:
         from_images = (self.image + self.both / runs) / images
         if runs == 1:
             return _detectable(from_images, images - 1, self.alpha)
-        from_seeds = self.seeds / runs
-        squares = from_images**2 / (images - 1) + from_seeds**2 / (2 * (runs - 1))
-        variance = from_images + from_seeds
-        return _detectable(variance, variance**2 / squares if squares else images - 1, self.alpha)
+        variance = from_images + self.seeds / runs
+        of_seeds = self.seeds / runs + self.both / (runs * images)  # as it is measured, with the interaction
+        squares = from_images**2 / (images - 1) + of_seeds**2 / (2 * (runs - 1))
+        return _detectable(variance, variance**2 / squares, self.alpha)
 
     def images(self, difference: float, runs: int, most: int = 10_000_000) -> int | None:
         """The fewest images with which a difference is found; None where no number of images is enough."""

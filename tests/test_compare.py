@@ -570,6 +570,44 @@ def test_left_out_and_missing_images_are_counted(two, tmp_path, capsys):
     assert summary.split(";")[0] in page
 
 
+def test_the_page_has_a_dot_for_each_seed_the_chance_of_two_classes_and_long_answers_clamped(seeds, tmp_path):
+    rows = vqa_rows(0.75, 14)
+    rows[0]["prediction"] = "<b>" + "and so on " * 100
+    long = write_results(tmp_path / "long", rows, **recorded("exp2", seed=4))
+    run(f"{seeds[0]},{long}", seeds[1], out=tmp_path / "out")
+    page = (tmp_path / "out" / "compare.html").read_text()
+    assert page.count('<span class="seed"') == 7 and page.count('<span class="chance"') == 0
+    assert '<details class="long"><summary>&lt;b&gt;and so on' in page
+    assert "in most runs" in page and "exp2 is right" in page
+    papers = [
+        {"id": n, "probabilities": [0.4, 0.6], "predicted_label": 1, "true_label": n % 3 > 0, "logits": [0, 0]}
+        for n in range(30)
+    ]
+    folders = [write_results(tmp_path / name, papers) for name in ("lr_1", "lr_2")]
+    run(*folders, out=tmp_path / "cls")
+    page = (tmp_path / "cls" / "compare.html").read_text()
+    assert page.count('<span class="chance"') == 2 and "chance, 50 %" in page
+
+
+def test_clicks_that_hit_alike_are_not_said_to_be_the_same_answers(tmp_path):
+    def rows(offset):
+        point = {"point": [50, 50], "image_size": [100, 100], "bbox": [40, 40, 60, 60]}
+        return [
+            {
+                "id": str(n),
+                "images": [f"{n}.png"],
+                "instruction": "click",
+                **point,
+                "predicted_point": [50 + offset, 50],
+            }
+            for n in range(8)
+        ]
+
+    run(*[write_results(tmp_path / f"click{n}", rows(n)) for n in (0, 5)], out=tmp_path / "out")
+    page = (tmp_path / "out" / "compare.html").read_text()
+    assert "hit and missed the same targets" in page and "same answers" not in page
+
+
 def test_no_question_is_crowded_out_of_the_chosen_images():
     cards = [{"items": [{"asked": "common"}]} for _ in range(50)] + [{"items": [{"asked": "rare"}]}]
     assert cards[-1] in compare_page._choose(cards, 4)
