@@ -1,6 +1,7 @@
 """The benchmarks run, their variants compute the same thing, and their arithmetic is that of the model's makers."""
 
 import re
+import subprocess
 import sys
 
 import pytest
