@@ -5,6 +5,7 @@ and laying them out in rows and passes never changes a step, a loss or a gradien
 order of sums. Both are pure functions of the step's questions, the number of ranks and the budget of a pass.
 """
 
+import hashlib
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -65,7 +66,8 @@ class BatchPlan:
     def epoch_order(self, epoch: int) -> np.ndarray:
         """Sample indices in the order of one epoch."""
         if self._cached[0] != epoch:
-            generator = np.random.default_rng([self.seed, epoch])
+            # Of all of numpy's streams, only RandomState's is promised never to change (NEP 19).
+            generator = np.random.RandomState([self.seed & 0xFFFFFFFF, self.seed >> 32, epoch])
             if self.order == "sequential":
                 order = np.arange(self.samples)
             elif self.order == "random":
@@ -77,6 +79,10 @@ class BatchPlan:
                 order = np.argsort(place[image], kind="stable")
             self._cached = (epoch, order)
         return self._cached[1]
+
+    def sha256(self) -> str:
+        """Of the order of the first epoch: a resumed run must draw as before."""
+        return hashlib.sha256(self.epoch_order(0).astype("<i8").tobytes()).hexdigest()
 
     def questions(self, step: int) -> np.ndarray:
         """Sample indices of one step (counted from 0), over all ranks."""

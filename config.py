@@ -88,7 +88,9 @@ class Config:
 
 
 # A resumed run may change these; every other key changes the mathematics. (The samples themselves are compared by their
-# content, so the data may move.) train_bs and grad_accum may change, as long as their product with the number of GPUs,
+# content, so the data may move.) share_prefix, pass_tokens, gradient_checkpointing, train_bs, grad_accum and the number
+# of GPUs move no question to another step; they change which dropout is drawn and the order of sums, so that losses
+# differ slightly from there. train_bs and grad_accum may change, as long as their product with the number of GPUs,
 # the questions of one optimizer step, stays.
 FREE_ON_RESUME = frozenset(
     "experiment data output_dir results_dir eval_bs eval_steps eval_max_samples logging_steps save_steps "
@@ -289,6 +291,14 @@ def _check_rules(config: Config, source: str) -> None:
 def to_dict(config: Config) -> dict:
     """Plain nested dict, as written to `config.yaml` and to checkpoints."""
     return dataclasses.asdict(config)
+
+
+def flatten(values: dict, prefix: str = "") -> dict:
+    """Nested dict -> {"lora.r": 16, ...}."""
+    flat = {}
+    for key, value in values.items():
+        flat |= flatten(value, f"{prefix}{key}.") if isinstance(value, dict) else {prefix + key: value}
+    return flat
 
 
 def to_yaml(config: Config) -> str:

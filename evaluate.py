@@ -6,8 +6,11 @@ out, with the same answers. Writes generated_predictions.jsonl, predict_results.
 """
 
 import argparse
+import contextlib
+import hashlib
 import json
 import os
+import re
 import time
 from pathlib import Path
 
@@ -15,14 +18,16 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # it warns in every fo
 
 import torch
 
-from checkpoint import load_trained
+from checkpoint import OPTIMIZER_FILE, hash_files, load_trained, read_state
 from classification import make_loss
-from config import Config, check_data_files, load_config
+from config import Config, check_data_files, load_config, to_dict
 from distributed import all_or_raise, in_turns, run_command, start_ranks, stop_ranks
+from errors import UserError
 from files import file_sha256, refuse_unusable_folder, write_json, write_text
 from inference import predict_split
 from preflight import check_samples, open_encoder
-from report.results import run_history
+from report.results import read_log, run_history
+from run_folder import CONFIG_FILE, checkpoints
 from samples import load_split
 
 
@@ -30,6 +35,53 @@ def results_folder(config: Config, split: str) -> Path:
     """Where the scores of a split go; the baseline and other splits never overwrite the test results."""
     suffix = "" if split == "test" else f"_{split}"
     return Path(config.results_dir + suffix + ("_question_only" if config.image == "none" else ""))
+
+
+def provenance(config: Config, folder: Path | None, hashes: dict[str, str]) -> dict:
+    """What compare.py needs to say in what two results differ. folder: of the weights; None: of the base alone.
+    hashes: SHA-256 of the data files by split."""
+    trained = questions_per_step = weights = None
+    if folder:
+        run, step = run_of(folder)
+        with contextlib.suppress(UserError):  # weights that were copied elsewhere, or are another tool's
+            trained = to_dict(load_config(run / CONFIG_FILE))
+        with contextlib.suppress(UserError, IndexError, TypeError):
+            newest = checkpoints(run)[-1] if step is None else folder
+            questions_per_step = read_state(newest).global_batch
+        files = sorted(path for path in folder.glob("*.safetensors") if path.name != OPTIMIZER_FILE)
+        digests = hash_files(folder, files)
+        weights = hashlib.sha256("".join(digests.values()).encode()).hexdigest() if digests else None
+    return {
+        "seed": trained["seed"] if trained else None,
+        "adapter_sha256": weights,
+        "data_sha256": hashes,
+        "questions_per_step": questions_per_step,
+        "trained_config": trained,
+        "config": to_dict(config),
+    }
+
+
+def draw_curves(config: Config, task, folder: Path | None, results: Path) -> None:
+    """The run's loss and accuracy where its log is at hand, with the step whose weights are scored."""
+    from report import plots
+
+    if folder is None:
+        return
+    run, step = run_of(folder)
+    log = read_log(run)
+    evaluated = [row for row in log if "step" in row and "eval_loss" in row]
+    if step is None and task.BEST_IS_RESULT and evaluated:
+        step = max(evaluated, key=task.selection_score)["step"]
+    elif step is None:
+        step = log[-1].get("step") if log else None
+    if plots.loss_curves(log, results / "loss_curves.png", config.experiment, step):
+        print(f"Drawn: {results / 'loss_curves.png'}")
+
+
+def run_of(folder: Path) -> tuple[Path, int | None]:
+    """The run's folder, and the step where `folder` is one of its checkpoints."""
+    match = re.fullmatch(r"checkpoint-(\d+)", folder.name)
+    return (folder.absolute().parent, int(match[1])) if match else (folder, None)
 
 
 def table(scores: dict) -> list[str]:
@@ -41,7 +93,8 @@ def table(scores: dict) -> list[str]:
         unit, factor, digits = ("pixels", 1, 1) if name.endswith("_pixels") else ("%", 100, 1)
         if name in ("predict_auroc", "predict_brier", "predict_ece"):
             unit, factor, digits = " ", 1, 3
-        shown = [f"{factor * number:6.{digits}f}" for number in (value, *(scores[f"{name}_ci"] or []))]
+        numbers = (value, *(scores[f"{name}_ci"] or []))
+        shown = ["  open" if number is None else f"{factor * number:6.{digits}f}" for number in numbers]
         spread = f"   95 % interval {shown[1]} to {shown[2]}" if shown[1:] else ""
         lines.append(f"  {name:<28}{shown[0]} {unit}{spread}")
     if scores.get("outside_candidates") is not None:
@@ -74,8 +127,8 @@ def evaluate(config: Config, checkpoint: str | None, split: str, source: str) ->
     trained = None if checkpoint == "base" else folder
     encoder = open_encoder(config, source, trained or config.model_name)
     task, family = encoder.task, encoder.family
-    files = [getattr(config.data, name) for name in ("train", split)]
-    is_training_file = len({file_sha256(path) for path in files}) == 1
+    hashes = {name: file_sha256(getattr(config.data, name)) for name in dict.fromkeys(["train", split])}
+    is_training_file = len(set(hashes.values())) == 1
     results = results_folder(config, split)
     refuse_unusable_folder(results, "results_dir")
     ranks = start_ranks(config.deterministic)
@@ -103,6 +156,7 @@ def evaluate(config: Config, checkpoint: str | None, split: str, source: str) ->
         "load_seconds": loaded - started,
         "predict_seconds": seconds,
         "predict_samples_per_second": len(rows) / seconds,
+        **(provenance(config, trained, hashes) if ranks.is_first else {}),
     }
     if ranks.is_first:
         results.mkdir(parents=True, exist_ok=True)
@@ -112,6 +166,7 @@ def evaluate(config: Config, checkpoint: str | None, split: str, source: str) ->
         write_json(results / "predict_results.json", scores)
         print("\n".join([f"{config.experiment}: {split}, {len(rows):,} samples, {seconds:.1f} s", *table(scores)]))
         task.draw(rows, config, results)
+        draw_curves(config, task, trained, results)
         print(f"Predictions and scores are in {results}", flush=True)
     ranks.barrier()
     stop_ranks()

@@ -195,9 +195,12 @@ def check_input_hashes(folder: Path, recorded: Mapping[str, str], found: Mapping
     names = {
         "images": f"image files of data.train in {config.data.image_root}",
         "prompt": "the prompt (templates.py, or the model's tokenizer or chat template)",
+        "order": f"the order that is drawn for order '{config.order}' and seed {config.seed} (batches.py, or numpy)",
     }
-    # Other images may have another number of tokens. Older checkpoints have no record.
-    changed = next((names[key] for key in names if recorded.get(key, found[key]) != found[key]), None)
+    # Other images may have another number of tokens. Older checkpoints have no record, and shuffled in another way.
+    if config.order != "sequential":
+        recorded = {"order": "", **recorded}
+    changed = next((names[key] for key in names if recorded.get(key, found.get(key)) != found.get(key)), None)
     if changed:
         raise UserError(
             f"{changed} changed since {folder} was saved; set this back, or choose a new output_dir for the new "

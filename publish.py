@@ -144,7 +144,8 @@ def _score_texts(scores: dict) -> dict[str, str]:
     for key, value in scores.items():
         if f"{key}_ci" in scores and value is not None:
             interval = scores[f"{key}_ci"]
-            texts[key] = f"{value:.4g}" + (f" ({interval[0]:.4g} to {interval[1]:.4g})" if interval else "")
+            low, high = ("open" if end is None else f"{end:.4g}" for end in interval or (None, None))
+            texts[key] = f"{value:.4g}" + (f" ({low} to {high})" if interval else "")
     return texts | {"samples": f"{scores['predict_samples']:,}"}
 
 

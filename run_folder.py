@@ -13,7 +13,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from checkpoint import ADAPTER_CONFIG, STATE_FILE, TrainerState, check_base, read_state, whats_wrong
-from config import FREE_ON_RESUME, Config, build_config, load_config, to_dict
+from config import FREE_ON_RESUME, Config, build_config, flatten, load_config, to_dict
 from errors import UserError
 
 
@@ -130,7 +130,7 @@ def check_same_mathematics(
     state: TrainerState, config: Config, global_batch: int, train_data: str, folder: Path
 ) -> None:
     """Raises: `UserError` naming the keys in which a resumed run would not be the same experiment."""
-    old, new = _flatten(state.config), _flatten(to_dict(config))
+    old, new = flatten(state.config), flatten(to_dict(config))
     changed = [
         f"{key}: {old.get(key)!r} -> {new.get(key)!r}"
         for key in sorted(old.keys() | new.keys())
@@ -145,13 +145,6 @@ def check_same_mathematics(
             f"{folder} was trained with another config ({'; '.join(changed)}); "
             "set these back, or choose a new output_dir for the new experiment"
         )
-
-
-def _flatten(values: dict, prefix: str = "") -> dict:
-    flat = {}
-    for key, value in values.items():
-        flat |= _flatten(value, f"{prefix}{key}.") if isinstance(value, dict) else {prefix + key: value}
-    return flat
 
 
 def rotate(output_dir, keep: int, best_step: int | None, saved_step: int) -> threading.Thread:

@@ -148,7 +148,7 @@ def find_start(config: Config, encoder: SampleEncoder, splits: dict[str, SampleL
     for samples in splits.values():
         check_samples(samples, encoder)
     resume_from, notes = find_resume(config, plan.batch, splits["train"].sha256)
-    hashes = input_hashes(splits["train"], encoder)
+    hashes = input_hashes(splits["train"], encoder) | {"order": plan.sha256()}
     if resume_from:
         check_input_hashes(resume_from, checkpoint.read_state(resume_from).input_hashes, hashes, config)
     check_record(resume_from or config.init_adapter, encoder.family, config)

@@ -6,99 +6,151 @@ import numpy as np
 
 from errors import UserError
 from report.metrics import image_key
-from report.resampling import bootstrap, cluster_numbers, holm, sign_flip_p_value, smallest_p_value
-from report.results import Results
-from report.words import notes, sentence
+from report.resampling import cluster_numbers, holm, sign_flip_p_value, smallest_p_value
+from report.results import Experiment, Results, differing_keys
+from report.variance import Estimate, Plan
+from report.words import ALPHA, notes, recipe_sentence, sentence
 from tasks import TASKS
 
+PLANNED_RUNS, ASSUMED_SPREADS = (3, 5, 10), (0.0025, 0.005, 0.01)
 MOST_QUESTIONS = 60  # distinct questions that still make a table; free-form sets have a new question in every sample
 
 
-def compare(results: list[Results]) -> dict:
-    """Results of one test set (check_same_test) -> the report, the content of compare.json.
+def compare(experiments: list[Experiment], margin: float | None = None, wanted: float | None = None) -> dict:
+    """Experiments on one test set (check_same_test) -> the report, the content of compare.json.
 
-    Intervals: percentile bootstrap over images (samples for cls). p-values: exact sign flip of whole images, adjusted
-    by Holm's method over all pairs for the whole test set, and over all pairs and all parts of one kind for the parts
-    (stages, questions, target sizes).
+    Accuracies: Wilson's interval. Differences: t intervals, over images and, where both experiments have several runs,
+    over seeds (`variance.Estimate`). p-values: of the same t where both have several runs, else exact sign flip of
+    whole images; adjusted by Holm's method over all pairs for the whole test set, and over all pairs and all parts of
+    one kind for the parts (stages, questions, target sizes). margin: a difference below it counts as none; tested by
+    two one-sided tests, at a level divided by the number of pairs. wanted: a difference to plan images and seeds for.
     """
-    ids = list(results[0].rows)
-    task = TASKS[results[0].task]
-    keys = ids if task.CLUSTER == task.UNIT else [_shared_image_key(sample_id, results) for sample_id in ids]
-    experiments = [_experiment(result, ids, keys) for result in results]  # first: it refuses rows of the wrong shape
+    runs = [run for experiment in experiments for run in experiment.runs]
+    ids = list(runs[0].rows)
+    task = TASKS[runs[0].task]
+    keys = ids if task.CLUSTER == task.UNIT else [_shared_image_key(sample_id, runs) for sample_id in ids]
+    scores = [_scores(experiment, ids, keys) for experiment in experiments]  # first: it refuses rows of the wrong shape
     clusters = cluster_numbers(keys)
     cluster_count = int(clusters.max()) + 1
-    right = np.array([[task.correct(result.rows[i]) for i in ids] for result in results])  # (experiments, samples)
-    parts = _parts(task, [results[0].rows[i] for i in ids])
-    asked = np.array([np.bincount(clusters[part], minlength=cluster_count) for _, _, part in parts])
-    # how many of each image's questions each experiment answered right: (experiments, parts, clusters)
-    hits = np.array([[np.bincount(clusters[part & r], minlength=cluster_count) for *_, part in parts] for r in right])
-    pairs = list(combinations(range(len(results)), 2))
-    for result, accuracy in zip(results, right.mean(axis=1), strict=True):
-        if result.stated_accuracy is not None and abs(result.stated_accuracy - accuracy) > 0.5 / len(ids):
-            raise UserError(
-                f"{result.folder}: the score file says {result.stated_accuracy:.4f}, its predictions give "
-                f"{accuracy:.4f}; they are of different runs: run evaluate.py again"
-            )
+    rights = []  # for each experiment (runs, samples)
+    for experiment in experiments:
+        rights.append(np.array([[task.correct(run.rows[i]) for i in ids] for run in experiment.runs]))
+        for run, accuracy in zip(experiment.runs, rights[-1].mean(axis=1), strict=True):
+            if run.stated_accuracy is not None and abs(run.stated_accuracy - accuracy) > 0.5 / len(ids):
+                raise UserError(
+                    f"{run.folder}: the score file says {run.stated_accuracy:.4f}, its predictions give "
+                    f"{accuracy:.4f}; they are of different runs: run evaluate.py again"
+                )
 
-    def statistic(weights: np.ndarray) -> np.ndarray:  # weights (resamples, clusters)
-        count = (weights @ asked.T)[:, None]  # (resamples, 1, parts)
-        total = (weights @ hits.reshape(-1, cluster_count).T).reshape(len(weights), len(results), len(parts))
-        accuracy = np.divide(total, count, out=np.full(total.shape, np.nan), where=count > 0)
-        differences = np.stack([accuracy[:, a] - accuracy[:, b] for a, b in pairs], axis=1)
-        return np.concatenate([accuracy, differences], axis=1).reshape(len(weights), -1)
+    def count(part: np.ndarray) -> tuple[np.ndarray, list[np.ndarray]]:
+        """(clusters,) how many questions of each image there are; for each experiment (runs, clusters) how many of them
+        each run answered right."""
+        hits = [np.array([np.bincount(clusters[part & r], minlength=cluster_count) for r in right]) for right in rights]
+        return np.bincount(clusters[part], minlength=cluster_count), hits
 
-    values, intervals = bootstrap(statistic, np.arange(cluster_count))
-    values = values.reshape(-1, len(parts))  # experiments, then pairs
-    intervals = intervals.reshape(-1, len(parts), 2)
+    pairs = list(combinations(range(len(experiments)), 2))
     measured = []
-    for number, (kind, name, part) in enumerate(parts):
-        ends = [None if np.isnan(ci).any() else [float(end) for end in ci] for ci in intervals[:, number]]
-        part_pairs = []
-        for index, (a, b) in enumerate(pairs, start=len(results)):
-            differences = hits[a, number] - hits[b, number]
-            part_pairs.append(
-                {
-                    "first": results[a].name,
-                    "second": results[b].name,
-                    "difference": float(values[index, number]),
-                    "difference_ci": ends[index],
-                    "only_first_right": int((right[a] & ~right[b] & part).sum()),
-                    "only_second_right": int((right[b] & ~right[a] & part).sum()),
-                    "clusters_that_differ": int(np.count_nonzero(differences)),
-                    "smallest_possible_p": smallest_p_value(differences),
-                    "p": sign_flip_p_value(differences),
-                }
-            )
-        accuracies = [
-            {"experiment": result.name, "accuracy": float(value), "accuracy_ci": end}
-            for result, value, end in zip(results, values[:, number], ends, strict=False)
-        ]
+    for kind, name, part in _parts(task, [runs[0].rows[i] for i in ids]):
+        asked, hits = count(part)
+        accuracies = [Estimate.of([of_one], asked) for of_one in hits]
         measured.append(
-            {"kind": kind, "name": name, "samples": int(part.sum()), "accuracies": accuracies, "pairs": part_pairs}
+            {
+                "kind": kind,
+                "name": name,
+                "samples": int(part.sum()),
+                "accuracies": [
+                    {"experiment": experiment.name, "accuracy": one.value, "accuracy_ci": one.wilson()}
+                    for experiment, one in zip(experiments, accuracies, strict=True)
+                ],
+                "pairs": [
+                    {"first": experiments[a].name, "second": experiments[b].name}
+                    | _difference(hits[a], hits[b], asked)
+                    | _disagreement(rights[a][:, part], rights[b][:, part])
+                    for a, b in pairs
+                ],
+            }
         )
     for kind in {part["kind"] for part in measured}:
         family = [pair for part in measured if part["kind"] == kind for pair in part["pairs"]]
         for pair, adjusted in zip(family, holm([pair["p"] for pair in family]), strict=True):
             pair["p_holm"], pair["family_size"] = adjusted, len(family)
-    accuracy = {result.name: float(value) for result, value in zip(results, values[:, 0], strict=False)}
-    for pair in measured[0]["pairs"]:
+    whole = measured[0]
+    asked, hits = count(np.ones(len(ids), dtype=bool))
+    for score, accuracy, of_one in zip(scores, whole["accuracies"], hits, strict=True):
+        score["predict_accuracy"], score["predict_accuracy_ci"] = accuracy["accuracy"], accuracy["accuracy_ci"]
+        score["seed_spread"] = Estimate.of([of_one], asked).seed_spread(len(of_one))
+    accuracy = {one["experiment"]: one["accuracy"] for one in whole["accuracies"]}
+    for (a, b), pair in zip(pairs, whole["pairs"], strict=True):
+        estimate, runs_each = Estimate.of([hits[a], hits[b]], asked), [len(hits[a]), len(hits[b])]
+        pair["runs"] = runs_each
+        pair["detectable_difference"] = estimate.detectable(ALPHA / len(pairs))
+        if margin is not None:
+            pair["margin"], pair["margin_level"] = margin, 1 - 2 * ALPHA / len(pairs)
+            pair["margin_ci"] = estimate.interval(pair["margin_level"])
+        if wanted is not None:
+            pair["plan"] = _plan(estimate, min(runs_each), wanted, ALPHA / len(pairs))
+        pair["differing_keys"] = differing_keys(experiments[a].runs[0], experiments[b].runs[0])
         pair["sentence"] = sentence(pair, accuracy, task.UNIT, task.CLUSTER)
+        pair["recipe"] = recipe_sentence(pair)
+    baselines = _majority_baselines(experiments)
     return {
-        "task": results[0].task,
+        "task": runs[0].task,
         "samples": len(ids),
         "clusters": cluster_count,
-        "experiments": experiments,
-        "majority_baselines": _majority_baselines(results),
-        "pairs": measured[0]["pairs"],
+        "experiments": scores,
+        "chance": 0.5 if len(runs[0].rows[ids[0]].get("probabilities", [])) == 2 else None,
+        "majority_baselines": baselines,
+        "pairs": whole["pairs"],
         "parts": measured[1:],
-        "notes": notes(results[0].task),
+        "notes": notes(runs[0].task, scores, baselines),
     }
 
 
-def _shared_image_key(sample_id: str, results: list[Results]):
-    """The sample's image, from whichever experiment knows it: the question-only baseline may have seen none."""
-    keys = [image_key(result.rows[sample_id]) for result in results]
-    return next((key for key in keys if key != results[0].rows[sample_id]["id"]), sample_id)
+def _difference(first: np.ndarray, second: np.ndarray, asked: np.ndarray) -> dict:
+    """first, second: (runs, clusters), questions answered right. asked: (clusters,)."""
+    estimate = Estimate.of([first, second], asked)
+    whole_numbers = len(second) * first.sum(axis=0) - len(first) * second.sum(axis=0)
+    tested_by_flips = estimate.seed is None
+    return {
+        "difference": estimate.value,
+        "difference_ci": estimate.interval(),
+        "clusters_that_differ": int(np.count_nonzero(whole_numbers)),
+        "smallest_possible_p": smallest_p_value(whole_numbers) if tested_by_flips else 0.0,
+        "p": sign_flip_p_value(whole_numbers) if tested_by_flips else estimate.p_value(),
+    }
+
+
+def _plan(estimate: Estimate, runs: int, wanted: float, alpha: float) -> dict | None:
+    """How many images each number of seeds needs to find a difference `wanted`. With one run each the spread from seed
+    to seed is not known, and three are assumed."""
+    if estimate.clusters < 2:
+        return None
+    spreads = (None,) if estimate.seed is not None else ASSUMED_SPREADS
+    rows = []
+    for spread in spreads:
+        plan = Plan.of(estimate, runs, spread, alpha)
+        for count in PLANNED_RUNS:
+            rows.append(
+                {
+                    "spread": float(np.sqrt(plan.seeds / 2)),
+                    "runs": count,
+                    "images": plan.images(wanted, count),
+                    "detectable_here": plan.detectable(estimate.clusters, count),
+                }
+            )
+    return {"difference": wanted, "spread_is_assumed": estimate.seed is None, "rows": rows}
+
+
+def _disagreement(first: np.ndarray, second: np.ndarray) -> dict:
+    """first, second: (runs, samples) right or wrong. Of several runs, the one right more often counts as right."""
+    difference = first.mean(axis=0) - second.mean(axis=0)
+    return {"only_first_right": int((difference > 0).sum()), "only_second_right": int((difference < 0).sum())}
+
+
+def _shared_image_key(sample_id: str, runs: list[Results]):
+    """The sample's image, from whichever run knows it: the question-only baseline may have seen none."""
+    keys = [image_key(run.rows[sample_id]) for run in runs]
+    return next((key for key in keys if key != runs[0].rows[sample_id]["id"]), sample_id)
 
 
 def _parts(task, rows: list[dict]) -> list[tuple[str, str, np.ndarray]]:
@@ -113,34 +165,48 @@ def _parts(task, rows: list[dict]) -> list[tuple[str, str, np.ndarray]]:
     return found
 
 
-def _experiment(result: Results, ids: list[str], keys: list) -> dict:
-    rows = [{**result.rows[i], "group": key} for i, key in zip(ids, keys, strict=True)]
-    try:
-        scores = TASKS[result.task].compared_scores(rows)
-    except (ArithmeticError, LookupError, TypeError, ValueError) as error:
-        raise UserError(
-            f"{result.folder}: rows that cannot be scored ({type(error).__name__}: {error}); run evaluate.py again"
-        ) from None
+def _scores(experiment: Experiment, ids: list[str], keys: list) -> dict:
+    """The scores of an experiment; of several runs their means, without the intervals of a single one."""
+    of_runs = []
+    for run in experiment.runs:
+        rows = [{**run.rows[i], "group": key} for i, key in zip(ids, keys, strict=True)]
+        try:
+            of_runs.append(TASKS[run.task].compared_scores(rows))
+        except (ArithmeticError, LookupError, TypeError, ValueError) as error:
+            raise UserError(
+                f"{run.folder}: rows that cannot be scored ({type(error).__name__}: {error}); run evaluate.py again"
+            ) from None
+    scores = of_runs[0]
+    if len(of_runs) > 1:
+        numbers = [key for key in scores if all(isinstance(one[key], int | float) for one in of_runs)]
+        means = {key: np.mean([one[key] for one in of_runs]) for key in numbers}
+        scores = {key: round(mean) if isinstance(scores[key], int) else float(mean) for key, mean in means.items()}
     return {
-        "name": result.name,
-        "folder": result.folder,
-        "baseline": "question only" if result.without_images else None,
+        "name": experiment.name,
+        "folder": ",".join(run.folder for run in experiment.runs),
+        "baseline": "question only" if experiment.without_images else None,
+        "runs": [
+            {"folder": run.folder, "seed": run.seed, "accuracy": one["predict_accuracy"]}
+            for run, one in zip(experiment.runs, of_runs, strict=True)
+        ],
         **{name: value for name, value in scores.items() if not name.startswith("majority_")},
     }
 
 
-def _majority_baselines(results: list[Results]) -> list[dict]:
+def _majority_baselines(experiments: list[Experiment]) -> list[dict]:
     """One row, or one per distinct value where the experiments were trained on different data."""
     distinct = {}
-    for result in results:
-        if result.majority_accuracy is not None:
-            distinct.setdefault(round(result.majority_accuracy, 6), []).append(result)
+    for experiment in experiments:
+        run = experiment.runs[0]
+        if run.majority_accuracy is not None:
+            distinct.setdefault(round(run.majority_accuracy, 6), []).append((experiment, run))
     return [
         {
-            "name": "majority answer" + (f" ({', '.join(r.name for r in group)})" if len(distinct) > 1 else ""),
+            "name": "majority answer" + (f" ({', '.join(e.name for e, _ in group)})" if len(distinct) > 1 else ""),
             "baseline": "no model",
-            "predict_accuracy": group[0].majority_accuracy,
-            "predict_accuracy_ci": group[0].majority_accuracy_ci,
+            "predict_accuracy": group[0][1].majority_accuracy,
+            "predict_accuracy_ci": group[0][1].majority_accuracy_ci,
+            "unseen": group[0][1].majority_unseen,
         }
         for group in distinct.values()
     ]

@@ -1,7 +1,9 @@
 """Scores of answers, classifications and clicks: pure functions, rows in, a JSON-ready dict out.
 
-Every score NAME comes with NAME_ci, its 95 % interval by bootstrap (resampling.py). A score that is undefined, as an
-F1 without multi-label questions, is None, so that the files hold null and never NaN, which is not JSON.
+Every score NAME comes with NAME_ci, its 95 % interval: of an accuracy Wilson's on the effective sample size
+(variance.py), of anything else by bootstrap (resampling.py). A score that is undefined, as an F1 without multi-label
+questions, is None, and so is an end of an interval that is open, so that the files hold null and never NaN, which is
+not JSON.
 """
 
 from collections import Counter, defaultdict
@@ -12,6 +14,7 @@ from math import hypot
 import numpy as np
 
 from report.resampling import bootstrap, cluster_numbers
+from report.variance import accuracy_interval, influence_interval
 from templates import image_paths
 
 CALIBRATION_BINS = 15
@@ -52,7 +55,18 @@ def _with_intervals(names: Sequence[str], values: np.ndarray, intervals: np.ndar
     for name, value, interval in zip(names, values, intervals, strict=True):
         known = np.isfinite(value)
         scores[name] = float(value) if known else None
-        scores[f"{name}_ci"] = [float(end) for end in interval] if known and np.isfinite(interval).all() else None
+        ends = [float(end) if np.isfinite(end) else None for end in interval]
+        scores[f"{name}_ci"] = ends if known and not np.isnan(interval).any() else None
+    return scores
+
+
+def _accuracies(columns: dict[str, np.ndarray], clusters: np.ndarray) -> dict:
+    """NAME and NAME_ci of accuracies. columns: name -> (samples,) of 0 and 1, NaN where a sample has no part in it."""
+    scores = {}
+    for name, correct in columns.items():
+        known = not np.isnan(correct).all()
+        scores[name] = float(np.nanmean(correct)) if known else None
+        scores[f"{name}_ci"] = accuracy_interval(correct, clusters) if known else None
     return scores
 
 
@@ -100,12 +114,12 @@ def majority_answers(train_samples: Iterable[dict]) -> dict[str, str]:
 
 
 def score_vqa(rows: Sequence[dict], train_majority: dict[str, str]) -> dict:
-    """Scores of generated answers. Bootstrap over images (image_key).
+    """Scores of generated answers. Intervals over images (image_key).
 
     rows: at least id, question, answer, prediction; stage, multi_label, candidates, group and images where known.
     predict_accuracy: mean over samples of exact match as a set of items.
     predict_accuracy_macro: mean over distinct questions of the accuracy on that question, rare questions counting as
-        much as frequent ones; a resample averages the questions it holds.
+        much as frequent ones.
     predict_accuracy_stageN: accuracy over the samples of stage N, for each stage that occurs.
     predict_f1, predict_jaccard: mean over the samples of multi-label questions of 2|P∩G|/(|P|+|G|) and |P∩G|/|P∪G|,
         P and G the predicted and the gold items; None where no question is multi-label.
@@ -124,8 +138,8 @@ def score_vqa(rows: Sequence[dict], train_majority: dict[str, str]) -> dict:
     shared = np.array([len(p & g) for p, g in zip(predicted, gold, strict=True)])
     sizes = np.array([len(p) + len(g) for p, g in zip(predicted, gold, strict=True)])
 
-    columns = {
-        "predict_accuracy": correct,
+    columns = {"predict_accuracy": correct}
+    overlaps = {
         "predict_f1": np.where(multi_label, _ratio(2 * shared, sizes, undefined=1.0), np.nan),
         "predict_jaccard": np.where(multi_label, _ratio(shared, sizes - shared, undefined=1.0), np.nan),
     }
@@ -136,20 +150,16 @@ def score_vqa(rows: Sequence[dict], train_majority: dict[str, str]) -> dict:
     baseline = np.array([majority.get(row["question"]) == g for row, g in zip(rows, gold, strict=True)], dtype=float)
     columns["majority_accuracy"] = baseline if majority else np.full(len(rows), np.nan)
 
+    clusters = cluster_numbers([image_key(row) for row in rows])
+    values, intervals = bootstrap(_weighted_means(np.stack(list(overlaps.values()), axis=1)), clusters)
+    scores = _accuracies(columns, clusters) | _with_intervals(list(overlaps), values, intervals)
     questions = cluster_numbers([row["question"] for row in rows])
-    order = np.argsort(questions, kind="stable")
-    starts = np.flatnonzero(np.diff(questions[order], prepend=-1))
-    means = _weighted_means(np.stack(list(columns.values()), axis=1))
-
-    def statistic(weights: np.ndarray) -> np.ndarray:
-        weights_by_question = weights[:, order]
-        right = np.add.reduceat(weights_by_question * correct[order], starts, axis=1)
-        asked = np.add.reduceat(weights_by_question, starts, axis=1)
-        macro = _ratio(right, asked, undefined=0.0).sum(axis=1) / (asked > 0).sum(axis=1)
-        return np.column_stack([means(weights), macro])
-
-    values, intervals = bootstrap(statistic, cluster_numbers([image_key(row) for row in rows]))
-    scores = _with_intervals([*columns, "predict_accuracy_macro"], values, intervals)
+    asked = np.bincount(questions)
+    of_question = np.bincount(questions, correct) / asked
+    macro = float(of_question.mean())
+    influences = (correct - of_question[questions]) / (asked[questions] * len(asked))
+    scores["predict_accuracy_macro"] = macro
+    scores["predict_accuracy_macro_ci"] = influence_interval(macro, np.bincount(clusters, influences), len(rows))
     has_candidates = any(row.get("candidates") for row in rows)
     unseen = sum(row["question"] not in majority for row in rows)
     scores["majority_unseen"] = unseen if majority else None
@@ -169,7 +179,7 @@ def score_vqa(rows: Sequence[dict], train_majority: dict[str, str]) -> dict:
 
 
 def score_cls(rows: Sequence[dict]) -> dict:
-    """Scores of a classifier. Bootstrap over samples.
+    """Scores of a classifier. Intervals over samples.
 
     rows: probabilities (num_labels floats that sum to 1), predicted_label and true_label (ints).
     predict_accuracy: mean over samples.
@@ -198,13 +208,12 @@ def score_cls(rows: Sequence[dict]) -> dict:
     one_hot = np.eye(label_count)[truth]
     squares = (probabilities - one_hot) ** 2
     brier = squares[:, 1] if label_count == 2 else squares.sum(axis=1)
-    means = _weighted_means(np.stack([correct, brier], axis=1))
+    mean_brier = _weighted_means(brier[:, None])
     confidence = probabilities.max(axis=1)
     in_bin = np.eye(CALIBRATION_BINS)[calibration_bins(confidence)]  # (samples, bins)
     hits, guesses = one_hot * correct[:, None], np.eye(label_count)[predicted]
 
     def statistic(weights: np.ndarray) -> np.ndarray:
-        accuracy, brier_score = means(weights).T
         hit, guessed, true = weights @ hits, weights @ guesses, weights @ one_hot  # (resamples, num_labels)
         per_label = np.stack(
             [_ratio(2 * hit, guessed + true, 0.0), _ratio(hit, guessed, 0.0), _ratio(hit, true, 0.0)]
@@ -212,11 +221,12 @@ def score_cls(rows: Sequence[dict]) -> dict:
         f1, precision, recall = per_label[:, :, 1] if label_count == 2 else _mean_present(per_label, guessed + true > 0)
         auroc = _auroc(weights, probabilities[:, 1], truth) if label_count == 2 else np.full(len(weights), np.nan)
         gaps = np.abs((weights * (correct - confidence)) @ in_bin).sum(axis=1) / weights.sum(axis=1)
-        return np.stack([accuracy, f1, precision, recall, auroc, brier_score, gaps], axis=1)
+        return np.stack([f1, precision, recall, auroc, mean_brier(weights)[:, 0], gaps], axis=1)
 
-    names = [f"predict_{name}" for name in ("accuracy", "f1", "precision", "recall", "auroc", "brier", "ece")]
+    names = [f"predict_{name}" for name in ("f1", "precision", "recall", "auroc", "brier", "ece")]
     values, intervals = bootstrap(statistic, np.arange(len(rows)))
-    return {**_with_intervals(names, values, intervals), "predict_samples": len(rows)}
+    accuracy = _accuracies({"predict_accuracy": correct}, np.arange(len(rows)))
+    return {**accuracy, **_with_intervals(names, values, intervals), "predict_samples": len(rows)}
 
 
 def calibration_bins(confidence: np.ndarray) -> np.ndarray:
@@ -270,7 +280,7 @@ def target_size(row: dict) -> str | None:
 
 
 def score_click(rows: Sequence[dict]) -> dict:
-    """Scores of predicted points. Bootstrap over images (image_key).
+    """Scores of predicted points. Intervals over images (image_key).
 
     rows: point, predicted_point ([x, y] or None when unparsable), bbox ([x0, y0, x1, y1] or absent), all in pixels of
         the original image, and image_size [width, height] of that image.
@@ -293,14 +303,15 @@ def score_click(rows: Sequence[dict]) -> dict:
     distances = [click_distance(row) for row in rows]
     pixels = np.array([np.inf if distance is None else distance for distance in distances])
     shares = pixels / np.array([hypot(*row["image_size"]) for row in rows])
-    means = _weighted_means(np.stack(list(columns.values()), axis=1))
 
     def statistic(weights: np.ndarray) -> np.ndarray:
-        return np.column_stack([means(weights), _weighted_median(weights, pixels), _weighted_median(weights, shares)])
+        return np.column_stack([_weighted_median(weights, pixels), _weighted_median(weights, shares)])
 
-    values, intervals = bootstrap(statistic, cluster_numbers([image_key(row) for row in rows]))
-    names = [*columns, "predict_median_distance_pixels", "predict_median_distance_share"]
+    clusters = cluster_numbers([image_key(row) for row in rows])
+    values, intervals = bootstrap(statistic, clusters)
+    names = ["predict_median_distance_pixels", "predict_median_distance_share"]
     return {
+        **_accuracies(columns, clusters),
         **_with_intervals(names, values, intervals),
         "predict_samples": len(rows),
         "unparsable": distances.count(None),

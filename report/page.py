@@ -7,10 +7,13 @@ import random
 import re
 from collections import defaultdict
 from html import escape
+from itertools import chain
 from pathlib import Path
+from statistics import mean
 
 from errors import UserError
 from images import image_path, open_image
+from report.words import statements
 from tasks import TASKS
 from templates import image_paths
 
@@ -21,24 +24,27 @@ TEXT_SHOWN = 400  # characters of a text sample
 
 
 def page(
-    report: dict, unit: str, size: str, tables: list, results: list, image_root: Path | None, most_images: int
+    report: dict, unit: str, size: str, tables: list, experiments: list, image_root: Path | None, most_images: int
 ) -> tuple[str, str]:
     """The finished page, and one line that says which images it holds and which are missing.
 
     report, size, tables: from compare.compare, size_of_test and tables. unit: what is scored, "question".
-    results: `results.Results` of one test set.
+    experiments: `results.Experiment`s on one test set.
     image_root: folder of the images, over what the results say. most_images: more are left out, and counted.
     """
-    cards = _disagreements(TASKS[report["task"]], results)
+    task, runs = TASKS[report["task"]], [run for experiment in experiments for run in experiment.runs]
+    cards = _disagreements(task, experiments)
     shown = _choose(cards, most_images)
-    root = image_root or next((Path(result.image_root) for result in results if result.image_root), Path("."))
+    root = image_root or next((Path(run.image_root) for run in runs if run.image_root), Path("."))
     unreadable: list[str] = []
-    html_cards = [_card(card, results, root, unreadable) for card in shown]
+    html_cards = [_card(card, experiments, root, unreadable) for card in shown]
 
     items = sum(len(card["items"]) for card in shown)
-    noun = "images" if _card_per_image(TASKS[report["task"]]) else f"{unit}s"
+    noun = "images" if _card_per_image(task) else f"{unit}s"
     if not cards:
-        summary = "The experiments gave the same answers everywhere: there is nothing to show."
+        alike = "hit and missed the same targets" if task.POINTS else "gave the same answers everywhere"
+        alike = alike if len(runs) == len(experiments) else f"are right equally often on every {unit}"
+        summary = f"The experiments {alike}: there is nothing to show."
     else:
         summary = f"The experiments disagree on {len(cards)} {noun}; the page shows {len(shown)}"
         summary += f", with {items} {unit}s." if noun == "images" else "."
@@ -54,13 +60,14 @@ def page(
     fields = {
         "script_hash": base64.b64encode(hashlib.sha256(script.encode()).digest()).decode(),
         "title": escape(title),
+        "heading": _breakable(title),
         "size": escape(size),
-        "sentences": "".join(f"<li>{_prose(pair['sentence'])}</li>" for pair in report["pairs"]),
+        "sentences": "".join(f"<li>{_prose(statement)}</li>" for statement in statements(report)),
         "chart": _chart(report),
         "tables": "".join(_table(*table, is_open=number == 0) for number, table in enumerate(tables)),
         "notes": "".join(f"<li>{_prose(note)}</li>" for note in report["notes"]),
         "summary": escape(summary),
-        "filters": _filters(shown, results, unit) if shown else "",
+        "filters": _filters(shown, experiments, unit) if shown else "",
         "cards": "".join(html_cards),
     }
     return re.sub(r"\{\{(\w+)\}\}", lambda match: fields[match.group(1)], template), summary
@@ -69,15 +76,21 @@ def page(
 # --- which images ---------------------------------------------------------------------------------------------------
 
 
-def _disagreements(task, results: list) -> list[dict]:
-    """One card per image (per sample for cls and click) on which experiments that see the image disagree."""
-    voters = [n for n, result in enumerate(results) if not result.without_images]
-    voters = voters if len(voters) > 1 else list(range(len(results)))
+def _disagreements(task, experiments: list) -> list[dict]:
+    """One card per image (per sample for cls and click) on which experiments that see the image disagree: in what they
+    say, or, with several runs, in how often they are right."""
+    voters = [experiment for experiment in experiments if not experiment.without_images]
+    voters = voters if len(voters) > 1 else experiments
+    several = any(len(experiment.runs) > 1 for experiment in experiments)
     cards: dict = {}
-    for sample_id in results[0].rows:
-        rows = [result.rows[sample_id] for result in results]
-        if len({task.verdict(rows[n]) for n in voters}) > 1:
-            images = next(filter(None, map(image_paths, rows)), [])
+    for sample_id in experiments[0].runs[0].rows:
+        if several:
+            said = {mean(task.correct(run.rows[sample_id]) for run in experiment.runs) for experiment in voters}
+        else:
+            said = {task.verdict(experiment.runs[0].rows[sample_id]) for experiment in voters}
+        if len(said) > 1:
+            rows = [[run.rows[sample_id] for run in experiment.runs] for experiment in experiments]
+            images = next(filter(None, map(image_paths, chain.from_iterable(rows))), [])
             key = tuple(images) if _card_per_image(task) and images else sample_id
             card = cards.setdefault(key, {"images": images, "items": []})
             card["items"].append(_item(task, rows))
@@ -89,7 +102,9 @@ def _card_per_image(task) -> bool:
     return task.UNIT != task.CLUSTER and not task.POINTS
 
 
-def _item(task, rows: list[dict]) -> dict:
+def _item(task, of_experiments: list[list[dict]]) -> dict:
+    """of_experiments: for each experiment the rows of its runs."""
+    rows = list(chain.from_iterable(of_experiments))
     row = rows[0]
     (asked, gold), stage = task.asked_and_gold(row), row.get("stage")
     item = {
@@ -99,6 +114,7 @@ def _item(task, rows: list[dict]) -> dict:
         "gold": str(gold),
         "texts": [str(task.said(row)) for row in rows],
         "rights": [task.correct(row) for row in rows],
+        "right_mostly": [mean(map(task.correct, of_one)) > 0.5 for of_one in of_experiments],
     }
     if task.POINTS:
         item["points"] = [row["point"], *(r["predicted_point"] for r in rows)]
@@ -139,7 +155,7 @@ def thumbnail(path: Path, side: int = THUMBNAIL_SIDE) -> tuple[str, int, int]:
     return "data:image/jpeg;base64," + base64.b64encode(buffer.getvalue()).decode(), *image.size
 
 
-def _card(card: dict, results: list, root: Path, unreadable: list[str]) -> str:
+def _card(card: dict, experiments: list, root: Path, unreadable: list[str]) -> str:
     figure = ""
     if card["images"]:
         name = str(card["images"][0])
@@ -152,7 +168,7 @@ def _card(card: dict, results: list, root: Path, unreadable: list[str]) -> str:
             image = '<div class="missing">image not found</div>'
         more = f" and {len(card['images']) - 1} more" if len(card["images"]) > 1 else ""
         figure = f"<figure>{image}<figcaption>{escape(name)}{more}</figcaption></figure>"
-    items = "".join(_answers(item, results) for item in card["items"])
+    items = "".join(_answers(item, experiments) for item in card["items"])
     return f'<article class="card">{figure}<ul class="items">{items}</ul></article>\n'
 
 
@@ -176,16 +192,17 @@ def _marks(item: dict) -> str:
     return f'<svg viewBox="0 0 {width} {height}" aria-hidden="true">{"".join(marks)}</svg>'
 
 
-def _answers(item: dict, results: list) -> str:
-    right = " ".join(str(n) for n, is_right in enumerate(item["rights"]) if is_right)
+def _answers(item: dict, experiments: list) -> str:
+    right = " ".join(str(n) for n, is_right in enumerate(item["right_mostly"]) if is_right)
     stage = f'<span class="stage">stage {escape(item["stage"])}</span>' if item["stage"] else ""
-    rows = f'<tr class="gold"><th scope="row">gold</th><td>{escape(item["gold"])}</td></tr>'
-    for number, (result, text, is_right) in enumerate(
-        zip(results, item["texts"], item["rights"], strict=True), start=1
-    ):
+    rows = f'<tr class="gold"><th scope="row">gold</th><td>{_clamped(item["gold"])}</td></tr>'
+    labels = [_run_labels(experiment) for experiment in experiments]
+    said = zip(chain.from_iterable(labels), item["texts"], item["rights"], strict=True)
+    for number, ((heading, name), text, is_right) in enumerate(said, start=1):
         mark, word = ("✓", "right") if is_right else ("✗", "wrong")
-        label = f'<span class="number">{number}</span> ' * ("points" in item) + _breakable(result.name)
-        answer = escape(text) if text.strip() else "<em>(empty answer)</em>"
+        label = f'<span class="number">{number}</span> ' * ("points" in item) + _breakable(name)
+        answer = _clamped(text) if text.strip() else "<em>(empty answer)</em>"
+        rows += f'<tr><th scope="rowgroup" colspan="2">{_breakable(heading)}</th></tr>' if heading else ""
         rows += (
             f'<tr class="{word}"><th scope="row">{label}</th><td><span class="mark" aria-hidden="true">{mark}</span>'
         )
@@ -194,7 +211,22 @@ def _answers(item: dict, results: list) -> str:
     return f'<li {attributes}><p class="asked">{stage}{escape(item["asked"])}</p><table>{rows}</table></li>'
 
 
-def _filters(cards: list[dict], results: list, unit: str) -> str:
+def _run_labels(experiment) -> list[tuple[str, str]]:
+    """(heading, label) of each run's answer: a single run is called as its experiment, several stand below its name."""
+    runs = experiment.runs
+    if len(runs) == 1:
+        return [("", experiment.name)]
+    return [(experiment.name * (n == 0), run.name.removeprefix(experiment.name).strip()) for n, run in enumerate(runs)]
+
+
+def _clamped(text: str) -> str:
+    """Escaped text; of a long one the beginning, and the whole at a click."""
+    if len(text) <= TEXT_SHOWN:
+        return escape(text)
+    return f'<details class="long"><summary>{escape(text[:TEXT_SHOWN])}…</summary>{escape(text[TEXT_SHOWN:])}</details>'
+
+
+def _filters(cards: list[dict], experiments: list, unit: str) -> str:
     items = [item for card in cards for item in card["items"]]
     stages = sorted({item["stage"] for item in items} - {""})
     questions = sorted({item["asked"] for item in items})
@@ -211,11 +243,11 @@ def _filters(cards: list[dict], results: list, unit: str) -> str:
         options = f'<option value="">all</option>{options}'
         out += f'<label class="field">Question<select name="question">{options}</select></label>'
     options = '<option value="">anyone</option>'
-    for number, result in enumerate(results):
-        name = escape(result.name)
-        options += f'<option value="right-{number}">{name} is right</option>'
-        options += f'<option value="wrong-{number}">{name} is wrong</option>'
-        if len(results) > 2:
+    for number, experiment in enumerate(experiments):
+        name, mostly = escape(experiment.name), " in most runs" * (len(experiment.runs) > 1)
+        options += f'<option value="right-{number}">{name} is right{mostly}</option>'
+        options += f'<option value="wrong-{number}">{name} is wrong{mostly}</option>'
+        if len(experiments) > 2:
             options += f'<option value="only-{number}">only {name} is right</option>'
     options += '<option value="none">nobody is right</option>'
     out += f'<label class="field">Who is right<select name="right">{options}</select></label>'
@@ -234,9 +266,11 @@ def _breakable(name: str) -> str:
 
 
 def _chart(report: dict) -> str:
-    """Accuracy with its interval, one line per experiment and baseline, on a common axis that fits them."""
+    """Accuracy with its interval, one line per experiment and baseline, on a common axis that fits them; of several
+    runs a small dot each. The chance line of two classes is on the axis."""
     lines = [s for s in report["experiments"] + report["majority_baselines"] if s.get("predict_accuracy") is not None]
     ends = [end for s in lines for end in (s["predict_accuracy_ci"] or [s["predict_accuracy"]] * 2)]
+    ends += [run["accuracy"] for s in lines for run in s.get("runs", [])] + [report["chance"]] * bool(report["chance"])
     step = next(s for s in (1, 2, 5, 10, 20) if 100 * (max(ends) - min(ends)) <= 6 * s or s == 20)
     low = max(0, int(100 * min(ends) // step * step - step))
     high = min(100, int(-(-100 * max(ends) // step) * step + step))
@@ -244,7 +278,9 @@ def _chart(report: dict) -> str:
     def place(share: float) -> str:
         return f"{(100 * share - low) / (high - low) * 100:.2f}%"
 
-    out = ""
+    out, chance = "", ""
+    if report["chance"]:
+        chance = f'<span class="chance" style="left:{place(report["chance"])}" title="chance"></span>'
     for scores in lines:
         value, interval = scores["predict_accuracy"], scores["predict_accuracy_ci"]
         text = f"{100 * value:.1f} %" + (f" [{100 * interval[0]:.1f}, {100 * interval[1]:.1f}]" if interval else "")
@@ -252,12 +288,19 @@ def _chart(report: dict) -> str:
         if interval:
             width = (interval[1] - interval[0]) * 10000 / (high - low)
             bar = f'<span class="bar" style="left:{place(interval[0])};width:{width:.2f}%"></span>'
-        track = f'<div class="track">{bar}<span class="dot" style="left:{place(value)}"></span></div>'
+        runs = scores.get("runs", [])
+        seeds = [f'<span class="seed" style="left:{place(run["accuracy"])}"></span>' for run in runs] * (len(runs) > 1)
+        dot = f'<span class="dot" style="left:{place(value)}"></span>'
+        track = f'<div class="track">{chance}{bar}{dot}{"".join(seeds)}</div>'
         label = f'<span class="tag">baseline: {escape(scores["baseline"])}</span>' if scores["baseline"] else ""
+        label += f'<span class="tag">{len(runs)} seeds</span>' if len(runs) > 1 else ""
         name = _breakable(scores["name"])
         css = ' class="baseline"' if scores["baseline"] else ""
         out += f'<li{css}><span class="name">{name} {label}</span>{track}<span class="value">{text}</span></li>'
     ticks = "".join(f'<span style="left:{place(t / 100)}">{t}</span>' for t in range(low, high + 1, step))
+    if report["chance"]:
+        label = f'<span style="left:{place(report["chance"])}">chance, {100 * report["chance"]:.0f} %</span>'
+        out = f'<li class="axis top" aria-hidden="true"><div class="track">{label}</div></li>{out}'
     return f'<ol class="chart">{out}<li class="axis" aria-hidden="true"><div class="track">{ticks}</div></li></ol>'
 
 

@@ -143,33 +143,35 @@ def reliability_diagram(probabilities, labels, path) -> None:
     error = float((counts[filled] * np.abs(accuracy - mean_confidence)).sum() / len(labels))
 
     canvas = _Canvas(560, 680)
-    axes = _Axes(canvas, (70, 78, 530, 458), (0, 1), (0, 1))
+    start = 0.5 if probabilities.shape[1] == 2 else 0.0  # the larger of two probabilities is never below
+    axes = _Axes(canvas, (70, 118, 530, 470), (start, 1), (0, 1))
     tenths = [0, 0.2, 0.4, 0.6, 0.8, 1]
-    axes.frame(tenths, tenths, "confidence (largest probability)", "Accuracy by confidence")
+    x_ticks = [0.5, 0.6, 0.7, 0.8, 0.9, 1] if start else tenths
+    axes.frame(x_ticks, tenths, "confidence (largest probability)", "Accuracy by confidence")
     canvas.text(
-        70, 22, f"{len(labels)} samples, calibration error {error:.3f} ({CALIBRATION_BINS} bins)", 13, "la", QUIET
+        70, 14, f"{len(labels)} samples, calibration error {error:.3f} ({CALIBRATION_BINS} bins)", 13, "la", QUIET
     )
     for number, height, middle in zip(filled, accuracy, mean_confidence, strict=True):
-        low, high = number / CALIBRATION_BINS, (number + 1) / CALIBRATION_BINS
+        low, high = max(start, number / CALIBRATION_BINS), (number + 1) / CALIBRATION_BINS
         left, right = axes.at(low, 0)[0] + 1, axes.at(high, 0)[0] - 1
         base, top, line = axes.at(0, 0)[1], axes.at(0, height)[1], axes.at(0, middle)[1]
         canvas.box(left, max(top, line), right, base, fill=BLUE)
         canvas.box(left, min(top, line), right, max(top, line), fill=SALMON if height < middle else LIGHT_BLUE)
         canvas.line([(left, line), (right, line)], INK, 2)
-    canvas.dashes(axes.at(0, 0), axes.at(1, 1), INK)
+    canvas.dashes(axes.at(start, start), axes.at(1, 1), INK)
     legend = ((BLUE, "accuracy"), (SALMON, "missing: overconfident"), (LIGHT_BLUE, "extra accuracy: underconfident"))
-    canvas.box(80, 84, 320, 170, fill=PAPER)
-    for row, (colour, text) in enumerate(legend):  # upper left: no bar gets there unless a model is underconfident
-        canvas.box(86, 92 + 20 * row, 98, 104 + 20 * row, fill=colour)
-        canvas.text(106, 98 + 20 * row, text, 12, "lm")
-    canvas.line([(85, 158), (99, 158)], INK, 2)
-    canvas.text(106, 158, "mean confidence", 12, "lm")
+    for number, (colour, text) in enumerate(legend):  # above the plot, where it covers nothing
+        x, y = 70 + 230 * (number % 2), 48 + 20 * (number // 2)
+        canvas.box(x, y - 6, x + 12, y + 6, fill=colour)
+        canvas.text(x + 20, y, text, 12, "lm")
+    canvas.line([(299, 68), (313, 68)], INK, 2)
+    canvas.text(320, 68, "mean confidence", 12, "lm")
 
     most = _ticks(0, counts.max(), 2)
-    histogram = _Axes(canvas, (70, 540, 530, 630), (0, 1), (0, most[-1]))
-    histogram.frame(tenths, most, "", "Samples")
+    histogram = _Axes(canvas, (70, 550, 530, 634), (start, 1), (0, most[-1]))
+    histogram.frame(x_ticks, most, "", "Samples")
     for number in filled:
-        left, top = histogram.at(number / CALIBRATION_BINS, counts[number])
+        left, top = histogram.at(max(start, number / CALIBRATION_BINS), counts[number])
         right, base = histogram.at((number + 1) / CALIBRATION_BINS, 0)
         canvas.box(left + 1, top, right - 1, base, fill=QUIET)
     canvas.save(path)
@@ -178,9 +180,10 @@ def reliability_diagram(probabilities, labels, path) -> None:
 # --- loss curves ------------------------------------------------------------------------------------------------------
 
 
-def loss_curves(log_rows: Sequence[dict], path) -> None:
+def loss_curves(log_rows: Sequence[dict], path, experiment: str = "", chosen_step: int | None = None) -> bool:
     """Training and evaluation loss and, where recorded, accuracy per evaluation, over epochs, as PNG.
 
+    experiment: the heading. chosen_step: of the weights that are the result, marked where the log has it.
     log_rows: the lines of log.jsonl or entries of all_results.json: step and epoch (where absent, step is the x axis)
     with any of loss (training), eval_loss, val_loss, test_loss, and the same with accuracy or predict_accuracy.
     """
@@ -195,9 +198,15 @@ def loss_curves(log_rows: Sequence[dict], path) -> None:
                 curves = losses if match[2] == "loss" else accuracies
                 curves.setdefault(split, []).append((row[x_key], value))
     if not losses and not accuracies:
-        raise ValueError("no loss and no accuracy in the log: nothing to draw")
+        return False
     panels = [(title, curves) for title, curves in (("Loss", losses), ("Accuracy", accuracies)) if curves]
-    canvas = _Canvas(40 + 500 * len(panels), 400)
+    canvas = _Canvas(40 + 500 * len(panels), 460)
+    chosen = next((row[x_key] for row in log_rows if row.get("step") == chosen_step), None)
+    canvas.text(70, 16, experiment, 16)
+    if chosen is not None:
+        canvas.text(
+            70, 44, f"dashed: {x_key} {_number(round(chosen, 2))}, whose weights are the result", 13, "la", QUIET
+        )
     all_x = [x for _, curves in panels for points in curves.values() for x, _ in points]
     x_ticks = _ticks(0, max(all_x), 6)
     x_end = max(all_x) or x_ticks[-1]
@@ -208,27 +217,38 @@ def loss_curves(log_rows: Sequence[dict], path) -> None:
             y_ticks = [tick for tick in y_ticks if 0 <= tick <= 1]
             y_ticks = y_ticks if len(y_ticks) > 1 else [0, 0.5, 1]
         left = 70 + 500 * number
-        axes = _Axes(canvas, (left, 60, left + 430, 340), (0, x_end), (y_ticks[0], y_ticks[-1]))
+        axes = _Axes(canvas, (left, 120, left + 430, 400), (0, x_end), (y_ticks[0], y_ticks[-1]))
         axes.frame([tick for tick in x_ticks if tick <= x_end * 1.001], y_ticks, x_key, title)
+        if chosen is not None:
+            canvas.dashes(axes.at(chosen, y_ticks[0]), axes.at(chosen, y_ticks[-1]), INK)
         _curves(axes, curves, left + 430)
     canvas.save(path)
+    return True
+
+
+# split -> colour, line width, radius and fill of its rings. Where two curves lie on each other both are seen: the thin
+# line of test runs inside validation's broad one, and so do its rings. One is filled, one hollow: not by colour alone.
+CURVES = {
+    "train": ("#9aa5b1", 1.5, 4, "#9aa5b1"),
+    "validation": (BLUE, 4.5, 6, BLUE),
+    "test": (ORANGE, 1.5, 3.5, PAPER),
+}
 
 
 def _curves(axes: _Axes, curves: dict[str, list[tuple[float, float]]], right: float) -> None:
-    colours = {"train": "#9aa5b1", "validation": BLUE, "test": ORANGE}
-    legend_x = right - sum(40 + 7 * len(split) for split in curves) + 12
-    for split, points in curves.items():
-        placed = [axes.at(x, y) for x, y in sorted(points)]
+    legend_x, y = right - sum(40 + 7 * len(split) for split in curves) + 12, axes.edges[1] - 16
+    for split in (split for split in CURVES if split in curves):
+        colour, width, radius, fill = CURVES[split]
+        placed = [axes.at(*point) for point in sorted(curves[split])]
         if len(placed) > 1:
-            axes.canvas.line(placed, colours[split], 1.5 if split == "train" else 2.2)
+            axes.canvas.line(placed, colour, width)
         if split != "train" or len(placed) == 1:
-            for x, y in placed:  # filled rings for validation, hollow ones for test: not by colour alone
-                axes.canvas.ring(x, y, 4, colours[split], 2, fill=PAPER if split == "test" else colours[split])
-        axes.canvas.line([(legend_x, 44), (legend_x + 16, 44)], colours[split], 2.5)
+            for point in placed:
+                axes.canvas.ring(*point, radius, colour, 2, fill=fill)
+        axes.canvas.line([(legend_x, y), (legend_x + 16, y)], colour, width)
         if split != "train":
-            fill = PAPER if split == "test" else colours[split]
-            axes.canvas.ring(legend_x + 8, 44, 4, colours[split], 2, fill=fill)
-        axes.canvas.text(legend_x + 22, 44, split, 12, "lm")
+            axes.canvas.ring(legend_x + 8, y, radius, colour, 2, fill=fill)
+        axes.canvas.text(legend_x + 22, y, split, 12, "lm")
         legend_x += 40 + 7 * len(split)
 
 

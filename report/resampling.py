@@ -3,17 +3,17 @@
 Questions about one image are not independent, so whole images are resampled and whole images are flipped: a test that
 treats 25 questions of an image as 25 independent observations finds a difference in a fifth of all comparisons where
 there is none. Sources: Efron and Tibshirani, An Introduction to the Bootstrap (1993), chapter 13 (percentile interval);
-Miller, Adding Error Bars to Evals (2024, arXiv 2411.00640) on clustered errors; Good, Permutation Tests (2000) on the
-sign flip; Holm (1979).
+Good, Permutation Tests (2000) on the sign flip; Holm (1979).
 """
 
 from collections.abc import Callable, Hashable, Sequence
 
 import numpy as np
 
+from report.variance import LEVEL
+
 RESAMPLES = 2000
 SEED = 0
-LEVEL = 0.95
 CELLS_PER_CHUNK = 4_000_000  # weights held at once, 32 MB: memory stays flat however many samples there are
 
 
@@ -63,8 +63,9 @@ def _percentiles(drawn_values: np.ndarray, level: float) -> np.ndarray:
     ends = [(1 - level) / 2, (1 + level) / 2]
     whole = defined.all(axis=0)
     if whole.any():
-        with np.errstate(invalid="ignore"):  # an infinite median makes its end of the interval infinite or NaN
-            intervals[whole] = np.quantile(drawn_values[:, whole], ends, axis=0).T
+        with np.errstate(invalid="ignore"):  # between two infinite medians numpy says NaN
+            quantiles = np.quantile(drawn_values[:, whole], ends, axis=0).T
+        intervals[whole] = np.where(np.isnan(quantiles), np.inf, quantiles)
     for column in np.flatnonzero(defined.any(axis=0) & ~whole):
         intervals[column] = np.quantile(drawn_values[defined[:, column], column], ends)
     return intervals

@@ -1,13 +1,16 @@
 """The results folders of experiments, read and checked: whatever cannot be compared is refused in one line."""
 
 import contextlib
+import dataclasses
 import json
 import os
+import re
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 
+from config import FREE_ON_RESUME, Config, flatten
 from errors import UserError
 from files import read_json, read_json_lines
 from tasks import TASKS
@@ -15,11 +18,12 @@ from templates import image_paths
 
 PREDICTIONS, SCORES = "generated_predictions.jsonl", "predict_results.json"
 AGAIN = "run evaluate.py again"
+LARGEST_FACTOR = 32  # pixels: patch × merge of Qwen3-VL; 28 of the others
 
 
 @dataclass
 class Results:
-    """One experiment's answers to the whole test set."""
+    """One run's answers to the whole test set."""
 
     name: str
     folder: str  # as given on the command line
@@ -28,17 +32,56 @@ class Results:
     stated_accuracy: float | None  # what the score file says, to be checked against the rows
     majority_accuracy: float | None
     majority_accuracy_ci: list[float] | None
+    majority_unseen: int  # samples whose question training never asks
     without_images: bool  # evaluate.py image=none: what the questions alone give away
     image_root: str | None
+    recipe: dict | None  # what decides the result, see `_recipe`; None: an older evaluate.py did not record it
+    seed: object  # of the training; None: not known
+    weights: str | None  # SHA-256
+    output_dir: str | None
 
 
-def read_results(argument: str) -> Results:
-    """One command line argument, [NAME=]FOLDER[+FOLDER ...], -> Results.
+@dataclass
+class Experiment:
+    """One recipe, trained once or with several seeds."""
 
-    Raises: `UserError` on anything incomplete.
-    """
+    name: str
+    runs: list[Results]
+
+    @property
+    def without_images(self) -> bool:
+        return all(run.without_images for run in self.runs)
+
+
+def read_experiment(argument: str) -> Experiment:
+    """One command line argument, [NAME=]RUN[,RUN ...] with RUN = FOLDER[+FOLDER ...], -> Experiment.
+
+    Raises: `UserError` on anything incomplete, and on runs that are no seeds of one recipe."""
     name, separator, rest = argument.partition("=")
     folders, name = (argument, None) if Path(argument).exists() or not separator else (rest, name)
+    runs = [read_run(folder) for folder in ([folders] if Path(folders).exists() else folders.split(","))]
+    if name is None:
+        names = {re.sub(r"_seed\d+$", "", run.name) for run in runs}
+        if len(names) > 1:
+            raise UserError(f"{folders}: several runs of one experiment need a name: NAME={folders}")
+        name = names.pop() if len(runs) > 1 else runs[0].name
+    for number, run in enumerate(runs):
+        for other in runs[:number]:
+            if run.folder == other.folder or (run.weights and run.weights == other.weights):
+                raise UserError(f"{name}: {other.folder} and {run.folder} are the same run; give each once")
+            keys = [entry["key"] for entry in differing_keys(other, run) or [] if entry["matters"]]
+            if keys := [key for key in keys if key != "init_adapter"]:
+                raise UserError(
+                    f"{name}: {other.folder} and {run.folder} differ in {', '.join(keys)}, so they are no seeds of one "
+                    "experiment; compare them as two"
+                )
+    for run in runs:
+        run.name = name if len(runs) == 1 else f"{name} seed {run.seed}" if run.seed is not None else run.name
+    return Experiment(name, runs)
+
+
+def read_run(folders: str) -> Results:
+    """FOLDER[+FOLDER ...], the parts of one test set -> Results. Raises: `UserError` on anything incomplete."""
     parts = [folders] if Path(folders).exists() else folders.split("+")
     rows, scores = {}, []
     for folder in parts:
@@ -51,17 +94,72 @@ def read_results(argument: str) -> Results:
     if len(tasks) > 1:
         raise UserError(f"{folders}: rows of several tasks in one test set ({', '.join(sorted(tasks))})")
     only = scores[0] if len(scores) == 1 else {}
+    recipes = [_recipe(score) for score in scores]
     return Results(
-        name=name or "+".join(Path(os.path.abspath(folder)).name for folder in parts),
+        name="+".join(Path(os.path.abspath(folder)).name for folder in parts),
         folder=folders,
         task=tasks.pop(),
         rows=rows,
         stated_accuracy=_joined_mean(scores, "predict_accuracy"),
         majority_accuracy=_joined_mean(scores, "majority_accuracy"),
         majority_accuracy_ci=only.get("majority_accuracy_ci"),
+        majority_unseen=sum(score.get("majority_unseen") or 0 for score in scores),
         without_images=all(score.get("image") == "none" for score in scores),
         image_root=next((score["image_root"] for score in scores if score.get("image_root")), None),
+        recipe=None if None in recipes else {key: _joined([r.get(key) for r in recipes]) for key in recipes[0]},
+        seed=_joined([score.get("seed") for score in scores]),
+        weights=_joined([score.get("adapter_sha256") for score in scores]),
+        output_dir=(only.get("config") or {}).get("output_dir"),
     )
+
+
+def _joined(values: list):
+    """The value of all parts of a test set, or the values one after the other."""
+    return values[0] if all(value == values[0] for value in values) else tuple(values)
+
+
+# The keys with which a result is made, beside those of the training.
+EVALUATION_KEYS = ("image", "template", "image_size", "resize", "max_pixels", "quantization")
+
+
+def _recipe(scores: dict) -> dict | None:
+    """What decides a result: the keys of the config it was trained with, the data, and how it was evaluated."""
+    asked, hashes = scores.get("config"), scores.get("data_sha256")
+    if not isinstance(asked, dict) or not isinstance(hashes, dict):
+        return None
+    config = scores.get("trained_config") or asked
+    defaults = {field.name: field.default for field in dataclasses.fields(Config)}
+    recipe = {"training data": hashes.get("train"), "questions of a step": scores.get("questions_per_step")}
+    recipe["trained"] = scores.get("checkpoint") != "base"
+    for key, value in flatten({key: defaults[key] for key in defaults.keys() - config.keys()} | config).items():
+        if key.split(".")[0] not in FREE_ON_RESUME and value is not dataclasses.MISSING:
+            recipe[key] = value
+    evaluated = {f"{key} at evaluation": asked.get(key) for key in EVALUATION_KEYS if asked.get(key) != config.get(key)}
+    return recipe | evaluated
+
+
+def differing_keys(first: Results, second: Results) -> list[dict] | None:
+    """[{key, first, second, matters}, ...] of two runs' recipes; None where they are not recorded.
+
+    Another seed is another draw of the same recipe, and an image size that is the nearest to fit another model comes
+    with that model: they are listed, and do not matter."""
+    one, two = first.recipe, second.recipe
+    if one is None or two is None:
+        return None
+    keys = [key for key in one | two if one.get(key) != two.get(key)]
+    if None in (one["questions of a step"], two["questions of a step"]):  # no checkpoint tells
+        keys = [key for key in keys if key != "questions of a step"]
+    if one["trained"] != two["trained"]:  # an untrained model has no settings of a training
+        of_answers = ("trained", "model_name", *EVALUATION_KEYS)
+        keys = [key for key in keys if key.removesuffix(" at evaluation") in of_answers]
+    found = []
+    for key in keys:
+        values = [recipe.get(key) for recipe in (one, two)]
+        sizes = key == "image_size" and "model_name" in keys and all(isinstance(value, int) for value in values)
+        follows = sizes and abs(values[0] - values[1]) < LARGEST_FACTOR
+        entry = {"key": key, "first": values[0], "second": values[1]}
+        found.append(entry | {"matters": key != "seed" and not follows, "follows_model": follows})
+    return found
 
 
 def _read_folder(folder: Path) -> tuple[dict[str, dict], dict]:
@@ -115,13 +213,13 @@ def _some(ids: list[str]) -> str:
     return f"{len(ids)} id{'s' * (len(ids) > 1)} ({shown}{', ...' * (len(ids) > 5)})"
 
 
-def check_same_test(results: list[Results]) -> None:
-    """Raise UserError unless all results answer the same samples with the same gold answers."""
-    first = results[0]
-    names = [result.name for result in results]
+def check_same_test(experiments: list[Experiment]) -> None:
+    """Raise UserError unless all runs answer the same samples with the same gold answers."""
+    names = [experiment.name for experiment in experiments]
     if twice := sorted({name for name in names if names.count(name) > 1}):
         raise UserError(f"{', '.join(twice)}: two results of one name; name them apart with NAME=FOLDER")
-    for other in results[1:]:
+    first, *others = [run for experiment in experiments for run in experiment.runs]
+    for other in others:
         if other.task != first.task:
             raise UserError(
                 f"{first.name} holds {first.task} results, {other.name} {other.task} results: no comparison"

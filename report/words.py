@@ -1,9 +1,13 @@
 """A comparison in words and tables: what compare.py prints and writes as Markdown."""
 
-from report.resampling import LEVEL, RESAMPLES, SEED
+import re
+
+from report.resampling import RESAMPLES, SEED
+from report.variance import LEVEL
 from tasks import TASKS
 
 ALPHA = 0.05
+MANY_PAIRS = 6  # from so many on, those that end alike share a statement
 HEADINGS = {  # score -> heading; those with % are shown in percent
     "predict_accuracy": "accuracy %",
     "predict_accuracy_macro": "mean over questions %",
@@ -36,37 +40,192 @@ def sentence(pair: dict, accuracy: dict[str, float], unit: str, cluster: str) ->
     adjusted = f", adjusted for {pair['family_size']} pairs" if pair["family_size"] > 1 else ""
     shares = f"{accuracy[first]:.1%} against {accuracy[second]:.1%}".replace("%", " %")
     numbers = f"{shares}, {_points(abs(difference))} points ({interval}p {_p_value(pair['p_holm'])}{adjusted})"
+    seeds = " and of seeds" if min(pair["runs"]) > 1 else ""
+    scope = _scope(pair)
+    equal = is_equal(pair)
+    within = f" within {_margin(pair['margin'])}" if equal else ""
     if pair["p_holm"] < ALPHA:
         doubt = "; the interval reaches zero, so it is a close call" if reaches_zero else ""
-        claim = f"{first} is right more often than {second}, by more than the choice of {cluster}s explains"
-        return f"{claim}: {numbers}{doubt}."
+        claim = f"{first} is right more often than {second}, by more than the choice of {cluster}s{seeds} explains"
+        also = f" The two are equal{within} all the same." if equal else ""
+        return f"{claim}: {numbers}{doubt}.{also}{scope}"
+    if equal:
+        low, high = pair["margin_ci"]
+        shown = f"{100 * pair['margin_level']:.3g} % interval {_points(low)} to {_points(high)} points"
+        return f"{pair['first']} and {pair['second']} are shown equal{within}: {shares}, {shown}.{scope}"
     if pair["smallest_possible_p"] * pair["family_size"] >= ALPHA:
         count = pair["clusters_that_differ"]
         if count == 0:
-            return f"{first} and {second} are right equally often on every {cluster}, but on other {unit}s: {shares}."
+            return (
+                f"{first} and {second} are right equally often on every {cluster}, but on other {unit}s: "
+                f"{shares}.{scope}"
+            )
         differing = f"{count} {cluster}{'s' * (count != 1)}"
-        return f"{first} and {second} differ on only {differing}, too few for any test to tell them apart: {numbers}."
+        return (
+            f"{first} and {second} differ on only {differing}, too few for any test to tell them apart: "
+            f"{numbers}.{scope}"
+        )
     doubt = ""
     if interval and not reaches_zero:
         enough = f"among {pair['family_size']} pairs that is not enough" if pair["p"] < ALPHA else "the test disagrees"
         doubt = f" The interval alone leaves out zero, but {enough}."
-    return f"These numbers do not tell {first} and {second} apart, nor show them equal: {numbers}.{doubt}"
+    alike = "nor show them equal" + (f" within {_margin(pair['margin'])}" if pair.get("margin") is not None else "")
+    return f"These numbers do not tell {first} and {second} apart, {alike}: {numbers}.{doubt}{_power(pair)}{scope}"
 
 
-def notes(task: str) -> list[str]:
-    """How the numbers of a report came about, and what they do not speak of."""
+def is_equal(pair: dict) -> bool:
+    """Whether the two one-sided tests show the pair equal within its margin."""
+    return bool(pair.get("margin_ci")) and all(abs(end) < pair["margin"] for end in pair["margin_ci"])
+
+
+def _margin(share: float) -> str:
+    return f"{100 * share:g} point{'s' * (share != 0.01)}"
+
+
+def _scope(pair: dict) -> str:
+    """Whether the sentence speaks of recipes or of trained models alone."""
+    if min(pair["runs"]) > 1:
+        return ""
+    if max(pair["runs"]) == 1:
+        return " With one run each, this speaks of these two trained models, not of their recipes."
+    single = pair["first"] if pair["runs"][0] == 1 else pair["second"]
+    return f" With a single run of {single}, this speaks of these trained models, not of their recipes."
+
+
+def _power(pair: dict) -> str:
+    if pair["detectable_difference"] is None:
+        return ""
+    return f" A true difference of {100 * pair['detectable_difference']:.2f} points would be found in 80 % of cases."
+
+
+def recipe_sentence(pair: dict) -> str:
+    """In what the recipes of a pair differ, and whether a difference can be ascribed to it."""
+    keys = pair["differing_keys"]
+    if keys is None:
+        return "In which keys their configs differ is not recorded: run evaluate.py again."
+
+    told = [
+        f"{entry['key']} ({_value(entry['first'])} / {_value(entry['second'])}"
+        + (", the nearest that fits the model)" if entry["follows_model"] else ")")
+        for entry in keys
+        if entry["key"] != "seed" or pair["runs"] == [1, 1]
+    ]
+    mattering = [entry["key"] for entry in keys if entry["matters"]]
+    listed = f" Keys that differ: {', '.join(told)}." if told else ""
+    if not mattering:
+        return f"The recipes of {pair['first']} and {pair['second']} are the same.{listed}"
+    if len(mattering) == 1:
+        return f"{pair['first']} and {pair['second']} differ in {mattering[0]} alone.{listed}"
+    return (
+        f"{pair['first']} and {pair['second']} differ in {len(mattering)} things that matter, so no difference "
+        f"between them can be ascribed to any one of these.{listed}"
+    )
+
+
+def _value(value) -> str:
+    text = "none" if value is None else str(value)
+    return text[:8] if re.fullmatch("[0-9a-f]{64}", text) else text  # a hash
+
+
+def statements(report: dict) -> list[str]:
+    """What to say of all pairs: a sentence each, or, of many pairs, one statement for all those that end alike."""
+    pairs = report["pairs"]
+    if len(pairs) < MANY_PAIRS:
+        return [f"{pair['sentence']} {pair['recipe']}" for pair in pairs]
+    cluster = TASKS[report["task"]].CLUSTER
+    ends: dict[str, list[dict]] = {"better": [], "equal": [], "undecided": []}
+    for pair in pairs:
+        ends["better" if pair["p_holm"] < ALPHA else "equal" if is_equal(pair) else "undecided"].append(pair)
+    said = []
+    if ends["better"]:
+        several = " and of seeds" if min(min(pair["runs"]) for pair in ends["better"]) > 1 else ""
+        found = "; ".join(_finding(pair) for pair in ends["better"])
+        said.append(
+            f"{len(ends['better'])} of {len(pairs)} pairs differ by more than the choice of {cluster}s{several} "
+            f"explains (adjusted for {len(pairs)} pairs; points with their 95 % intervals): {found}."
+        )
+    if ends["equal"]:
+        margin = _margin(pairs[0]["margin"])
+        said.append(
+            f"{len(ends['equal'])} of {len(pairs)} pairs are shown equal within {margin}: {_names(ends['equal'])}."
+        )
+    if ends["undecided"]:
+        least = [100 * p["detectable_difference"] for p in ends["undecided"] if p["detectable_difference"] is not None]
+        power = f" True differences of {min(least):.2f} to {max(least):.2f} points would be found in 80 % of cases."
+        said.append(
+            f"{len(ends['undecided'])} of {len(pairs)} pairs are not told apart by these numbers, nor shown equal: "
+            f"{_names(ends['undecided'])}.{power if least else ''}"
+        )
+    if any(min(pair["runs"]) == 1 for pair in pairs):
+        said.append("Where a pair has a single run, this speaks of the trained models, not of their recipes.")
+    known = [pair for pair in pairs if pair["differing_keys"] is not None]
+    one_key = [pair for pair in known if sum(entry["matters"] for entry in pair["differing_keys"]) == 1]
+    if known:
+        said.append(
+            f"{len(one_key)} of {len(pairs)} pairs differ in one key alone"
+            + (f": {_names(one_key)}" if one_key else "")
+            + ". Where more differ (table Keys that differ), no difference can be ascribed to any one of them."
+        )
+    return said
+
+
+def _finding(pair: dict) -> str:
+    first, second, ends = pair["first"], pair["second"], pair["difference_ci"] or []
+    if pair["difference"] < 0:
+        first, second, ends = second, first, sorted(-end for end in ends)
+    interval = f" [{', '.join(map(_points, ends))}]" if ends else ""
+    return f"{first} over {second} by {_points(abs(pair['difference']))}{interval}"
+
+
+def _names(pairs: list[dict]) -> str:
+    return "; ".join(f"{pair['first']} and {pair['second']}" for pair in pairs)
+
+
+def notes(task: str, scores: list[dict], baselines: list[dict]) -> list[str]:
+    """How the numbers of a report came about, and what they do not speak of. scores: those of each experiment."""
     unit, cluster = TASKS[task].UNIT, TASKS[task].CLUSTER
     together = f", because the {unit}s of one {cluster} are not independent" if unit != cluster else ""
-    resampled = f"percentile bootstrap over {cluster}s, {RESAMPLES} resamples, seed {SEED}"
+    single = any(len(one["runs"]) == 1 for one in scores)
+    several = any(len(one["runs"]) > 1 for one in scores)
     lines = [
-        f"Intervals: {100 * LEVEL:.0f} % {resampled}{together}.",
-        f"p: exact two-sided sign-flip permutation test over {cluster}s; p (Holm): adjusted for every pair compared"
-        + (", in a table of parts for every pair in every part." if unit != cluster else "."),
-        "All of it speaks of these trained models on this test set: another training seed may move a score as well.",
+        f"Intervals are of {100 * LEVEL:.0f} %. Accuracies: Wilson's on the effective sample size over {cluster}s"
+        f"{together}. Differences: t over {cluster}s" + (", and seeds where both have several." if several else "."),
+        f"All other intervals: percentile bootstrap over {cluster}s, {RESAMPLES} resamples, seed {SEED}"
+        + ("; several runs: means, without interval." if several else "."),
     ]
+    if single:
+        lines.append(
+            f"p of single runs: two-sided sign-flip permutation test over {cluster}s, exact where differences are "
+            "symmetric. Below 100 it can be wrong: with skewed differences it rejected 7 to 27 % of true nulls in "
+            "simulations."
+        )
+    if several:
+        lines.append("p of several runs each: t test on the two-way variance of seeds and images (Satterthwaite).")
+    lines.append(
+        "p (Holm): adjusted for every pair compared"
+        + (", in a table of parts for every pair in every part." if unit != cluster else ".")
+    )
+    lines += [_seeds_note(one) for one in scores if len(one["runs"]) > 1]
+    if single:
+        lines.append(
+            "Another training seed may move a score as well. To speak of recipes, train 3 seeds of each, and 5 where "
+            "they spread by about a point: sbatch --array=1-3 FILE.slurm."
+        )
     if TASKS[task].HAS_HEAD:
         lines.append("Resampling adds noise to every bin, so the calibration error's interval lies high.")
+    if any(one.get("predict_f1") is not None and "predict_precision" not in one for one in scores):
+        lines.append("F1 and Jaccard cover the multi-label questions only.")
+    for one in baselines:
+        if one["unseen"]:
+            lines.append(f"{one['name']}: {one['unseen']} {unit}s are never asked in training, and count as wrong.")
     return lines
+
+
+def _seeds_note(one: dict) -> str:
+    spread, runs = one["seed_spread"], len(one["runs"])
+    wanted = 5 if spread >= 0.0075 else 3
+    advice = f"{wanted} seeds are recommended at such a spread" + (", as there are" if runs >= wanted else "")
+    return f"{one['name']}: {runs} runs, spread from seed to seed {100 * spread:.2f} points; {advice}."
 
 
 def _points(share: float) -> str:
@@ -84,7 +243,8 @@ def _cell(scores: dict, name: str) -> str:
     if isinstance(value, int):
         return str(value)
     shown = "{:.3f}".format if name in HEADINGS and "%" not in HEADINGS[name] else _points
-    return shown(value) + (f" [{shown(interval[0])}, {shown(interval[1])}]" if interval else "")
+    low, high = ("open" if end is None else shown(end) for end in interval or (None, None))
+    return shown(value) + (f" [{low}, {high}]" if interval else "")
 
 
 def tables(report: dict) -> list[tuple[str, list[str], list[list[str]]]]:
@@ -100,11 +260,20 @@ def tables(report: dict) -> list[tuple[str, list[str], list[list[str]]]]:
         ),
         (
             "Pairs",
-            ["pair", "difference in points", "only first right", "only second right", "p", "p (Holm)"],
+            [
+                "pair",
+                "difference in points",
+                "80 % power from",
+                "only first right",
+                "only second right",
+                "p",
+                "p (Holm)",
+            ],
             [
                 [
                     f"{pair['first']} − {pair['second']}",
                     _cell(pair, "difference"),
+                    "–" if pair["detectable_difference"] is None else f"{100 * pair['detectable_difference']:.2f}",
                     str(pair["only_first_right"]),
                     str(pair["only_second_right"]),
                     _p_value(pair["p"]).removeprefix("= "),
@@ -114,6 +283,34 @@ def tables(report: dict) -> list[tuple[str, list[str], list[list[str]]]]:
             ],
         ),
     ]
+    if any(pair["differing_keys"] for pair in report["pairs"]):
+        keys = list(dict.fromkeys(entry["key"] for pair in report["pairs"] for entry in pair["differing_keys"] or []))
+        rows = []
+        for pair in report["pairs"]:
+            found = {e["key"]: f"{_value(e['first'])} / {_value(e['second'])}" for e in pair["differing_keys"] or []}
+            rows.append([f"{pair['first']} − {pair['second']}", *(found.get(key, "") for key in keys)])
+        out.append(("Keys that differ", ["pair", *keys], rows))
+    planned = [(pair, row) for pair in report["pairs"] for row in (pair.get("plan") or {}).get("rows", [])]
+    if planned:
+        wanted = _margin(planned[0][0]["plan"]["difference"])
+        header = [
+            "pair",
+            "spread from seed to seed",
+            "runs each",
+            f"images for {wanted}",
+            "points found with these images",
+        ]
+        rows = [
+            [
+                f"{pair['first']} − {pair['second']}",
+                f"{100 * row['spread']:.2f}" + " (assumed)" * pair["plan"]["spread_is_assumed"],
+                str(row["runs"]),
+                "no number is enough" if row["images"] is None else f"{row['images']:,}",
+                f"{100 * row['detectable_here']:.2f}",
+            ]
+            for pair, row in planned
+        ]
+        out.append((f"Plan: to find {wanted} in 80 % of cases", header, rows))
     for kind in dict.fromkeys(part["kind"] for part in report["parts"]):
         parts = [part for part in report["parts"] if part["kind"] == kind]
         pairs = [f"{pair['first']} − {pair['second']}" for pair in parts[0]["pairs"]]
@@ -144,7 +341,7 @@ def markdown(report: dict) -> str:
     """The whole report as Markdown."""
     names = ", ".join(scores["name"] for scores in report["experiments"])
     lines = [f"# {names}", "", size_of_test(report), ""]
-    lines += [f"- {pair['sentence']}" for pair in report["pairs"]]
+    lines += [f"- {statement}" for statement in statements(report)]
     for title, header, rows in tables(report):
         escaped = [[cell.replace("|", "\\|").replace("\n", " ") for cell in row] for row in [header, *rows]]
         table = [f"| {' | '.join(row)} |" for row in escaped]

@@ -3,7 +3,9 @@
 #
 #   train_run CONFIG [key=value ...]        train, or go on after the newest checkpoint; done at once when complete
 #   evaluate_run CONFIG [key=value ...]     score the final adapter
-#   chain INDEX CONFIG ... [key=value ...]  both, for each CONFIG in turn, in the background, on GPU INDEX of the job
+#   train_and_evaluate CONFIG [key=value ...]
+#                                           both; in an array each task with its number as seed, in folders of its own
+#   chain INDEX CONFIG ... [key=value ...]  the same, for each CONFIG in turn, in the background, on GPU INDEX of the job
 #   await_chains                            wait for all chains and sum them up
 #
 # A run that is stopped by a signal (the time limit is near, a preemption) saves, and the job goes back into the queue.
@@ -70,6 +72,26 @@ evaluate_run() {
   [ "$code" -eq 0 ] || [ -z "$signalled" ] || leave_stopped "$folder" "evaluate $1"
   [ "$code" -eq 0 ] || leave "$code" "evaluate $1: FAILED with exit code $code"
   say "evaluate $1: done"
+}
+
+train_and_evaluate() {
+  local seeded
+  seed_of_task "$@"
+  train_run "$@" "${seeded[@]}"
+  evaluate_run "$@" "${seeded[@]}"
+}
+
+# seed_of_task CONFIG [key=value ...]: put into `seeded` what an array's task adds to a run: its number as seed, and
+# folders of its own. A curriculum goes on from the adapter of the same seed.
+seed_of_task() {
+  local key value
+  seeded=()
+  [ -n "${SLURM_ARRAY_TASK_ID:-}" ] || return 0
+  seeded=("seed=$SLURM_ARRAY_TASK_ID")
+  for key in output_dir results_dir init_adapter; do
+    value=$(config_value "$key" "$@") || exit
+    [ -z "$value" ] || seeded+=("$key=${value}_seed$SLURM_ARRAY_TASK_ID")
+  done
 }
 
 # leave_stopped FOLDER WHAT: to be requeued, unless run after run is stopped before it gets anywhere.
@@ -168,11 +190,13 @@ chain() {
 }
 
 run_chain() { # of chain's configs and overrides
-  local config
+  local config seeded
   trap on_signal USR1 TERM # a subshell starts without its parent's traps
   for config in "${configs[@]}"; do
-    train_run "$config" "${overrides[@]}"
-    is_evaluated "$config" "${overrides[@]}" || evaluate_run "$config" "${overrides[@]}"
+    seed_of_task "$config" "${overrides[@]}"
+    train_run "$config" "${overrides[@]}" "${seeded[@]}"
+    is_evaluated "$config" "${overrides[@]}" "${seeded[@]}" ||
+      evaluate_run "$config" "${overrides[@]}" "${seeded[@]}"
   done
   say "all done"
 }

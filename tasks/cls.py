@@ -111,16 +111,12 @@ def record(family, config: Config) -> dict:
 
 
 def draw(rows: list[dict], config: Config, folder: Path) -> None:
-    """The reliability diagram of the predictions, and the run's curves where its log is at hand."""
+    """The reliability diagram of the predictions."""
     from report import plots
-    from report.results import read_log
 
     probabilities, labels = [row["probabilities"] for row in rows], [row["true_label"] for row in rows]
     plots.reliability_diagram(probabilities, labels, folder / "reliability.png")
-    log = read_log(config.output_dir)
-    if log:
-        plots.loss_curves(log, folder / "loss_curves.png")
-    print(f"Drawn: {folder / 'reliability.png'}" + (f", {folder / 'loss_curves.png'}" if log else ""))
+    print(f"Drawn: {folder / 'reliability.png'}")
 
 
 def sample_to_predict(images: list[Path], prompt: str, candidates: list[str], config: Config) -> dict:

@@ -82,6 +82,12 @@ def test_exp2_as_shipped_is_laid_out_as_with_a_train_bs_as_large_as_the_step():
 
 
 @pytest.mark.slow
+@pytest.mark.slow
+def test_the_simulations_of_compare_end_in_four_tables():
+    printed = run("bench/simulations.py", "--comparisons", "3")
+    assert printed.count("| --- |") >= 4 and "nan" not in printed
+
+
 def test_the_layout_of_every_shipped_config_is_counted_from_drawn_rows_as_far_as_from_real_ones():
     table = columns(run("bench/layout.py"))
     sharing = {name: float(cells[0]) for name, cells in table.items() if len(cells) == 5 and cells[0][0].isdigit()}

@@ -46,6 +46,62 @@ def test_the_five_experiments_run_in_one_job_and_are_compared_on_a_page(slurm, r
         assert browser.run("document.querySelectorAll('img').length") > 0
 
 
+def count_rows(path):
+    return len(path.read_text().splitlines()) if path.exists() else 0
+
+
+@pytest.mark.slow
+@pytest.mark.slurm
+def test_two_seeds_of_exp2_and_of_random_order_run_as_arrays_and_are_compared_as_experiments(
+    slurm,  # noqa: F811
+    real_repo,  # noqa: F811
+    tiny_models,
+    tmp_path,
+):
+    """One task is preempted in the middle of its training; the recipes differ in their order alone."""
+    data = real_repo / "data" / "kvasir"
+    samples = write_samples(real_repo / "data" / "kvasir-vqa", images=12, questions=6)
+    data.mkdir(parents=True)
+    for split, images in (("train", range(6)), ("val", (6,)), ("test", range(7, 12))):
+        of_split = [sample for sample in samples if int(sample["group"]) in images]
+        (data / f"{split}.json").write_text(json.dumps(sorted(of_split, key=lambda sample: sample["stage"])))
+    overrides = [f"model_name={tiny_models['qwen3_vl']}", "image_size=64", "num_train_epochs=30", "warmup_steps=1"]
+    overrides += ["dataloader_num_workers=0", "logging_steps=1", "eval_steps=", "learning_rate=1e-2", "grad_accum=1"]
+    names = ("exp2", "exp2_random_order")
+    options = ("--array=1-2", "--partition=both")
+    arrays = [
+        slurm.run_job(f"slurm/train_{file}_2gpu.slurm", *overrides, cwd=real_repo, options=options) for file in names
+    ]
+    stopped, log = arrays[0].task(2), real_repo / "outputs" / "exp2_seed2" / "log.jsonl"
+    stopped.wait_for(lambda: count_rows(log) > 5, "does not train", seconds=300)
+    stopped.preempt()
+    stopped.wait_for_restart(seconds=120)
+    tasks = [array.task(seed) for array in arrays for seed in (1, 2)]
+    for task in tasks:
+        task.wait_for_state("COMPLETED", seconds=600)
+    assert [task.restarts for task in tasks] == [0, 1, 0, 0]
+
+    results = real_repo / "results"
+    folders = {name: [results / f"{name}_seed{seed}" for seed in (1, 2)] for name in names}
+    for name in names:
+        for seed, folder in enumerate(folders[name], start=1):
+            scores = json.loads((folder / "predict_results.json").read_text())
+            assert scores["seed"] == seed and scores["trained_config"]["seed"] == seed
+            assert scores["questions_per_step"] == 8
+    out = tmp_path / "comparison"
+    compared = [f"{name}={','.join(map(str, folders[name]))}" for name in names]
+    compare.main([*compared, "--out", str(out), "--image-root", str(real_repo / "data" / "kvasir-vqa")])
+    report = json.loads((out / "compare.json").read_text())
+    (pair,) = report["pairs"]
+    assert pair["runs"] == [2, 2]
+    assert [entry["key"] for entry in pair["differing_keys"] if entry["matters"]] == ["order"]
+    assert pair["recipe"].startswith("exp2 and exp2_random_order differ in order alone.")
+    with headless_browser(tmp_path / "profile") as browser:
+        browser.open(out / "compare.html")
+        assert browser.run("document.querySelectorAll('.chart .seed').length") == 4
+        assert "differ in order alone" in browser.run("document.querySelector('.sentences').textContent")
+
+
 PAPERS = 48  # of the real ones
 IN_TABLE = ("accuracy", "f1", "precision", "recall", "auroc", "brier", "ece")
 

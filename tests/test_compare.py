@@ -13,9 +13,11 @@ from scipy import stats
 from support.headless_browser import headless_browser
 
 import compare
+from config import load_config, to_dict
 from errors import UserError
 from report import page as compare_page
 from report.metrics import score_click, score_cls, score_vqa
+from report.variance import Estimate
 
 HOSTILE = '<img src=x onerror="document.title=1"></script><script>document.title=1</script> & "quoted" {{title}} | pipe'
 
@@ -148,12 +150,13 @@ def test_question_only_results_and_majority_answer_are_labelled_as_baselines(two
         del row["group"]  # nothing ties the samples of an image together but the other experiments
     blind = write_results(tmp_path / "blind", rows, image="none", predict_accuracy_ci=None)
     report = run(blind, *two, out=tmp_path / "out")
+    assert "majority answer: 120 questions are never asked in training, and count as wrong." in report["notes"]
     assert report["clusters"] == 24
     assert [scores["baseline"] for scores in report["experiments"]] == ["question only", None, None]
     assert report["majority_baselines"][0]["predict_accuracy"] == pytest.approx(1 / 6)
     text = (tmp_path / "out" / "compare.md").read_text()
     assert "blind (baseline: question only)" in text and "majority answer (baseline: no model)" in text
-    assert text.count("majority answer") == 1  # the experiments agree about it
+    assert text.count("| majority answer") == 1  # the experiments agree about it
 
 
 def test_six_classifications_make_one_table(tmp_path, capsys):
@@ -237,6 +240,191 @@ def test_identical_results_are_said_to_be_identical_in_what_was_right(tmp_path):
     report = run(*folders, out=tmp_path / "out")
     assert report["pairs"][0]["sentence"] == "exp1 and exp2 are right and wrong on exactly the same questions."
     assert "nothing to show" in (tmp_path / "out" / "compare.html").read_text()
+
+
+# --- recipes and seeds ------------------------------------------------------------------------------------------------
+
+
+def recorded(name, seed=42, weights=None, **changes):
+    """What evaluate.py records of a run of a shipped config."""
+    config = to_dict(load_config(REPO_ROOT / "configs" / f"{name}.yaml", [f"{k}={v}" for k, v in changes.items()]))
+    config["seed"] = seed
+    return {
+        "seed": seed,
+        "adapter_sha256": weights or f"{name} {seed} {changes}",
+        "data_sha256": {"train": "0" * 64, "test": "1" * 64},
+        "questions_per_step": 64,
+        "checkpoint": config["output_dir"],
+        "trained_config": config,
+        "config": config,
+    }
+
+
+def recipe_of(tmp_path, first, second):
+    folders = [
+        write_results(tmp_path / name, vqa_rows(0.6, seed), **record)
+        for seed, (name, record) in enumerate((("one", first), ("two", second)))
+    ]
+    return run(*folders, out=tmp_path / "out")["pairs"][0]
+
+
+@pytest.mark.parametrize(
+    ("name", "key", "shown"),
+    [
+        ("exp2_random_order", "order", "order (sequential / random)"),
+        ("exp2_standard_prompt", "template", "template (ultra_condensed / standard)"),
+        ("exp2_qwen2_vl", "model_name", "image_size (768 / 756, the nearest that fits the model)"),
+    ],
+)
+def test_a_pair_that_differs_in_one_thing_is_said_to(tmp_path, name, key, shown):
+    pair = recipe_of(tmp_path, recorded("exp2"), recorded(name))
+    assert [entry["key"] for entry in pair["differing_keys"] if entry["matters"]] == [key]
+    assert (
+        pair["recipe"].startswith(f"one and two differ in {key} alone. Keys that differ: ") and shown in pair["recipe"]
+    )
+
+
+def test_a_difference_between_recipes_that_differ_in_more_is_ascribed_to_nothing(tmp_path):
+    first = recorded("exp1") | {"questions_per_step": 16}
+    pair = recipe_of(tmp_path, first, recorded("exp2") | {"data_sha256": {"train": "2" * 64, "test": "1" * 64}})
+    mattering = {entry["key"] for entry in pair["differing_keys"] if entry["matters"]}
+    assert mattering == {"model_name", "template", "order", "questions of a step", "training data"}
+    assert "5 things that matter, so no difference between them can be ascribed to any one of these" in pair["recipe"]
+    for shown in (
+        "order (random / sequential)",
+        "questions of a step (16 / 64)",
+        "training data (00000000 / 22222222)",
+    ):
+        assert shown in pair["recipe"]
+    assert "Keys that differ" in (tmp_path / "out" / "compare.md").read_text()
+
+
+def test_another_seed_is_no_other_recipe_and_what_is_not_recorded_is_said(tmp_path):
+    pair = recipe_of(tmp_path / "a", recorded("exp2", seed=1), recorded("exp2", seed=2))
+    assert pair["recipe"] == "The recipes of one and two are the same. Keys that differ: seed (1 / 2)."
+    assert "is not recorded: run evaluate.py again" in recipe_of(tmp_path / "b", {}, recorded("exp2"))["recipe"]
+
+
+def test_what_only_the_evaluation_changed_is_a_difference_too(tmp_path):
+    other = recorded("exp2")
+    other["config"] = other["config"] | {"template": "standard"}
+    assert "differ in template at evaluation alone" in recipe_of(tmp_path, recorded("exp2"), other)["recipe"]
+    base = recorded("exp2") | {"checkpoint": "base", "trained_config": None, "adapter_sha256": None}
+    assert "differ in trained alone" in recipe_of(tmp_path / "base", recorded("exp2"), base)["recipe"]
+
+
+@pytest.fixture
+def seeds(tmp_path):
+    """Two experiments of three runs each, NAME=FOLDER,FOLDER,FOLDER."""
+    arguments = []
+    for name, skill in (("exp2", 0.75), ("exp2_random_order", 0.5)):
+        folders = [
+            write_results(tmp_path / f"{name}_seed{n}", vqa_rows(skill, 10 * n + len(name)), **recorded(name, seed=n))
+            for n in (1, 2, 3)
+        ]
+        arguments.append(f"{name}={','.join(folders)}")
+    return arguments
+
+
+def test_experiments_of_several_seeds_are_compared_by_the_two_way_t(seeds, tmp_path):
+    report = run(*seeds, out=tmp_path / "out")
+    pair = report["pairs"][0]
+    hits = [
+        np.array([right_of(vqa_rows(skill, 10 * n + len(name))).reshape(24, 6).sum(axis=1) for n in (1, 2, 3)])
+        for name, skill in (("exp2", 0.75), ("exp2_random_order", 0.5))
+    ]
+    estimate = Estimate.of(hits, np.full(24, 6))
+    assert pair["runs"] == [3, 3] and pair["difference_ci"] == estimate.interval()
+    assert (pair["difference"], pair["p"]) == (pytest.approx(estimate.value), estimate.p_value())
+    assert "by more than the choice of images and of seeds explains" in pair["sentence"]
+    assert "trained models" not in pair["sentence"]
+    first = report["experiments"][0]
+    assert [one["seed"] for one in first["runs"]] == [1, 2, 3]
+    assert [one["accuracy"] for one in first["runs"]] == pytest.approx(list(hits[0].sum(axis=1) / 144))
+    assert first["predict_accuracy"] == pytest.approx(hits[0].sum() / 432) and "predict_f1_ci" not in first
+    assert any(note.startswith("exp2: 3 runs, spread from seed to seed ") for note in report["notes"])
+
+
+def test_with_one_run_the_sentence_speaks_of_the_trained_models(seeds, two, tmp_path):
+    single = run(*two, out=tmp_path / "a")["pairs"][0]
+    assert single["sentence"].endswith(
+        "With one run each, this speaks of these two trained models, not of their recipes."
+    )
+    mixed = run(seeds[0], two[0], out=tmp_path / "b")["pairs"][0]
+    assert mixed["sentence"].endswith(
+        "With a single run of exp1, this speaks of these trained models, not of their recipes."
+    )
+    assert mixed["runs"] == [3, 1]
+
+
+def test_a_name_is_taken_from_the_seeds_and_one_run_given_as_three_is_refused(seeds, tmp_path):
+    unnamed = seeds[0].removeprefix("exp2=")
+    report = run(unnamed, seeds[1], out=tmp_path / "out")
+    assert [one["name"] for one in report["experiments"]] == ["exp2", "exp2_random_order"]
+    folders = unnamed.split(",")
+    out = tmp_path / "refused"
+    assert "are the same run" in refused(f"a={folders[0]},{folders[0]}", seeds[1], out=out)
+    copy = write_results(tmp_path / "copy", vqa_rows(0.7, 5), **recorded("exp2", seed=1))
+    assert "are the same run" in refused(f"a={folders[0]},{copy}", seeds[1], out=out)
+    other = write_results(tmp_path / "other", vqa_rows(0.7, 5), **recorded("exp2", seed=4, learning_rate="1e-5"))
+    assert "differ in learning_rate, so they are no seeds of one" in refused(
+        f"a={folders[0]},{other}", seeds[1], out=out
+    )
+    assert "need a name" in refused(f"{folders[0]},{other}", seeds[1], out=out)
+
+
+# --- power and equivalence --------------------------------------------------------------------------------------------
+
+
+def test_a_comparison_that_finds_nothing_says_what_it_could_have_found(tmp_path):
+    folders = [write_results(tmp_path / f"exp{seed}", vqa_rows(0.6, seed)) for seed in (1, 2)]
+    pair = run(*folders, out=tmp_path / "out")["pairs"][0]
+    power = f"A true difference of {100 * pair['detectable_difference']:.2f} points would be found in 80 % of cases."
+    assert power in pair["sentence"]
+    low, high = pair["difference_ci"]
+    t = stats.t(23)
+    assert pair["detectable_difference"] == pytest.approx((high - low) / 2 / t.ppf(0.975) * (t.ppf(0.975) + t.ppf(0.8)))
+
+
+def test_a_margin_gives_the_sentence_a_third_outcome(tmp_path):
+    folders = [write_results(tmp_path / f"exp{seed}", vqa_rows(0.6, seed, images=150)) for seed in (1, 2)]
+    wide = run(*folders, "--margin", "15", out=tmp_path / "wide")["pairs"][0]
+    assert wide["sentence"].startswith("exp1 and exp2 are shown equal within 15 points: ")
+    low, high = wide["margin_ci"]
+    assert "90 % interval" in wide["sentence"] and -0.15 < low < high < 0.15
+    assert high - low < np.diff(wide["difference_ci"])[0]
+    narrow = run(*folders, "--margin", "1", out=tmp_path / "narrow")["pairs"][0]
+    assert "nor show them equal within 1 point: " in narrow["sentence"]
+    assert "--margin 0" in refused(*folders, "--margin", "0", out=tmp_path / "refused")
+
+
+def test_a_plan_tells_images_and_seeds(seeds, two, tmp_path, capsys):
+    report = run(*seeds, "--plan", "2", out=tmp_path / "a")
+    rows = report["pairs"][0]["plan"]["rows"]
+    assert [row["runs"] for row in rows] == [3, 5, 10] and not report["pairs"][0]["plan"]["spread_is_assumed"]
+    assert rows[0]["detectable_here"] > rows[1]["detectable_here"] > rows[2]["detectable_here"]
+    assert "Plan: to find 2 points in 80 % of cases" in capsys.readouterr().out
+    assumed = run(*two, "--plan", "2", out=tmp_path / "b")["pairs"][0]["plan"]
+    assert assumed["spread_is_assumed"] and len(assumed["rows"]) == 9
+    assert "--plan -1" in refused(*two, "--plan=-1", out=tmp_path / "refused")
+
+
+def test_many_pairs_that_end_alike_share_one_statement(tmp_path):
+    folders = [
+        write_results(tmp_path / f"exp{seed}", vqa_rows(0.6, seed), **recorded("exp2", seed)) for seed in range(4)
+    ]
+    better = write_results(tmp_path / "better", vqa_rows(1.3, 9), **recorded("exp2", 9))
+    report = run(*folders, better, out=tmp_path / "out")
+    head = (tmp_path / "out" / "compare.md").read_text().split("## ")[0]
+    lines = [line for line in head.splitlines() if line.startswith("- ")]
+    assert len(lines) == 4, "findings, the others, what single runs mean, and their keys"
+    assert (
+        lines[0].startswith("- 4 of 10 pairs differ by more than the choice of images explains")
+        and "better over exp0 by" in lines[0]
+    )
+    assert "6 of 10 pairs are not told apart by these numbers, nor shown equal: exp0 and exp1; " in lines[1]
+    assert "trained models, not of their recipes" in lines[2] and "0 of 10 pairs differ in one key alone." in lines[3]
+    assert len(report["pairs"]) == 10
 
 
 # --- what it refuses --------------------------------------------------------------------------------------------------
@@ -380,6 +568,44 @@ def test_left_out_and_missing_images_are_counted(two, tmp_path, capsys):
     page = (tmp_path / "out" / "compare.html").read_text(encoding="utf-8")
     assert page.count("image not found") == unreadable
     assert summary.split(";")[0] in page
+
+
+def test_the_page_has_a_dot_for_each_seed_the_chance_of_two_classes_and_long_answers_clamped(seeds, tmp_path):
+    rows = vqa_rows(0.75, 14)
+    rows[0]["prediction"] = "<b>" + "and so on " * 100
+    long = write_results(tmp_path / "long", rows, **recorded("exp2", seed=4))
+    run(f"{seeds[0]},{long}", seeds[1], out=tmp_path / "out")
+    page = (tmp_path / "out" / "compare.html").read_text()
+    assert page.count('<span class="seed"') == 7 and page.count('<span class="chance"') == 0
+    assert '<details class="long"><summary>&lt;b&gt;and so on' in page
+    assert "in most runs" in page and "exp2 is right" in page
+    papers = [
+        {"id": n, "probabilities": [0.4, 0.6], "predicted_label": 1, "true_label": n % 3 > 0, "logits": [0, 0]}
+        for n in range(30)
+    ]
+    folders = [write_results(tmp_path / name, papers) for name in ("lr_1", "lr_2")]
+    run(*folders, out=tmp_path / "cls")
+    page = (tmp_path / "cls" / "compare.html").read_text()
+    assert page.count('<span class="chance"') == 2 and "chance, 50 %" in page
+
+
+def test_clicks_that_hit_alike_are_not_said_to_be_the_same_answers(tmp_path):
+    def rows(offset):
+        point = {"point": [50, 50], "image_size": [100, 100], "bbox": [40, 40, 60, 60]}
+        return [
+            {
+                "id": str(n),
+                "images": [f"{n}.png"],
+                "instruction": "click",
+                **point,
+                "predicted_point": [50 + offset, 50],
+            }
+            for n in range(8)
+        ]
+
+    run(*[write_results(tmp_path / f"click{n}", rows(n)) for n in (0, 5)], out=tmp_path / "out")
+    page = (tmp_path / "out" / "compare.html").read_text()
+    assert "hit and missed the same targets" in page and "same answers" not in page
 
 
 def test_no_question_is_crowded_out_of_the_chosen_images():

@@ -5,11 +5,15 @@ from pathlib import Path
 
 import pytest
 import torch
+import yaml
+from safetensors.torch import load_file, save_file
 from support.tiny_runs import REPO_ROOT, run_script, short_answers, tiny_run, vqa_samples, write_config, write_images
 
 import evaluate
 from checkpoint import save_adapter
+from config import load_config, to_dict
 from distributed import Ranks
+from files import file_sha256
 from inference import answer_split
 from samples import load_samples
 
@@ -51,6 +55,32 @@ def test_predictions_scores_and_history_are_written_and_agree(setup):
     assert "predict_accuracy" in out and "95 % interval" in out and "majority_accuracy" in out
     assert f"{scores['outside_candidates']} of 6 answers" in out and str(folder / "results") in out
     assert torch.is_grad_enabled(), "whoever calls it keeps gradients"
+
+
+def test_results_record_what_they_were_made_with(setup):
+    """The config as it was trained, which an override at training time may have changed, and that of the evaluation."""
+    folder, config = setup
+    evaluated = to_dict(load_config(config))
+    trained = evaluated | {"seed": 7, "learning_rate": 0.5}
+    (folder / "out" / "config.yaml").write_text(yaml.safe_dump(trained))
+    (folder / "out" / "checkpoint-9").mkdir()
+    (folder / "out" / "checkpoint-9" / "trainer_state.json").write_text('{"global_batch": 64}')
+    with short_answers(2):
+        assert run_script("evaluate.py", "--config", config)[0] == 0
+    scores = results(folder / "results")[1]
+    assert scores["trained_config"] == trained and scores["config"] == evaluated and scores["seed"] == 7
+    assert scores["questions_per_step"] == 64
+    assert scores["data_sha256"] == {name: file_sha256(folder / f"{name}.json") for name in ("train", "test")}
+    before = scores["adapter_sha256"]
+    weights = folder / "out" / "adapter_model.safetensors"
+    changed = {name: tensor + 1 for name, tensor in load_file(weights).items()}
+    save_file(changed, weights, metadata={"format": "pt"})
+    (folder / "out" / "config.yaml").unlink()
+    with short_answers(2):
+        assert run_script("evaluate.py", "--config", config)[0] == 0
+    scores = results(folder / "results")[1]
+    assert len(before) == 64 and scores["adapter_sha256"] != before
+    assert scores["trained_config"] is None and scores["seed"] is None, "weights that came from elsewhere"
 
 
 def test_the_baseline_and_other_splits_have_results_folders_of_their_own(setup):

@@ -12,7 +12,7 @@ from support.run_helpers import REPO, finish, log_rows, order, start_train, writ
 import inference
 import train
 from checkpoint import load_trained
-from config import load_config
+from config import flatten, load_config, to_dict
 from dataset import SampleEncoder
 from distributed import Ranks
 from family import load_family
@@ -42,6 +42,23 @@ def test_every_config_opens_with_question_cost_and_result_and_is_valid(path):
     for word in ("# Question: ", "# Cost: ", "# Result: ", "# Run: "):
         assert any(line.startswith(word) for line in head), f"{path.name} lacks {word!r}"
     load_config(path)
+
+
+@pytest.mark.parametrize(
+    ("name", "changed"),
+    [
+        ("exp2_random_order", {"order": "random"}),
+        ("exp2_standard_prompt", {"template": "standard"}),
+        ("exp2_qwen2_vl", {"model_name": "Qwen/Qwen2-VL-7B-Instruct", "image_size": 756}),
+    ],
+)
+def test_each_of_exp2s_kin_differs_from_it_in_one_thing_alone(name, changed):
+    first, second = (flatten(to_dict(load_config(REPO / "configs" / f"{one}.yaml"))) for one in ("exp2", name))
+    differing = {key: second[key] for key in first | second if first.get(key) != second.get(key)}
+    folders = {"output_dir": f"outputs/{name}", "results_dir": f"results/{name}"}
+    assert differing == {"experiment": second["experiment"], **folders, **changed}
+    jobs = [(REPO / "slurm" / f"train_{one}_2gpu.slurm").read_text().splitlines()[4:] for one in ("exp2", name)]
+    assert [line.replace(f"exp2{name[4:]}", "exp2") for line in jobs[1]] == jobs[0]
 
 
 def test_exp2_trains_stages_in_order_over_all_ranks_in_every_epoch_and_exp1_does_not(data, tiny_models, tmp_path):

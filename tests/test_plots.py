@@ -57,9 +57,43 @@ def test_loss_curves_draw_short_flat_and_broken_logs(tmp_path, rows):
     Image.open(tmp_path / "plot.png").load()
 
 
+@pytest.mark.parametrize("order", [("eval", "test"), ("test", "eval")])
+def test_two_curves_that_lie_on_each_other_are_both_seen(tmp_path, order):
+    rows = [{"step": n, "epoch": n, **{f"{split}_loss": 1 / n for split in order}} for n in range(1, 9)]
+    loss_curves(rows, tmp_path / "plot.png")
+    legend = 30 * 6 / (540 * 460)
+    assert min(share_of(tmp_path / "plot.png", colour, 60) for colour in (plots.BLUE, plots.ORANGE)) > 2 * legend
+
+
+def test_the_chosen_epoch_and_the_experiments_name_are_marked(tmp_path):
+    rows = [{"step": n, "epoch": n, "eval_loss": 1.0} for n in range(1, 9)]
+    images = []
+    for number, marks in enumerate([{}, {"experiment": "EXP2"}, {"chosen_step": 3}, {"chosen_step": 7}]):
+        assert loss_curves(rows, tmp_path / f"{number}.png", **marks)
+        images.append(np.asarray(Image.open(tmp_path / f"{number}.png").convert("L")).astype(int))
+    assert (images[1] != images[0])[:40].any() and not (images[1] != images[0])[40:].any()
+    changed = [np.flatnonzero((image != images[0])[130:390].any(axis=0)).mean() for image in images[2:]]
+    assert changed == pytest.approx([70 + 430 * 3 / 8, 70 + 430 * 7 / 8], abs=1)
+
+
+def test_the_confidence_of_two_classes_begins_at_one_half_and_the_legend_covers_no_bar(tmp_path):
+    filled = {}
+    for classes in (2, 3):
+        rest = np.array([[0.45, 0.45, 0.1][:classes]] * 20)
+        rest[:, -1] = 1 - rest[:, :-1].sum(axis=1)
+        reliability_diagram(rest, [classes - 1 if classes == 2 else 0] * 20, tmp_path / f"{classes}.png")
+        pixels = np.asarray(Image.open(tmp_path / f"{classes}.png").convert("RGB")).astype(int)[130:460, 70:530]
+        blue = (np.abs(pixels - [0x24, 0x56, 0xA6]).max(axis=2) < 12).any(axis=0)
+        filled[classes] = np.flatnonzero(blue).min() / 460
+    assert filled[2] == pytest.approx((8 / 15 - 0.5) / 0.5, abs=0.02)
+    assert filled[3] == pytest.approx(6 / 15, abs=0.02)
+    reliability_diagram([[0.49, 0.51]] * 50, [1] * 50, tmp_path / "high.png")  # a bar up to the top, at the left
+    pixels = np.asarray(Image.open(tmp_path / "high.png").convert("RGB")).astype(int)
+    assert np.abs(pixels[130, 76] - [0x8F, 0xB4, 0xEA]).max() < 12
+
+
 def test_nothing_to_draw_is_an_error(tmp_path):
-    with pytest.raises(ValueError, match="nothing to draw"):
-        loss_curves([{"step": 1, "epoch": 0.1}], tmp_path / "plot.png")
+    assert loss_curves([{"step": 1, "epoch": 0.1}], tmp_path / "plot.png") is False
     with pytest.raises(ValueError, match="no samples"):
         reliability_diagram([], [], tmp_path / "plot.png")
     assert not list(tmp_path.iterdir())

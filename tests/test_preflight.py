@@ -453,6 +453,28 @@ def test_the_hash_of_the_prompt_is_that_of_token_ids_and_labels_of_samples_throu
     assert hashes(samples)["prompt"] != before
 
 
+@pytest.mark.parametrize("order", ["random", "sequential"])
+def test_a_resume_refuses_to_go_on_in_an_order_that_is_drawn_otherwise(data, tiny_models, monkeypatch, order):
+    """Under a numpy that draws otherwise, or from a checkpoint that does not say what was drawn."""
+    keys = {"num_train_epochs": 1, "data": {"val": None, "test": None}, "order": order, "seed": 5}
+    path = str(write_values(data / "c.yaml", config_values(data, tiny_models["qwen3_vl"], **keys)))
+    train.main(["--config", path])
+    state = data / "out" / "checkpoint-1" / "trainer_state.json"
+    recorded = json.loads(state.read_text())
+    without = {**recorded, "input_hashes": {k: v for k, v in recorded["input_hashes"].items() if k != "order"}}
+    other = np.random.RandomState
+    cases = (recorded, other, True), (recorded, lambda seed: other([*seed, 1]), False), (without, other, False)
+    for now, draws, is_same in cases:
+        state.write_text(json.dumps(now))
+        with monkeypatch.context() as patch:
+            patch.setattr(np.random, "RandomState", draws)
+            if is_same or order == "sequential":
+                train.main(["--config", path])
+            else:
+                with pytest.raises(UserError, match=r"^the order that is drawn for order 'random' .*changed"):
+                    train.main(["--config", path])
+
+
 def test_a_resume_refuses_replaced_images_and_a_changed_prompt_until_they_are_set_back(
     data, tiny_models, monkeypatch, capsys
 ):

@@ -101,6 +101,28 @@ def test_job_files_are_small_and_name_nobody():
         )
 
 
+def array_task_runs(folder, task, *arguments):
+    """What launch.sh adds to a run in an array's task: the key=value arguments."""
+    (folder / "torchrun").write_text("#!/bin/sh\n")
+    (folder / "torchrun").chmod(0o755)
+    job = {"SLURM_SUBMIT_DIR": str(REPO_ROOT), "SLURM_JOB_ID": "1", "SLURM_JOB_NAME": "job", "SLURM_JOB_NODELIST": "n",
+           "PATH": f"{folder}:{Path(sys.executable).parent}:{os.environ['PATH']}", **task}  # fmt: skip
+    command = 'source slurm/launch.sh; seed_of_task "$@"; echo "seeded: ${seeded[*]}"; trap - EXIT'
+    done = subprocess.run(
+        ["bash", "-c", command, "-", *arguments], env=job, cwd=REPO_ROOT, capture_output=True, text=True
+    )
+    return done.stdout.partition("seeded: ")[2].strip() + done.stderr
+
+
+def test_a_task_of_an_array_trains_its_number_as_seed_in_folders_of_its_own(tmp_path):
+    assert array_task_runs(tmp_path, {}, "configs/exp2.yaml") == ""
+    task = {"SLURM_ARRAY_TASK_ID": "3"}
+    assert array_task_runs(tmp_path, task, "configs/exp2.yaml", "results_dir=there") == (
+        "seed=3 output_dir=outputs/exp2_seed3 results_dir=there_seed3"
+    )
+    assert "init_adapter=outputs/exp4_stage1_seed3" in array_task_runs(tmp_path, task, "configs/exp4_stage2.yaml")
+
+
 def stop_again(folder, checkpoints, restarts):
     """What launch.sh does with a run in `folder` that was stopped once more: (code, what it remembers, printed)."""
     programs = folder / "programs"
