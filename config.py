@@ -32,7 +32,7 @@ class Lora:
 
 @dataclass(frozen=True)
 class Data:
-    train: str
+    train: str | None = None  # a set that is only for testing has none
     val: str | None = None
     test: str | None = None
     image_root: str = "."  # image paths in the samples are relative to this folder and may not leave it

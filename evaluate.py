@@ -122,13 +122,14 @@ def table(scores: dict) -> list[str]:
 
 def evaluate(config: Config, checkpoint: str | None, split: str, source: str) -> dict:
     """Scores of a split, written to the results folder. All ranks take part; every one returns them."""
-    check_data_files(config, dict.fromkeys([split, "train"]))
+    splits = dict.fromkeys([split, *(["train"] if config.data.train else [])])
+    check_data_files(config, splits)
     folder = Path(checkpoint or config.output_dir)
     trained = None if checkpoint == "base" else folder
     encoder = open_encoder(config, source, trained or config.model_name)
     task, family = encoder.task, encoder.family
-    hashes = {name: file_sha256(getattr(config.data, name)) for name in dict.fromkeys(["train", split])}
-    is_training_file = len(set(hashes.values())) == 1
+    hashes = {name: file_sha256(getattr(config.data, name)) for name in splits}
+    is_training_file = "train" in splits and len(set(hashes.values())) == 1
     results = results_folder(config, split)
     refuse_unusable_folder(results, "results_dir")
     ranks = start_ranks(config.deterministic)

@@ -5,6 +5,7 @@ Functions"): 32×32 grey pixels, the 8×8 lowest frequencies, one bit each for a
 """
 
 import html
+import json
 import os
 import warnings
 from collections import defaultdict
@@ -147,10 +148,12 @@ def find_near_identical(
     image_root,
     max_distance: int = MAX_DISTANCE,
     hashes: Mapping[str, int] | None = None,
+    within: bool = False,
 ) -> list[NearPair]:
     """Pairs of images in different splits whose perceptual hashes differ in at most `max_distance` of 64 bits.
 
-    `hashes` (image path as in the samples -> hash) spares the decoding. Nearest pairs first.
+    `hashes` (image path as in the samples -> hash) spares the decoding. within: those inside a split too, which another
+    split of the same images could tear apart. Nearest pairs first.
     """
     images = _images(samples_by_split)
     if hashes is None:
@@ -163,14 +166,31 @@ def find_near_identical(
     values = {split: np.array([hashes[image] for image in images[split]], dtype=np.uint64) for split in splits}
     pairs = []
     for number, split_a in enumerate(splits):
-        for split_b in splits[number + 1 :]:
+        for split_b in splits[number if within else number + 1 :]:
             for start in range(0, len(values[split_a]), _ROWS_AT_ONCE):
                 rows = values[split_a][start : start + _ROWS_AT_ONCE]
                 distances = np.bitwise_count(rows[:, None] ^ values[split_b][None, :])  # (rows, images of split_b)
                 for a, b in np.argwhere(distances <= max_distance):
+                    if split_a == split_b and start + a >= b:
+                        continue
                     names = (split_a, images[split_a][start + a], split_b, images[split_b][b])
                     pairs.append(NearPair(int(distances[a, b]), *names))
     return sorted(pairs, key=lambda pair: (pair.distance, pair.image_a, pair.image_b))
+
+
+def across(pairs: Iterable[NearPair]) -> list[NearPair]:
+    """Those whose two images are in different splits."""
+    return [pair for pair in pairs if pair.split_a != pair.split_b]
+
+
+def pairs_text(pairs: Sequence[NearPair], kept_together: Iterable[tuple[str, str]] = ()) -> str:
+    """`near_identical.json`: a pair a line, for a human to take out those that differ and for `prepare_data.py vqa
+    --keep-together` to read. kept_together: pairs that were kept together already, and should stay so."""
+    lines = [
+        {"images": [p.image_a, p.image_b], "splits": [p.split_a, p.split_b], "distance": p.distance} for p in pairs
+    ]
+    lines += [{"images": list(pair)} for pair in dict.fromkeys(kept_together)]
+    return "[\n" + ",\n".join(json.dumps(line, ensure_ascii=False) for line in lines) + "\n]\n"
 
 
 def side_by_side(pairs: Sequence[NearPair], image_root) -> str:

@@ -286,12 +286,14 @@ def check_leakage(config: Config, splits: Mapping[str, SampleList]) -> None:
     if task_of(config).HAS_HEAD:  # pages of text all look alike to a perceptual hash
         print(f"No document stands in two of {', '.join(compared)}.", flush=True)
         return
-    pairs = leakage.find_near_identical(compared, config.data.image_root)
+    everywhere = leakage.find_near_identical(compared, config.data.image_root, within=True)
+    pairs = leakage.across(everywhere)
     print(f"No image stands in two of {', '.join(compared)}; {len(pairs)} pairs look nearly alike.", flush=True)
     if pairs:
         page = Path(config.output_dir) / "near_identical.html"
         page.parent.mkdir(parents=True, exist_ok=True)
         write_text(page, leakage.side_by_side(pairs, config.data.image_root))
+        write_text(page.with_suffix(".json"), leakage.pairs_text(everywhere))  # for prepare_data.py --keep-together
         print(f"Look at them side by side in {page}", flush=True)
 
 

@@ -28,6 +28,19 @@ Coordinates count from the upper left corner of the upright image. Other keys ar
 side of the split."""
 
 
+VQA = """python prepare_data.py vqa --source FILE_OR_FOLDER --out DATA_DIR
+
+Own questions and answers -> train.json, val.json, test.json, report.md, and a config to start from. One sample each:
+  JSON list or .jsonl   {"image": "a.jpg", "question": "...", "answer": "polyp; ulcer"}
+  .csv                  columns named image, question, answer; also id, stage, candidates ("a; b"), any others are kept
+  LLaVA                 {"image": "a.jpg", "conversations": [{"from": "human", "value": "<image>..."}, ...]}
+  ShareGPT, OpenAI      {"images": ["a.jpg"], "messages": [{"role": "user", "content": "<image>..."}, ...]}
+A folder's data files are read together. Images are relative to --image-root. Identical files stay on one side of the
+split, and so do images that one sample shows together. A conversation of one question becomes question and answer;
+longer ones stay as they are. Candidates and multi-label are decided from the training answers, as for Kvasir-VQA;
+those that a sample has stay. With --split 0/0/100 the set is only for testing."""
+
+
 PAPERS = """python prepare_data.py papers --source FILE.jsonl --out DATA_DIR
 
 Papers with decisions -> train.json, val.json, test.json and report.md. One JSON object a line:
@@ -83,6 +96,25 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     click.add_argument("--boxes", choices=("xyxy", "xywh"), default="xyxy",
                        help="what a box of four numbers is: two corners, or a corner with width and height "
                             "(default: %(default)s)")  # fmt: skip
+
+    source = "a .json, .jsonl or .csv file, or a folder of them"
+    vqa = family("vqa", VQA, source, "70/15/15", "images")
+    vqa.add_argument("--image-root", metavar="DIR",
+                     help="folder that the image paths are relative to (default: the source's)")  # fmt: skip
+    vqa.add_argument("--keep-together", metavar="NEAR_IDENTICAL.json", nargs="+", default=[],
+                     help="pairs of nearly identical images to keep on one side of the split, as `train.py --check` "
+                          "and this command write them; take out of the file the pairs that differ")  # fmt: skip
+    vqa.add_argument("--answers", choices=("auto", "short", "sentences"), default="auto",
+                     help="what the answers are: for sentences evaluate.py adds token F1, BLEU, ROUGE and METEOR "
+                          "(default: sentences where more than half have five words or more)")  # fmt: skip
+    vqa.add_argument("--drop-refused", action="store_true",
+                     help="go on without rows that cannot be used; refused_rows.jsonl lists them")  # fmt: skip
+    vqa.add_argument("--config", metavar="C.yaml",
+                     help="the config to write; one that is there stays (default: configs/NAME.yaml, NAME as in "
+                          "DATA_DIR)")  # fmt: skip
+    vqa.add_argument("--model-name", default="Qwen/Qwen3-VL-8B-Instruct", metavar="MODEL",
+                     help="of the config: a hub name or a folder; it decides the image size (default: "
+                          "%(default)s)")  # fmt: skip
 
     papers = family("papers", PAPERS, source, "85/5/10", "papers")
     papers.add_argument("--train-agreeing", action="store_true",

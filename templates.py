@@ -32,6 +32,7 @@ SYSTEM_PROMPTS = {
     "ultra_condensed": ULTRA_CONDENSED,
     "standard": STANDARD,
     "plain": None,
+    "candidates": None,  # the question and its candidates, for sets of any subject
     "sequential_cot": SEQUENTIAL_COT,  # one conversation per image, see `as_conversations`
 }
 CONVERSATION_TEMPLATE = "sequential_cot"

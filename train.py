@@ -121,7 +121,7 @@ def learning_rate_factor(kind: str, step: int, warmup_steps: int, total_steps: i
 def open_data(config: Config, source: str) -> tuple[SampleEncoder, list[str]]:
     """The encoder and the names of the splits of a config. Raises: `UserError` where a file of theirs is missing."""
     named = [name for name in ("train", "val", "test") if getattr(config.data, name)]
-    check_data_files(config, named + ["val"] * bool(config.eval_steps))
+    check_data_files(config, ["train", *named] + ["val"] * bool(config.eval_steps))
     return open_encoder(config, source), named
 
 

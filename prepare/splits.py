@@ -16,18 +16,18 @@ from files import flush, written_beside
 SPLITS = ("train", "val", "test")
 
 
-def parse_split(text: str) -> tuple[float, float, float]:
-    """`70/15/15` -> per cent of train, val and test. A val or test of 0 gives an empty file."""
+def parse_split(text: str, without_train: bool = False) -> tuple[float, float, float]:
+    """`70/15/15` -> per cent of train, val and test. A split of 0 gives an empty file. without_train: train may be 0,
+    as in a set that is only for testing."""
     try:
         percents = tuple(float(part) for part in text.split("/"))
     except ValueError:
         percents = ()
     # not(...) so that nan fails as well
-    if len(percents) != 3 or not (min(percents) >= 0 and percents[0] > 0 and abs(sum(percents) - 100) < 1e-6):
-        raise UserError(
-            f"--split {text}: give three per cents for train/val/test that add up to 100, the first above 0, "
-            "such as 70/15/15"
-        )
+    enough = len(percents) == 3 and min(percents) >= 0 and (without_train or percents[0] > 0)
+    if not (enough and abs(sum(percents) - 100) < 1e-6):
+        example = "such as 70/15/15, or 0/0/100" if without_train else "the first above 0, such as 70/15/15"
+        raise UserError(f"--split {text}: give three per cents for train/val/test that add up to 100, {example}")
     return percents
 
 

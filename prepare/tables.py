@@ -48,6 +48,7 @@ def print_summary(
         print(f"\n{note}")
     print(f"\nwritten to {out}: {', '.join(written)}")
     print("for the config:\n  data:")
-    for split in SPLITS:
-        print(f"    {split}: {out / f'{split}.json'}")
+    for split, number in zip(SPLITS, table[-1][1:], strict=False):
+        if number != "0":  # an empty split cannot be used
+            print(f"    {split}: {out / f'{split}.json'}")
     print(f"    image_root: {image_root}")

@@ -13,8 +13,10 @@ def majority_answers_for(questions: Iterable[str], config: Config) -> dict[str, 
     """Question -> its most frequent answer in the run's training file.
 
     A run on one stage may be asked about all of them, as in a curriculum. Where its file train_stageN.json lacks a
-    question, the files of all stages in the same folder are counted together.
+    question, the files of all stages in the same folder are counted together. Without a training file: nothing.
     """
+    if config.data.train is None:
+        return {}
     own = Path(config.data.train)
     found = majority_answers(read_samples(own, config.max_samples))
     files = stage_files(own)

@@ -118,7 +118,8 @@ def sample_to_predict(images: list[Path], prompt: str, candidates: list[str], co
 def _trained_candidates(question: str, config: Config) -> list[str]:
     """The candidates that the run's training data gives this question, with a line that says so, or warns."""
     try:
-        asked = (sample for sample in read_samples(config.data.train) if sample.get("question") == question)
+        train = config.data.train
+        asked = (s for s in (read_samples(train) if train else ()) if s.get("question") == question)
         candidates = next((sample["candidates"] for sample in asked if sample.get("candidates")), [])
         where = f"{config.data.train} asks no such question with candidates"
     except UserError as error:

@@ -71,8 +71,12 @@ def test_a_missing_key_is_fatal_and_named(tmp_path, key):
     assert f"key '{key}' is missing" in message(tmp_path, base="\n".join(lines))
 
 
-def test_a_missing_nested_key_is_named_with_its_group(tmp_path):
-    assert "key 'data.train' is missing" in message(tmp_path, base=MINIMAL.replace("train: train.json", "val: v.json"))
+def test_a_set_that_is_only_for_testing_needs_no_training_file_and_training_names_the_key(tmp_path):
+    loaded = load(tmp_path, base=MINIMAL.replace("train: train.json", f"test: {tmp_path}/t.json"))
+    (tmp_path / "t.json").write_text("[]")
+    config.check_data_files(loaded, ["test"])
+    with pytest.raises(UserError, match=r"key 'data\.train' is not set"):
+        config.check_data_files(loaded, ["train"])
 
 
 @pytest.mark.parametrize(

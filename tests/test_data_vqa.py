@@ -1,0 +1,271 @@
+"""`prepare_data.py vqa`: own questions and answers in every form of the README -> samples by split, report, config."""
+
+import csv
+import json
+from pathlib import Path
+
+import pytest
+from conftest import shared_data
+from support.own_data import FORMS, QUESTIONS, write_own_data
+from support.tiny_runs import run_script, write_images
+
+import prepare_data
+from config import load_config
+from errors import UserError
+from leakage import refuse_identical
+from prepare import starting_config
+from prepare.kvasir import items
+from samples import load_samples
+from templates import image_paths, to_messages
+
+SPLITS = ("train", "val", "test")
+
+
+@pytest.fixture(autouse=True)
+def elsewhere(tmp_path, monkeypatch):
+    """Configs are written to ./configs."""
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+def prepare(source, *options, out="data/mine"):
+    prepare_data.main(["vqa", "--source", str(source), "--out", str(out), *map(str, options)])
+    by_split = {name: json.loads(Path(out, f"{name}.json").read_text(encoding="utf-8")) for name in SPLITS}
+    return by_split, Path(out, "report.md").read_text(encoding="utf-8")
+
+
+def rows_about(names, question="What is it?", answer="a", **more):
+    return [{"image": name, "question": question, "answer": answer, **more} for name in names]
+
+
+def write(path, rows):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    return path
+
+
+def own_images(folder, number, **more):
+    names = [f"{n:02d}.png" for n in range(number)]
+    write_images(folder, names, **more)
+    return names
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_every_form_gives_the_same_samples_split_by_image_with_candidates_as_for_kvasir(tmp_path, form):
+    source = write_own_data(tmp_path / "source", form)
+    by_split, report = prepare(source)
+    images = {split: {path for s in by_split[split] for path in image_paths(s)} for split in SPLITS}
+    assert {split: len(names) for split, names in images.items()} == {"train": 20, "val": 5, "test": 5}
+    assert len(set.union(*images.values())) == 30
+    train = [sample for sample in by_split["train"]]
+    for split in SPLITS:
+        for sample in by_split[split]:
+            said = {i for s in train if s["question"] == sample["question"] for i in items(s["answer"])}
+            assert set(sample["candidates"]) == said
+            assert sample["multi_label"] is (sample["question"] == QUESTIONS[2]) and sample["free_form"] is False
+    refuse_identical(by_split, source.parent if source.is_file() else source)
+    assert "| samples kept | 90 |" in report and "multi-label" in report
+    written = load_config("configs/mine.yaml")
+    assert written.template == "candidates" and written.data.train == "data/mine/train.json"
+    assert len(load_samples(written.data.train)) == 60
+
+
+def test_the_files_of_two_large_projects_are_read_as_published(tmp_path):
+    llava = shared_data("formats/qwen-vl-finetune/single_images.json")
+    root = tmp_path / "demo/images"
+    write_images(root, [Path(row["image"]).name for row in json.loads(llava.read_text())])
+    by_split, _ = prepare(llava, "--image-root", tmp_path, "--split", "0/0/100")
+    rows = json.loads(llava.read_text())
+    published = {turn["value"].strip() for row in rows for turn in row["conversations"] if turn["from"] == "gpt"}
+    assert len(by_split["test"]) == len(rows)
+    assert {to_messages(sample, "plain")[-1]["content"].strip() for sample in by_split["test"]} <= published
+
+    share_gpt = shared_data("formats/llamafactory/mllm_demo.json")
+    rows = json.loads(share_gpt.read_text())
+    write_images(tmp_path / "mllm_demo_data", sorted({Path(name).name for row in rows for name in row["images"]}))
+    by_split, _ = prepare(share_gpt, "--image-root", tmp_path, "--split", "0/0/100", out="data/b")
+    assert sorted(json.dumps(s["messages"]) for s in by_split["test"]) == sorted(
+        json.dumps(r["messages"]) for r in rows
+    )
+
+
+def test_a_csv_of_a_spreadsheet_is_read_by_its_column_names_with_lists_in_a_cell(tmp_path):
+    names = own_images(tmp_path / "s", 6)
+    with open(tmp_path / "s/all.csv", "w", encoding="utf-8-sig", newline="") as file:
+        writer = csv.writer(file)
+        writer.writerow(["answer", "image", "question", "candidates", "stage", "site"])
+        writer.writerows(["1, or 2", name, "How many?", "1, or 2; 3", "2", ""] for name in names)
+    by_split, _ = prepare(tmp_path / "s", "--split", "100/0/0")
+    for sample in by_split["train"]:
+        assert (sample["candidates"], sample["stage"], sample["answer"]) == (["1, or 2", "3"], 2, "1, or 2")
+        assert "site" not in sample
+
+
+def test_a_question_with_hardly_an_answer_twice_gets_no_candidates_and_the_report_says_why(tmp_path):
+    names = own_images(tmp_path, 12)
+    rows = [{"image": name, "question": "Who is it?", "answer": f"Person {n}"} for n, name in enumerate(names)]
+    rows += rows_about(names[:3], "Rare?", "yes") + rows_about(names, "Same?", "yes")
+    by_split, report = prepare(write(tmp_path / "s.jsonl", rows), "--split", "100/0/0")
+    assert not any("candidates" in sample for sample in by_split["train"])
+    for why in ("12 different answers on 12 training images", "fewer than 5", "one answer in training"):
+        assert why in report
+    assert load_config("configs/mine.yaml").template == "plain"
+
+
+def test_conversations_stay_as_they_are_when_one_of_them_has_two_questions(tmp_path):
+    names = own_images(tmp_path, 4)
+
+    def turn(asked):
+        said = [{"role": "user", "content": asked}, {"role": "assistant", "content": "Yes."}]
+        return said
+
+    rows = [{"images": [name], "messages": turn("<image>Red?")} for name in names]
+    rows[2]["messages"] += turn("Large?")
+    by_split, report = prepare(write(tmp_path / "s.jsonl", rows), "--split", "100/0/0")
+    assert sorted(len(sample["messages"]) for sample in by_split["train"]) == [2, 2, 2, 4]
+    assert "| conversation, as it is | 4 | 0 | 0 | 4 |" in report
+
+
+def test_copies_images_shown_together_and_pairs_of_a_file_stay_on_one_side(tmp_path):
+    names = own_images(tmp_path, 20)
+    (tmp_path / "copy.png").write_bytes((tmp_path / names[0]).read_bytes())
+    rows = [*rows_about([*names, "copy.png"]), *rows_about(["copy.png"], "More?")]
+    rows.append({"images": [names[1], names[2]], "question": "Same?", "answer": "no"})
+    (tmp_path / "pairs.json").write_text(json.dumps([{"images": [names[3], names[4]]}, {"images": [names[4], names[5]]},
+                                                     {"images": [names[6], "gone.png"]}]))  # fmt: skip
+    source = write(tmp_path / "s.jsonl", rows)
+    for seed in range(8):
+        by_split, report = prepare(source, "--seed", seed, "--keep-together", tmp_path / "pairs.json")
+        where = {path: split for split in SPLITS for sample in by_split[split] for path in image_paths(sample)}
+        for together in ((names[0], "copy.png"), names[1:3], names[3:6]):
+            assert len({where[name] for name in together}) == 1
+        assert len({s["group"] for split in SPLITS for s in by_split[split] if s["id"][:2] in ("03", "04", "05")}) == 1
+    assert "| groups kept together (copies, images shown together, --keep-together) | 3 |" in report
+
+
+def test_near_identical_images_are_shown_and_on_request_kept_together_under_any_seed(tmp_path):
+    names = own_images(tmp_path, 15, size=(96, 64))
+    from PIL import Image
+
+    for name in names:
+        Image.open(tmp_path / name).save(tmp_path / f"like-{name[:2]}.jpg", quality=80)
+    source = write(tmp_path / "s.jsonl", rows_about([*names, *(f"like-{n[:2]}.jpg" for n in names)]))
+    _, report = prepare(source)
+    pairs = json.loads(Path("data/mine/near_identical.json").read_text())
+    apart = sum(len(set(pair["splits"])) == 2 for pair in pairs)
+    assert apart > 0 and f"| near-identical pairs of images across splits | {apart} |" in report
+    Path("data/mine/near_identical.json").rename("pairs.json")
+    for seed in range(5):
+        _, report = prepare(source, "--keep-together", "pairs.json", "--seed", seed)
+        assert "near-identical pairs of images across splits | 0 |" in report
+    assert not Path("data/mine/near_identical.html").exists()
+
+
+def test_check_writes_the_pairs_that_keep_together_takes(tmp_path, monkeypatch):
+    import leakage
+    from preflight import check_leakage
+    from prepare.vqa import read_pairs
+
+    pairs = [leakage.NearPair(2, "train", "a.png", "test", "b.png")]
+    monkeypatch.setattr("preflight.refuse_leakage", lambda config, splits: splits)
+    source = write(tmp_path / "s.jsonl", rows_about(own_images(tmp_path, 6)))
+    prepare(source)
+    monkeypatch.setattr(leakage, "find_near_identical", lambda splits, root, within: pairs)
+    monkeypatch.setattr(leakage, "side_by_side", lambda pairs, root: "")
+    config = load_config("configs/mine.yaml")
+    check_leakage(config, {})
+    assert read_pairs(tmp_path / config.output_dir / "near_identical.json") == [("a.png", "b.png")]
+
+
+def test_refused_rows_are_all_listed_with_their_images_and_dropped_on_request(tmp_path):
+    names = own_images(tmp_path, 8)
+    (tmp_path / names[7]).write_bytes(b"no image")
+    bad = [*rows_about(["gone.png"]), *rows_about([names[7]]), *rows_about([names[0]], answer="")]
+    bad += [{"image": names[1], "question": "Q?"}, *rows_about(["../x.png"]), *rows_about([names[2]], candidates=[1])]
+    source = write(tmp_path / "s.jsonl", [*rows_about(names[:7]), *bad * 3])
+    with pytest.raises(UserError, match=r"18 row\(s\) cannot be used, nothing was written but .*refused_rows.jsonl"):
+        prepare(source)
+    listed = [json.loads(line) for line in Path("data/mine/refused_rows.jsonl").read_text().splitlines()]
+    assert [path.name for path in (tmp_path / "data/mine").iterdir()] == ["refused_rows.jsonl"]
+    assert sorted(row["row"] for row in listed) == list(range(8, 26))
+    assert {str(row["image"]).strip("[]'") for row in listed} >= {"gone.png", names[7], names[0], names[1], "../x.png"}
+    by_split, report = prepare(source, "--drop-refused")
+    assert sum(map(len, by_split.values())) == 7
+    assert "| rows refused and dropped, listed in refused_rows.jsonl | 18 |" in report
+    with pytest.raises(UserError, match=r"18 row\(s\) cannot be used"):
+        prepare(write(tmp_path / "t.jsonl", bad * 3), "--drop-refused", out="other")
+
+
+@pytest.mark.parametrize(
+    ("rows", "options", "message"),
+    [
+        ([{"image": "00.png", "frage": "?", "answer": "a"}], [], "no question; a row needs image, question and answer"),
+        ([{"image": "00.png", "conversations": []}], [], "conversation is empty"),
+        (rows_about(["00.png"]), ["--split", "50/50/50"], "or 0/0/100"),
+        (rows_about(["00.png"]), [], "cannot fill 3 splits"),
+        (rows_about(["00.png"]), ["--model-name", "org/other"], "no name of a family"),
+        (rows_about(["00.png"]), ["--keep-together", "none.json"], "give --keep-together a near_identical.json"),
+    ],
+)
+def test_a_mistake_is_one_line_with_its_cure(tmp_path, rows, options, message):
+    own_images(tmp_path, 1)
+    with pytest.raises(UserError, match=message) as error:
+        prepare(write(tmp_path / "s.jsonl", rows), *options)
+    assert "\n" not in str(error.value)
+
+
+def test_the_config_fits_family_data_and_a_set_without_training(tmp_path):
+    names = own_images(tmp_path, 6, size=(900, 500))
+    source = write(tmp_path / "s.jsonl", rows_about(names))
+    for model, size in (("Qwen/Qwen3-VL-4B-Instruct", 768), ("Qwen/Qwen2.5-VL-7B-Instruct", 756)):
+        prepare(source, "--model-name", model, "--config", f"{size}.yaml")
+        assert load_config(f"{size}.yaml").image_size == size
+    assert [starting_config.fitting_size(side, 32) for side in (10, 200, 224, 4000)] == [64, 224, 224, 768]
+    prepare(source, "--split", "0/0/100", "--config", "test.yaml")
+    written = load_config("test.yaml")
+    assert (written.data.train, written.data.val, written.data.test) == (None, None, "data/mine/test.json")
+    assert starting_config.steps_an_epoch(63) == (8, 1) and starting_config.steps_an_epoch(40_000) == (625, 8)
+
+
+def test_a_config_that_is_there_stays_and_the_next_commands_are_printed(tmp_path, capsys):
+    source = write(tmp_path / "s.jsonl", rows_about(own_images(tmp_path, 6)))
+    prepare(source)
+    told = capsys.readouterr().out
+    assert "torchrun --nproc_per_node=2 train.py --config configs/mine.yaml --check\n" in told
+    with open("configs/mine.yaml", "a") as config:
+        config.write("# mine\n")
+    prepare(source)
+    assert "is there already and stays" in capsys.readouterr().out
+    assert Path("configs/mine.yaml").read_text().endswith("# mine\n")
+
+
+def test_answers_that_are_sentences_are_told_from_words_and_the_flag_decides_otherwise(tmp_path):
+    names = own_images(tmp_path, 8)
+    rows = rows_about(names, answer="There is a small red polyp in the lower left.")
+    rows += rows_about(names[:3], "Is it red?", "yes")
+    source = write(tmp_path / "s.jsonl", rows)
+    by_split, report = prepare(source)
+    assert {sample["free_form"] for split in SPLITS for sample in by_split[split]} == {True}
+    assert "The answers are sentences (decided from their length)" in report
+    by_split, report = prepare(source, "--answers", "short")
+    assert {sample["free_form"] for split in SPLITS for sample in by_split[split]} == {False}
+    assert "short phrases (as --answers says)" in report
+
+
+def test_the_same_seed_gives_the_same_files_whatever_the_order_of_the_rows(tmp_path):
+    rows = rows_about(own_images(tmp_path, 12)) + rows_about(["00.png"], "More?", "no")
+    first, _ = prepare(write(tmp_path / "s.jsonl", rows))
+    again, _ = prepare(write(tmp_path / "s.jsonl", rows[::-1]))
+    other, _ = prepare(tmp_path / "s.jsonl", "--seed", "1")
+
+    def ids(by_split):
+        return {split: {(s["image"], s["question"]) for s in by_split[split]} for split in SPLITS}
+
+    assert ids(first) == ids(again) != ids(other)
+
+
+def test_help_names_the_forms_and_the_flags():
+    code, told, _ = run_script("prepare_data.py", "vqa", "--help")
+    for text in ("prepare_data.py vqa --source FILE_OR_FOLDER --out DATA_DIR", "conversations", "messages", ".csv",
+                 "--keep-together", "--drop-refused", "0/0/100"):  # fmt: skip
+        assert code == 0 and text in told
