@@ -36,6 +36,8 @@ class Data:
     val: str | None = None
     test: str | None = None
     image_root: str = "."  # image paths in the samples are relative to this folder and may not leave it
+    # allowed: the splits are as published, and share images on purpose; every result says so
+    shared_images: Literal["refused", "allowed"] = "refused"
 
 
 @dataclass(frozen=True)

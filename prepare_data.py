@@ -1,7 +1,7 @@
 """python prepare_data.py kvasir --source RAW_DIR --out DATA_DIR
 
 Raw sources -> train.json, val.json, test.json and a report of everything that was counted. Nothing is written unless
-all of it can be.
+all of it can be, but a list of the rows that cannot.
 """
 
 import argparse
@@ -24,6 +24,8 @@ Screenshots with instructions -> train.json, val.json, test.json and report.md. 
 The instruction may be called "instruction", "problem" or "question"; the point "point" or "click_position_px"; the box
 "bbox" or "box". A point or a box is enough; of a box alone, the centre is clicked. A file in ShareGPT form ("messages"
 or "conversations") has its points or boxes in the assistant's text: every user turn with its answer is one click.
+ScreenSpot, -v2 and -Pro are read as published ("img_filename"; a folder's files together); the kind of target, platform
+and category are kept and scored apart. With --split 0/0/100 a set is only for testing.
 Coordinates count from the upper left corner of the upright image. Other keys are kept. Identical files stay on one
 side of the split."""
 
@@ -69,6 +71,14 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
                             help=f"per cent of the {of_what} (default: %(default)s)")  # fmt: skip
         return parser
 
+    def add_common(parser: argparse.ArgumentParser, config: str) -> None:
+        parser.add_argument("--drop-refused", action="store_true",
+                            help="go on without rows that cannot be used; refused_rows.jsonl lists them")  # fmt: skip
+        parser.add_argument("--config", metavar="C.yaml",
+                            help=f"the config to write; one that is there stays (default: {config})")  # fmt: skip
+        parser.add_argument("--model-name", default="Qwen/Qwen3-VL-8B-Instruct", metavar="MODEL",
+                            help="of the config: a hub name or a folder (default: %(default)s)")  # fmt: skip
+
     command, _, text = __doc__.partition("\n")
     parser = argparse.ArgumentParser(
         usage=f"{command} [options]",
@@ -93,9 +103,10 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     click.add_argument("--coordinates", choices=("pixels", "relative1000", "relative1"), default="pixels",
                        help="what the numbers are: pixels of the original image, or shares of its width and height "
                             "in thousandths or from 0 to 1; never guessed (default: %(default)s)")  # fmt: skip
-    click.add_argument("--boxes", choices=("xyxy", "xywh"), default="xyxy",
-                       help="what a box of four numbers is: two corners, or a corner with width and height "
-                            "(default: %(default)s)")  # fmt: skip
+    click.add_argument("--boxes", choices=("xyxy", "xywh"),
+                       help="what a box of four numbers is: two corners, or a corner with width and height (default: "
+                            "xyxy; ScreenSpot files need it said: -v2 is xywh, -Pro xyxy)")  # fmt: skip
+    add_common(click, config="none is written")
 
     source = "a .json, .jsonl or .csv file, or a folder of them"
     vqa = family("vqa", VQA, source, "70/15/15", "images")
@@ -107,14 +118,7 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     vqa.add_argument("--answers", choices=("auto", "short", "sentences"), default="auto",
                      help="what the answers are: for sentences evaluate.py adds token F1, BLEU, ROUGE and METEOR "
                           "(default: sentences where more than half have five words or more)")  # fmt: skip
-    vqa.add_argument("--drop-refused", action="store_true",
-                     help="go on without rows that cannot be used; refused_rows.jsonl lists them")  # fmt: skip
-    vqa.add_argument("--config", metavar="C.yaml",
-                     help="the config to write; one that is there stays (default: configs/NAME.yaml, NAME as in "
-                          "DATA_DIR)")  # fmt: skip
-    vqa.add_argument("--model-name", default="Qwen/Qwen3-VL-8B-Instruct", metavar="MODEL",
-                     help="of the config: a hub name or a folder; it decides the image size (default: "
-                          "%(default)s)")  # fmt: skip
+    add_common(vqa, config="configs/NAME.yaml, NAME as in DATA_DIR")
 
     papers = family("papers", PAPERS, source, "85/5/10", "papers")
     papers.add_argument("--train-agreeing", action="store_true",

@@ -57,7 +57,8 @@ def public_config(config: Config) -> Config:
     def last(path: str | None) -> str | None:
         return path and Path(path).name
 
-    data = Data(*(last(path) for path in (config.data.train, config.data.val, config.data.test)), image_root=".")
+    files = {name: last(getattr(config.data, name)) for name in ("train", "val", "test")}
+    data = replace(config.data, **files, image_root=".")
     return replace(
         config,
         model_name=config.model_name if is_hub_name(config.model_name) else last(config.model_name),

@@ -1,18 +1,19 @@
 """Screenshots with instructions and points or boxes -> samples by split and a report. `prepare_data.py click` calls
 `prepare`."""
 
+import re
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 
 import errors
 import leakage
 from errors import UserError, first_names
 from images import image_path, upright_size
-from prepare import splits, tables
-from prepare.rows import RowProblems, read_rows, refuse_lone_surrogates
+from prepare import splits, starting_config, tables
+from prepare.rows import REFUSED, RowProblems, read_rows, refuse_lone_surrogates, source_files
 from prepare.splits import SPLITS
-from report.metrics import target_size
+from report.metrics import CLICK_GROUPS, target_size
 from tasks import click
 from templates import image_paths
 
@@ -20,32 +21,64 @@ from templates import image_paths
 INSTRUCTION_KEYS = ("instruction", "problem", "question")
 POINT_KEYS = ("point", "click_position_px")
 BOX_KEYS = {"xyxy": ("bbox", "box", "bbox_xyxy_px"), "xywh": ("bbox", "box", "bbox_xywh_px")}
+SCREENSPOT_IMAGE = "img_filename"  # of ScreenSpot, -v2 and -Pro
+BOX_FORMS = "[x0, y0, x1, y1] is --boxes xyxy (ScreenSpot-Pro), [x, y, width, height] is --boxes xywh (ScreenSpot-v2)"
+# ScreenSpot's facts about a target under one name each: ours -> the names in its files, the first one found wins.
+SCREENSPOT_FACTS = {
+    "data_type": ("data_type", "ui_type"),
+    "platform": ("platform", "data_source"),
+    "category": ("category", "group"),  # our own `group` is the image's
+}
+SCREENSPOT_PLATFORMS = re.compile(r"(mobile|desktop|web)(?![a-z])")  # in a file's name; -v2's rows name only the system
 UNITS = {"pixels": None, "relative1000": 1000, "relative1": 1}
 
 
-def prepare(source: str, out: str, image_root: str | None, coordinates: str, boxes: str, seed: int, split: str) -> None:
+def prepare(
+    source: str,
+    out: str,
+    image_root: str | None,
+    coordinates: str,
+    boxes: str | None,
+    seed: int,
+    split: str,
+    drop_refused: bool,
+    config: str | None,
+    model_name: str,
+) -> None:
     """Read, check, split, write, and print the table. See `prepare_data.py click --help`. Raises: `UserError`."""
-    percents = splits.parse_split(split)
-    source = Path(source)
-    image_root = Path(image_root) if image_root else source.parent
-    rows = read_rows(source)
-    problems, targets, counts = RowProblems(source), [], Counter()
-    for number, row in enumerate(rows, 1):
-        with problems.of_row(number):
-            refuse_lone_surrogates(row)
-            image_path(image_root, click.image_of(row))
-            targets += [{**target, "row": number} for target in targets_of(row, boxes, counts)]
-    problems.refuse()
+    percents = splits.parse_split(split, without_train=True)
+    source, out = Path(source), Path(out)
+    image_root = Path(image_root) if image_root else source if source.is_dir() else source.parent
+    problems, targets, counts, rows_read = RowProblems(source, out, drop_refused), [], Counter(), 0
+    for file in source_files(source, (".json", ".jsonl")):
+        rows = read_rows(file)
+        rows_read += len(rows)
+        refuse_unstated_boxes(rows, boxes, file)
+        for number, row in enumerate(rows, 1):
+            with problems.of_row(number, row.get("image") or row.get(SCREENSPOT_IMAGE) or row.get("images"), file):
+                refuse_lone_surrogates(row)
+                row = from_screenspot(row, file)
+                image_path(image_root, click.image_of(row))
+                found = list(targets_of(row, boxes or "xyxy", counts))
+                targets += [{**target, "file": file, "row": number} for target in found]
+    problems.refuse_all_dropped(len(targets))
     refuse_wrong_units(targets, coordinates, source)
-    hashes, sizes = look_at_images(dict.fromkeys(target["image"] for target in targets), image_root)
+    hashes, sizes, broken = look_at_images(dict.fromkeys(target["image"] for target in targets), image_root)
 
-    samples = {}
+    samples, usable, other_problems = {}, 0, len(problems.found)
     for target in targets:
-        with problems.of_row(target["row"]):
+        with problems.of_row(target["row"], target["image"], target["file"]):
+            if target["image"] in broken:
+                raise UserError(f"the image cannot be read: {broken[target['image']]}")
             sample = to_sample(target, sizes[target["image"]], hashes[target["image"]], coordinates)
             # Exact repeats of a click, on the same file or a copy of it, are kept once.
             samples.setdefault((sample["group"], sample["instruction"], *sample["point"]), sample)
+            usable += 1
+    only_images = len(problems.found) - other_problems == sum(target["image"] in broken for target in targets)
+    if broken and only_images and not other_problems and not drop_refused:
+        problems.refuse_as(unreadable(broken, len(sizes) + len(broken)))
     problems.refuse()
+    problems.refuse_all_dropped(len(samples))
     samples = list(samples.values())
     name_samples(samples)
     groups = Counter(sample["group"] for sample in samples)
@@ -54,10 +87,12 @@ def prepare(source: str, out: str, image_root: str | None, coordinates: str, box
     for sample in splits.shuffled(samples, seed, "order", key=lambda sample: sample["id"]):
         by_split[split_of_group[sample["group"]]].append(sample)
 
+    refused = {f"rows refused and dropped, listed in {REFUSED}": len(problems.found)} if problems.found else {}
     counted = {
-        "rows read": len(rows),
+        "rows read": rows_read,
+        **refused,
         "clicks in them": len(targets),
-        "exact repeats, dropped": len(targets) - len(samples),
+        "exact repeats, dropped": usable - len(samples),
         **{f"{what}, left out of the samples": count for what, count in counts.items()},
         "clicks kept": len(samples),
         "... with a box": sum("bbox" in sample for sample in samples),
@@ -68,14 +103,41 @@ def prepare(source: str, out: str, image_root: str | None, coordinates: str, box
     found = {target_size(sample) for sample in samples}
     kinds = {kind: kind or "no box" for kind in ("small", "medium", "large", None) if kind in found}
     table = tables.split_table("target", by_split, target_size, kinds)
-    settings = [f"coordinates {coordinates}", f"boxes {boxes}", f"seed {seed}", f"split {split}"]
+    settings = [f"coordinates {coordinates}", f"boxes {boxes or 'xyxy'}", f"seed {seed}", f"split {split}"]
     files = {f"{name}.json": splits.json_list(by_split[name]) for name in SPLITS}
-    files["report.md"] = report(source, settings, table, counted, sizes)
-    splits.write_whole(Path(out), files)
-    tables.print_summary(table, counted, (), Path(out), files, image_root)
+    files[REFUSED] = problems.list_text()
+    files["report.md"] = report(source, settings, table, counted, sizes, samples)
+    splits.write_whole(out, files)
+    tables.print_summary(table, counted, (), out, [name for name in files if files[name]], image_root)
+    if config:
+        numbers = {name: len(by_split[name]) for name in SPLITS}
+        starting_config.write(Path(config), out, image_root, numbers, model_name, None, task="click")
 
 
 # ------------------------------------------------------------------------------------------------------ the source
+
+
+def refuse_unstated_boxes(rows: list[dict], boxes: str | None, file: Path) -> None:
+    """ScreenSpot and its successors look the same and write boxes in two ways; many a box is valid in both.
+
+    Raises: `UserError` where the form is not stated."""
+    if boxes is None and any(SCREENSPOT_IMAGE in row for row in rows):
+        raise UserError(f"{file}: a ScreenSpot file does not say what its boxes are; say it: {BOX_FORMS}")
+
+
+def from_screenspot(row: dict, file: Path) -> dict:
+    """A row of ScreenSpot under our names; any other row as it is."""
+    if SCREENSPOT_IMAGE not in row:
+        return row
+    facts = {ours: next((row[key] for key in keys if row.get(key)), None) for ours, keys in SCREENSPOT_FACTS.items()}
+    if named := SCREENSPOT_PLATFORMS.search(file.stem.casefold()):
+        facts["platform"] = named[1]
+    used = {SCREENSPOT_IMAGE, "ui_type", "img_size", "group"}
+    return {
+        "image": row[SCREENSPOT_IMAGE],
+        **{key: value for key, value in row.items() if key not in used},
+        **{key: value for key, value in facts.items() if value is not None},
+    }
 
 
 def targets_of(row: dict, boxes: str, counts: Counter) -> Iterator[dict]:
@@ -172,20 +234,24 @@ def refuse_wrong_units(targets: list[dict], coordinates: str, source: Path) -> N
         )
 
 
-def look_at_images(names: Iterable[str], image_root: Path) -> tuple[dict[str, str], dict[str, tuple[int, int]]]:
-    """name -> SHA-256 of the file, and name -> (width, height) upright; every distinct file is decoded once.
-
-    Raises: `UserError` naming the files that cannot be read."""
+def look_at_images(
+    names: Iterable[str], image_root: Path
+) -> tuple[dict[str, str], dict[str, tuple[int, int]], dict[str, str]]:
+    """name -> SHA-256 of the file, name -> (width, height) upright, and name -> what is wrong with the files that
+    cannot be read; every distinct file is decoded once."""
     paths = {name: image_path(image_root, name) for name in names}
     found, broken = leakage.fingerprint(list(paths.values()))
-    if broken:
-        example = next(iter(broken.values()))
-        raise UserError(
-            f"{len(broken):,} of {len(paths):,} images cannot be read: {first_names(broken)}; correct --image-root or "
-            f"replace them (the first: {example})"
-        )
-    sizes = {name: upright_size(path) for name, path in paths.items()}
-    return {name: found[path].sha256 for name, path in paths.items()}, sizes
+    readable = {name: path for name, path in paths.items() if path in found}
+    sizes = {name: upright_size(path) for name, path in readable.items()}
+    hashes = {name: found[path].sha256 for name, path in readable.items()}
+    return hashes, sizes, {name: broken[path] for name, path in paths.items() if path in broken}
+
+
+def unreadable(broken: Mapping[str, str], images: int) -> str:
+    return (
+        f"{len(broken):,} of {images:,} images cannot be read: {first_names(broken)}; correct --image-root or replace "
+        f"them (the first: {next(iter(broken.values()))})"
+    )
 
 
 def to_sample(target: dict, size: tuple[int, int], sha256: str, coordinates: str) -> dict:
@@ -198,7 +264,7 @@ def to_sample(target: dict, size: tuple[int, int], sha256: str, coordinates: str
     box = None if target["box"] is None else pixels(target["box"])
     point = list(click.centre(box)) if target["numbers"] is None else pixels(target["numbers"])
     if wrong := click.outside(point, box, size):
-        raise UserError(wrong)
+        raise UserError(f"{wrong}. {BOX_FORMS}" if box else wrong)
     sample = {"image": target["image"], "instruction": target["instruction"], "point": point}
     sample |= {} if box is None else {"bbox": box}
     return {**target["rest"], **sample, "image_size": list(size), "group": sha256[:16]}
@@ -226,8 +292,19 @@ def ambiguous(samples: list[dict]) -> int:
 # ------------------------------------------------------------------------------------------------------- the report
 
 
-def report(source: Path, settings: list[str], table: tables.Table, counted: dict[str, int], sizes: dict) -> str:
-    """`report.md`: clicks by target size and split, everything that was counted, and the images' sizes."""
+def report(
+    source: Path,
+    settings: list[str],
+    table: tables.Table,
+    counted: dict[str, int],
+    sizes: dict,
+    samples: list[dict],
+) -> str:
+    """`report.md`: clicks by target size and split, everything that was counted, groups, and the images' sizes."""
+    groups = [["group", "value", "clicks"]]
+    for kind in CLICK_GROUPS:
+        groups += [[kind, value, f"{n:,}"] for value, n in Counter(s[kind] for s in samples if kind in s).most_common()]
+    grouped = f"\n## Groups, scored apart\n\n{tables.markdown(groups)}\n" if len(groups) > 1 else ""
     size_lines = [["width × height", "image files"]]
     common = Counter(sizes.values()).most_common(errors.NAMES_SHOWN)
     size_lines += [[f"{width} × {height}", f"{count:,}"] for (width, height), count in common]
@@ -249,7 +326,7 @@ Points and boxes are in pixels of the original image, upright, from its upper le
 
 Files of identical content stay in one split. Screenshots of one app look alike by nature, so that images that are
 only similar are not reported here; `train.py --check` lists them.
-
+{grouped}
 ## Images
 
 {tables.markdown(size_lines)}{more}

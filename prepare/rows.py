@@ -87,17 +87,20 @@ class RowProblems:
 
     def refuse(self) -> None:
         """Raises: `UserError` where anything was wrong, unless such rows are dropped."""
-        if not self.found or self.drop:
-            return
-        count = f"{len(self.found):,} row(s) cannot be used, nothing was written"
-        cure = ""
-        if self.out is not None:
-            self.out.mkdir(parents=True, exist_ok=True)
-            write_text(self.out / REFUSED, self.list_text())
-            count += f" but their list, {self.out / REFUSED}"
-            cure = ". Correct them, or go on without them: --drop-refused"
-        shown = first_names(f"{row['file']} row {row['row']}: {row['problem']}" for row in self.found)
-        raise UserError(f"{count}: {shown}{cure}")
+        if self.found and not self.drop:
+            shown = first_names(f"{row['file']} row {row['row']}: {row['problem']}" for row in self.found)
+            self.refuse_as(f"{len(self.found):,} row(s) cannot be used: {shown}")
+
+    def refuse_as(self, message: str) -> None:
+        """Raises: `UserError` of this message, after the list is written."""
+        if self.out is None:
+            raise UserError(f"{message}. Nothing was written")
+        self.out.mkdir(parents=True, exist_ok=True)
+        write_text(self.out / REFUSED, self.list_text())
+        raise UserError(
+            f"{message}. Nothing was written but {self.out / REFUSED}, which lists every such row. Correct them, or go "
+            "on without them: --drop-refused"
+        )
 
     def refuse_all_dropped(self, kept: int) -> None:
         """Raises: `UserError` where dropping has left nothing."""

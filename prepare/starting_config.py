@@ -1,5 +1,6 @@
 """A config to start from: every key that matters with its comment, sizes that fit the model family and the data."""
 
+import json
 import re
 from collections.abc import Mapping
 from pathlib import Path
@@ -9,6 +10,7 @@ from files import refuse_unusable_folder, write_text
 
 MODEL = "Qwen/Qwen3-VL-8B-Instruct"
 LARGEST_SIDE = 768  # pixels; larger images are shrunk to it
+SMALLEST_TOKENS = 7  # a side: smaller images are enlarged to it
 FACTORS = {"qwen2-vl": 28, "qwen2.5-vl": 28, "qwen3": 32}  # pixels a side of one image token
 GPUS = 2  # of the README's command
 TRAIN_BS = 4
@@ -32,8 +34,8 @@ def size_factor(model_name: str) -> int:
 
 
 def fitting_size(largest_side: int, factor: int) -> int:
-    """The side of the letterbox: the largest image as it is, at most `LARGEST_SIDE`, and a multiple of the factor."""
-    return max(2, min(-(-largest_side // factor), LARGEST_SIDE // factor)) * factor
+    """The side of the letterbox, a multiple of the factor that holds the largest image, within bounds."""
+    return max(SMALLEST_TOKENS, min(-(-largest_side // factor), LARGEST_SIDE // factor)) * factor
 
 
 def write(
@@ -66,7 +68,11 @@ def write(
 def text(path: Path, data, image_root, samples, model_name, image_size, task, template) -> str:
     name, train = path.stem, samples["train"]
     steps, grad_accum = steps_an_epoch(train)
-    lines = [f"  {split}: {data / split}.json # {number:,} samples" for split, number in samples.items() if number]
+    lines = [
+        f"  {split}: {_quoted(data / f'{split}.json')} # {number:,} samples"
+        for split, number in samples.items()
+        if number
+    ]
     size = (
         f"resize: letterbox\nimage_size: {image_size} # pixels a side; a multiple of {size_factor(model_name)} for "
         "this model. Larger shows more and costs more"
@@ -88,14 +94,14 @@ def text(path: Path, data, image_root, samples, model_name, image_size, task, te
 # Result:   not run yet.
 # Run:      {run if train else evaluate + " --checkpoint base"}
 
-experiment: "{name.upper()}" # the banner of the log
-model_name: {model_name} # a hub name, or the folder of a downloaded model
+experiment: {json.dumps(name.upper(), ensure_ascii=False)} # the banner of the log
+model_name: {_quoted(model_name)} # a hub name, or the folder of a downloaded model
 task: {task}
 template: {template} # {TEMPLATES.get(template, "")}; no say over `messages` and `conversations`
 
 data: # written by prepare_data.py; report.md beside them says what is in them
 {chr(10).join(lines)}
-  image_root: {image_root} # image paths in the samples are relative to this folder
+  image_root: {_quoted(image_root)} # image paths in the samples are relative to this folder
 order: images # images shuffled, the questions of one image together: they share its tokens
 
 vision_frozen: true
@@ -124,8 +130,8 @@ save_steps: {every} # steps, or epoch: at most so much is lost when a run is kil
 save_total_limit: 3
 seed: 42
 
-output_dir: outputs/{name}
-results_dir: results/{name}
+output_dir: {_quoted(f"outputs/{name}")}
+results_dir: {_quoted(f"results/{name}")}
 """
 
 
@@ -133,6 +139,13 @@ TEMPLATES = {
     "plain": "the bare question",
     "candidates": "the question, then its candidates; plain: the bare question",
 }
+
+
+def _quoted(text) -> str:
+    """A path as YAML has it."""
+    return (
+        str(text) if re.fullmatch(r"[\w./-]*[A-Za-z][\w./-]*", str(text)) else json.dumps(str(text), ensure_ascii=False)
+    )
 
 
 def steps_an_epoch(train: int) -> tuple[int, int]:

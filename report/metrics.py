@@ -279,6 +279,30 @@ def target_size(row: dict) -> str | None:
     return "small" if share < SMALL_BELOW else "large" if share >= LARGE_FROM else "medium"
 
 
+# Facts about a target that benchmarks report apart (ScreenSpot: icon or text; mobile, desktop or web; Pro's fields).
+CLICK_GROUPS = ("data_type", "platform", "category")
+
+
+def click_groups(row: dict) -> dict[str, str]:
+    """Group -> its value, of those that the row states; platform and data_type also together, as they are published."""
+    stated = {kind: str(row[kind]) for kind in CLICK_GROUPS if row.get(kind) is not None}
+    if "platform" in stated and "data_type" in stated:
+        stated["platform and data_type"] = f"{stated['platform']} {stated['data_type']}"
+    return stated
+
+
+def _group_columns(rows: Sequence[dict], correct: np.ndarray) -> dict[str, np.ndarray]:
+    """predict_accuracy_KIND_VALUE -> correct in the group, NaN outside; of kinds with several values."""
+    stated, columns = [click_groups(row) for row in rows], {}
+    for kind in dict.fromkeys(kind for groups in stated for kind in groups):
+        values = np.array([str(groups.get(kind)) for groups in stated])
+        if len(set(values)) > 1:
+            for value in sorted({groups[kind] for groups in stated if kind in groups}):
+                name = f"predict_accuracy_{kind}_{value}".replace("platform and data_type_", "").replace(" ", "_")
+                columns[name] = np.where(values == value, correct, np.nan)
+    return columns
+
+
 def score_click(rows: Sequence[dict]) -> dict:
     """Scores of predicted points. Intervals over images (image_key).
 
@@ -288,6 +312,7 @@ def score_click(rows: Sequence[dict]) -> dict:
         diagonal. An unparsable answer is wrong.
     predict_accuracy_small, _medium, _large: the same over the targets whose box has less than small_below_area_share,
         at least large_from_area_share of the image's area, or lies between; None where there is none.
+    predict_accuracy_data_type_icon, _platform_web, _web_icon ...: the same over the groups that the rows state.
     predict_median_distance_pixels, _share: median distance to the gold point, in pixels and as a share of the
         diagonal; an unparsable answer counts as farther away than any other, so that silence cannot improve the
         median; None when half of the answers or more are unparsable.
@@ -300,6 +325,7 @@ def score_click(rows: Sequence[dict]) -> dict:
     columns = {"predict_accuracy": correct}
     for size in ("small", "medium", "large"):
         columns[f"predict_accuracy_{size}"] = np.where(sizes == size, correct, np.nan)
+    columns |= _group_columns(rows, correct)
     distances = [click_distance(row) for row in rows]
     pixels = np.array([np.inf if distance is None else distance for distance in distances])
     shares = pixels / np.array([hypot(*row["image_size"]) for row in rows])

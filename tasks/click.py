@@ -62,7 +62,7 @@ def score(rows: list[dict], config: Config) -> dict:
 
 
 def parts(row: dict) -> dict:
-    return {"size": metrics.target_size(row)}
+    return {"size": metrics.target_size(row), **metrics.click_groups(row)}
 
 
 def asked_and_gold(row: dict) -> tuple[str, str]:

@@ -7,6 +7,7 @@ from conftest import shared_data
 from PIL import Image
 
 import prepare_data
+from config import load_config
 from errors import UserError
 from images import letterbox_placement
 from tasks.click import as_question
@@ -36,7 +37,7 @@ def row(number=0, **changes):
 
 def prepare(source, *options):
     out = source.parent / "data"
-    prepare_data.main(["click", "--source", str(source), "--out", str(out), *options])
+    prepare_data.main(["click", "--source", str(source), "--out", str(out), *map(str, options)])
     return {name: json.loads((out / f"{name}.json").read_text(encoding="utf-8")) for name in SPLITS}
 
 
@@ -133,7 +134,7 @@ def test_a_bad_row_is_an_error_with_file_and_row_and_nothing_is_written(source, 
     with pytest.raises(UserError, match=message) as error:
         prepare(path)
     assert f"{path} row 2: " in str(error.value)
-    assert not (path.parent / "data").exists()
+    assert [file.name for file in (path.parent / "data").iterdir()] == ["refused_rows.jsonl"]
 
 
 def test_every_bad_row_is_counted_and_the_first_ten_are_listed(source):
@@ -196,6 +197,67 @@ def test_prepared_samples_are_what_training_takes_and_other_keys_are_kept(source
     assert sample["app"] == "game" and sample["bbox"] == [0, 0, 40, 80]
     asked = as_question(sample, letterbox_placement(200, 400, 64), Family("qwen3_vl", "relative"))
     assert asked["answer"] == "[300, 100]"
+
+
+def screenspot(source, form, bad=0):
+    """A folder of files as ScreenSpot-v2 (xywh, three files) or -Pro (xyxy, its own keys) publishes them; `bad` rows
+    of theirs cannot be used. The same targets in both."""
+    folder = source([]).parent / f"screenspot_{form}"
+    folder.mkdir()
+    for part, platform in enumerate(("mobile", "desktop", "web")):
+        rows = []
+        for number in range(4):
+            x, y, kind = 20 * part, 10 * number, ("icon", "text")[number % 2]
+            row = {"img_filename": f"{3 * part + number % 3}.png", "instruction": f"open {number}"}
+            if form == "xywh":
+                row |= {"bbox": [x, y, 30, 40], "data_type": kind, "data_source": "windows"}
+            else:
+                row |= {"bbox": [x, y, x + 30, y + 40], "ui_type": kind, "platform": platform, "group": "Dev",
+                        "id": f"{platform}-{number}", "img_size": [200, 400]}  # fmt: skip
+            rows.append(row)
+        rows += [{**rows[0], "img_filename": f"gone{n}.png"} for n in range(bad) if n % 3 == part and n % 2]
+        rows += [{**rows[0], "instruction": f"bad {n}", "bbox": [190, 390, 300, 500]}
+                 for n in range(bad) if n % 3 == part and not n % 2]  # fmt: skip
+        name = f"screenspot_{platform}_v2.json" if form == "xywh" else f"application{part}.json"
+        (folder / name).write_text(json.dumps(rows))
+    return folder
+
+
+def test_screenspot_in_both_box_forms_gives_the_same_test_only_clicks_with_their_groups(source, tmp_path):
+    found = {}
+    for form in ("xywh", "xyxy"):
+        folder = screenspot(source, form)
+        with pytest.raises(UserError, match=r"\[x, y, width, height\] is --boxes xywh \(ScreenSpot-v2\)"):
+            prepare(folder, "--split", "0/0/100", "--image-root", tmp_path / "images")
+        by_split = prepare(folder, "--split", "0/0/100", "--image-root", tmp_path / "images", "--boxes", form)
+        assert not by_split["train"] and not by_split["val"]
+        found[form] = {
+            (s["image"], s["instruction"], *s["bbox"], *s["point"], s["data_type"], s["platform"])
+            for s in by_split["test"]
+        }
+        assert all(s["category"] == "Dev" and len(s["group"]) == 16 for s in by_split["test"] if "category" in s)
+    assert len(found["xywh"]) == 12 and found["xywh"] == found["xyxy"]
+    assert "| platform | web | 4 |" in (tmp_path / "data/report.md").read_text()
+
+
+def test_every_refused_row_is_listed_with_its_image_and_dropped_on_request(source, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    folder = screenspot(source, "xywh", bad=20)
+    options = ["--split", "0/0/100", "--image-root", tmp_path / "images", "--boxes", "xywh"]
+    with pytest.raises(UserError, match=r"20 row\(s\) cannot be used.*refused_rows.jsonl.*--drop-refused"):
+        prepare(folder, *options)
+    listed = [json.loads(line) for line in (tmp_path / "data/refused_rows.jsonl").read_text().splitlines()]
+    assert len(listed) == 20 and sorted(row["image"] for row in listed if "gone" in row["image"]) == sorted(
+        f"gone{n}.png" for n in range(1, 20, 2)
+    )
+    assert all(row["problem"] and row["file"].endswith("_v2.json") for row in listed)
+    by_split = prepare(folder, *options, "--drop-refused", "--config", "configs/spot.yaml")
+    assert len(by_split["test"]) == 12
+    assert (
+        "| rows refused and dropped, listed in refused_rows.jsonl | 20 |" in (tmp_path / "data/report.md").read_text()
+    )
+    written = load_config("configs/spot.yaml")
+    assert (written.task, written.data.train, written.resize) == ("click", None, "native")
 
 
 def test_the_help_shows_the_usual_command_and_the_names_it_understands(capsys):

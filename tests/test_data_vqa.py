@@ -183,7 +183,7 @@ def test_refused_rows_are_all_listed_with_their_images_and_dropped_on_request(tm
     bad = [*rows_about(["gone.png"]), *rows_about([names[7]]), *rows_about([names[0]], answer="")]
     bad += [{"image": names[1], "question": "Q?"}, *rows_about(["../x.png"]), *rows_about([names[2]], candidates=[1])]
     source = write(tmp_path / "s.jsonl", [*rows_about(names[:7]), *bad * 3])
-    with pytest.raises(UserError, match=r"18 row\(s\) cannot be used, nothing was written but .*refused_rows.jsonl"):
+    with pytest.raises(UserError, match=r"18 row\(s\) cannot be used: .*Nothing was written but .*refused_rows.jsonl"):
         prepare(source)
     listed = [json.loads(line) for line in Path("data/mine/refused_rows.jsonl").read_text().splitlines()]
     assert [path.name for path in (tmp_path / "data/mine").iterdir()] == ["refused_rows.jsonl"]
@@ -215,12 +215,12 @@ def test_a_mistake_is_one_line_with_its_cure(tmp_path, rows, options, message):
 
 
 def test_the_config_fits_family_data_and_a_set_without_training(tmp_path):
-    names = own_images(tmp_path, 6, size=(900, 500))
+    names = own_images(tmp_path, 4, size=(900, 50))
     source = write(tmp_path / "s.jsonl", rows_about(names))
     for model, size in (("Qwen/Qwen3-VL-4B-Instruct", 768), ("Qwen/Qwen2.5-VL-7B-Instruct", 756)):
         prepare(source, "--model-name", model, "--config", f"{size}.yaml")
         assert load_config(f"{size}.yaml").image_size == size
-    assert [starting_config.fitting_size(side, 32) for side in (10, 200, 224, 4000)] == [64, 224, 224, 768]
+    assert [starting_config.fitting_size(side, 32) for side in (10, 200, 225, 4000)] == [224, 224, 256, 768]
     prepare(source, "--split", "0/0/100", "--config", "test.yaml")
     written = load_config("test.yaml")
     assert (written.data.train, written.data.val, written.data.test) == (None, None, "data/mine/test.json")

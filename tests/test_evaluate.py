@@ -132,6 +132,36 @@ def test_the_adapter_answers_as_the_model_it_was_saved_from(setup, tiny_models):
     assert results(folder / "results")[0] == expected
 
 
+def test_a_test_only_benchmark_is_scored_by_group_with_the_base_and_no_training_file(
+    tiny_models, tmp_path, monkeypatch
+):
+    monkeypatch.chdir(tmp_path)
+    write_images(tmp_path, ["0.png", "1.png", "2.png"], size=(96, 64))
+    rows = [
+        {"img_filename": f"{number % 3}.png", "bbox": [number, 2, 30, 40], "instruction": f"open {number}",
+         "data_type": ("icon", "text")[number % 2], "data_source": ("ios", "android")[number < 3]}
+        for number in range(6)
+    ]  # fmt: skip
+    (tmp_path / "spot.json").write_text(json.dumps(rows))
+    code, _, err = run_script(
+        *("prepare_data.py", "click", "--source", "spot.json", "--out", "data", "--split", "0/0/100"),
+        *("--boxes", "xywh", "--config", "spot.yaml", "--model-name", tiny_models["qwen3_vl"]),
+    )
+    assert (code, err) == (0, "")
+    with short_answers(2):
+        code, out, err = run_script("evaluate.py", "--config", "spot.yaml", "--checkpoint", "base")
+    assert (code, err) == (0, "")
+    scored, scores, _ = results(tmp_path / "results/spot")
+    assert scores["predict_samples"] == 6 and scores["checkpoint"] == "base" and not scores["split_is_training_file"]
+    for name, number in {"data_type_icon": 3, "platform_ios": 3, "ios_text": 2, "android_icon": 2}.items():
+        of_group = [row["correct"] for row in scored if name.removeprefix("data_type_").removeprefix("platform_") in
+                    (row["data_type"], row["platform"], f"{row['platform']}_{row['data_type']}")]  # fmt: skip
+        assert len(of_group) == number and scores[f"predict_accuracy_{name}"] == sum(of_group) / number
+        assert f"predict_accuracy_{name}" in out
+    code, _, err = run_script("train.py", "--config", "spot.yaml")
+    assert code == 2 and "key 'data.train' is not set" in err
+
+
 def test_nothing_to_evaluate_is_an_error_that_says_what_to_do(setup):
     folder, config = setup
     for arguments in ([f"output_dir={folder}/none"], ["--checkpoint", folder / "none"]):

@@ -366,3 +366,24 @@ def test_silence_cannot_improve_the_median_distance():
     mute = score_click([near, click_row(None), click_row(None)])
     assert mute["predict_median_distance_pixels"] is None and mute["unparsable"] == 2
     json.dumps([silent, mute], allow_nan=False)
+
+
+def test_clicks_are_scored_by_the_groups_that_their_rows_state():
+    def row(number, hit, **groups):
+        point = [5, 5] if hit else [90, 90]
+        return {"id": str(number), "group": str(number), "point": [5, 5], "bbox": [0, 0, 10, 10],
+                "predicted_point": point, "image_size": [100, 100], **groups}  # fmt: skip
+
+    rows = [
+        row(0, True, data_type="icon", platform="web"),
+        row(1, False, data_type="icon", platform="mobile"),
+        row(2, True, data_type="text", platform="web"),
+        row(3, True, data_type="text", platform="web"),
+        row(4, False, data_type="text", platform="web", category="one value of all"),
+    ]
+    scores = score_click(rows)
+    expected = {"data_type_icon": 1 / 2, "data_type_text": 2 / 3, "platform_mobile": 0, "platform_web": 3 / 4,
+                "web_icon": 1, "mobile_icon": 0, "web_text": 2 / 3}  # fmt: skip
+    assert {name: scores[f"predict_accuracy_{name}"] for name in expected} == pytest.approx(expected)
+    assert all(f"predict_accuracy_{name}_ci" in scores for name in expected)
+    assert not any(name.startswith("predict_accuracy_data_type") for name in score_click([row(0, True)] * 2))
