@@ -291,10 +291,10 @@ def check_leakage(config: Config, splits: Mapping[str, SampleList]) -> None:
     if task_of(config).HAS_HEAD:  # pages of text all look alike to a perceptual hash
         print(f"No document stands in two of {', '.join(compared)}.", flush=True)
         return
+    if config.data.shared_images == "allowed":  # said already; copies are nearly identical as well
+        return
     everywhere = leakage.find_near_identical(compared, config.data.image_root, within=True)
     pairs = leakage.across(everywhere)
-    if config.data.shared_images == "allowed":
-        return
     print(f"No image stands in two of {', '.join(compared)}; {len(pairs)} pairs look nearly alike.", flush=True)
     if pairs:
         page = Path(config.output_dir) / "near_identical.html"

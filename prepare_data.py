@@ -17,6 +17,15 @@ Kvasir-VQA (images/<img_id>.jpg and metadata.csv, or the parquet files of its hu
 stages.json (question -> stage, yours to edit) and report.md. Identical files stay on one side of the split."""
 
 
+KVASIR_X1 = """python prepare_data.py kvasir-x1 --source PARQUET_DIR --images KVASIR_DIR --out DATA_DIR
+
+Kvasir-VQA-x1 (its parquet files, or SimulaMet/Kvasir-VQA-x1) -> train.json, val.json, test.json, report.md, and a
+config to start from. Its images are those of Kvasir-VQA, found by id in KVASIR_DIR/images. Levels of complexity become
+stages; answers are free text. The default split is one of images. The published one (--split official) is reported to
+share images between train and test: they are counted, the config then says data.shared_images: allowed, without which
+training refuses, and every result counts the test samples on images of train."""
+
+
 CLICK = """python prepare_data.py click --source FILE.jsonl --out DATA_DIR
 
 Screenshots with instructions -> train.json, val.json, test.json and report.md. One JSON object a line, or a JSON list:
@@ -71,6 +80,11 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
                             help=f"per cent of the {of_what} (default: %(default)s)")  # fmt: skip
         return parser
 
+    def add_answers(parser: argparse.ArgumentParser) -> None:
+        parser.add_argument("--answers", choices=("auto", "short", "sentences"), default="auto",
+                            help="what the answers are: for sentences evaluate.py adds token F1, BLEU, ROUGE, METEOR "
+                                 "(auto: sentences where more than half have five words or more)")  # fmt: skip
+
     def add_common(parser: argparse.ArgumentParser, config: str) -> None:
         parser.add_argument("--drop-refused", action="store_true",
                             help="go on without rows that cannot be used; refused_rows.jsonl lists them")  # fmt: skip
@@ -96,7 +110,14 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
                         help="who gives each question its stage: keyword rules, or a causal language model by hub "
                              "name or folder (default: %(default)s)")  # fmt: skip
 
-    source = "the file to read (.jsonl or .json)"
+    source = "a parquet file, a folder of them, or hub name"
+    x1 = family("kvasir-x1", KVASIR_X1, source, "70/15/15", "images; or: official")
+    x1.add_argument("--images", required=True, metavar="KVASIR_DIR",
+                    help="folder of Kvasir-VQA, with images/<img_id>.jpg")  # fmt: skip
+    add_answers(x1)
+    add_common(x1, config="configs/NAME.yaml, NAME as in DATA_DIR")
+
+    source = "the file to read (.jsonl or .json), or a folder of them"
     click = family("click", CLICK, source, "70/15/15", "clicks, whole images only")
     click.add_argument("--image-root", metavar="DIR",
                        help="folder that the image paths are relative to (default: the source file's)")  # fmt: skip
@@ -115,9 +136,7 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     vqa.add_argument("--keep-together", metavar="NEAR_IDENTICAL.json", nargs="+", default=[],
                      help="pairs of nearly identical images to keep on one side of the split, as `train.py --check` "
                           "and this command write them; take out of the file the pairs that differ")  # fmt: skip
-    vqa.add_argument("--answers", choices=("auto", "short", "sentences"), default="auto",
-                     help="what the answers are: for sentences evaluate.py adds token F1, BLEU, ROUGE and METEOR "
-                          "(default: sentences where more than half have five words or more)")  # fmt: skip
+    add_answers(vqa)
     add_common(vqa, config="configs/NAME.yaml, NAME as in DATA_DIR")
 
     papers = family("papers", PAPERS, source, "85/5/10", "papers")
@@ -134,7 +153,7 @@ def main(arguments: list[str] | None = None) -> None:
     options = vars(parse_arguments(arguments))
     refuse_unusable_folder(Path(options["out"]), "--out")
     # Imported here, so that --help and the other families do not wait for it.
-    importlib.import_module(f"prepare.{options.pop('family')}").prepare(**options)
+    importlib.import_module(f"prepare.{options.pop('family').replace('-', '_')}").prepare(**options)
 
 
 if __name__ == "__main__":

@@ -9,7 +9,7 @@ import re
 from dataclasses import replace
 from pathlib import Path
 
-from config import Config, Data, to_yaml
+from config import Config, to_yaml
 from errors import UserError
 from files import read_json
 from run_folder import MERGED_CONFIG_FILE

@@ -47,15 +47,17 @@ def write(
     image_size: int | None,
     task: str = "vqa",
     template: str = "plain",
+    shared_images: bool = False,
 ) -> None:
     """Write the config of a prepared set, unless there is one; then say what to type next. samples: split -> how many.
-    image_size: for letterbox; None: native resolution, as small targets need."""
+    image_size: for letterbox; None: native resolution, as small targets need. shared_images: train and test have some
+    in common, on purpose."""
     refuse_unusable_folder(path.parent, "--config")
     if path.exists():
         print(f"\n{path} is there already and stays as it is; remove it to have a fresh one")
     else:
         path.parent.mkdir(parents=True, exist_ok=True)
-        write_text(path, text(path, data, image_root, samples, model_name, image_size, task, template))
+        write_text(path, text(path, data, image_root, samples, model_name, image_size, task, template, shared_images))
         print(f"\n{path} is a config to start from; read it, then:")
     if samples["train"]:
         print(f"  torchrun --nproc_per_node={GPUS} train.py --config {path} --check")
@@ -65,7 +67,7 @@ def write(
         print(f"  python evaluate.py --config {path}{base}")
 
 
-def text(path: Path, data, image_root, samples, model_name, image_size, task, template) -> str:
+def text(path: Path, data, image_root, samples, model_name, image_size, task, template, shared_images) -> str:
     name, train = path.stem, samples["train"]
     steps, grad_accum = steps_an_epoch(train)
     lines = [
@@ -73,6 +75,10 @@ def text(path: Path, data, image_root, samples, model_name, image_size, task, te
         for split, number in samples.items()
         if number
     ]
+    if shared_images:
+        lines.append(
+            "  shared_images: allowed # the published split shows images of train in test; every result says so"
+        )
     size = (
         f"resize: letterbox\nimage_size: {image_size} # pixels a side; a multiple of {size_factor(model_name)} for "
         "this model. Larger shows more and costs more"

@@ -329,6 +329,8 @@ def report(source, settings, table, counts, questions, free_form: bool, answers:
     decided = "as --answers says" if answers != "auto" else "decided from their length"
     kind = "sentences" if free_form else "words and short phrases"
     scores = "exact match, token F1, BLEU, ROUGE-1/2/L and METEOR" if free_form else "exact match"
+    if any(row[0] == KINDS["conversation"] for row in table):
+        scores += "; a conversation is scored on its last answer, with the gold earlier ones in view"
     where = "the training split only" if has_train else "nowhere: there is no training split"
     return f"""# Questions and answers, prepared
 
@@ -347,8 +349,8 @@ nearly alike are not moved: {PAGE} shows the pairs across splits, and --keep-tog
 
 ## Answers
 
-The answers are {kind} ({decided}), so `evaluate.py` scores {scores}. `--answers short` or `--answers sentences`
-decides otherwise.
+The answers are {kind} ({decided}). `evaluate.py` scores {scores}.
+`--answers short` or `--answers sentences`, here or there, decides otherwise.
 
 Candidates come from {where}, for questions asked of {FEWEST_IMAGES} images or more whose answers come again; a list of
 the sample's own stays. They are in the prompt with `template: candidates`, and not with `template: plain`.
