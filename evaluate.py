@@ -26,9 +26,11 @@ from errors import UserError
 from files import file_sha256, refuse_unusable_folder, write_json, write_text
 from inference import predict_split
 from preflight import check_samples, open_encoder
+from report.free_form import INSTALL
 from report.results import read_log, run_history
 from run_folder import CONFIG_FILE, checkpoints
 from samples import load_split
+from templates import image_paths
 
 
 def results_folder(config: Config, split: str) -> Path:
@@ -111,6 +113,15 @@ def table(scores: dict) -> list[str]:
             f"  {'last_turns':<28}{scores['last_turns']:6d} conversations, scored on their last answer alone, with the "
             "gold earlier ones in view"
         )
+    if scores.get("free_form_missing"):
+        lines.append(f"  not scored: {', '.join(scores['free_form_missing'])} missing; {INSTALL}, and evaluate again")
+    if scores.get("meteor_matches"):
+        lines.append(f"  METEOR matched {scores['meteor_matches']}; BLEU is sacrebleu's, of all answers together")
+    if "samples_on_training_images" in scores:
+        lines.append(
+            f"  {'samples_on_training_images':<28}{scores['samples_on_training_images']:6d} samples whose images "
+            "training shows too (data.shared_images: allowed): memory as well as skill"
+        )
     if scores.get("unparsable"):
         lines.append(f"  {'unparsable':<28}{scores['unparsable']:6d} answers without a point, counted as wrong")
     if scores.get("cut_texts"):
@@ -120,8 +131,9 @@ def table(scores: dict) -> list[str]:
     return lines
 
 
-def evaluate(config: Config, checkpoint: str | None, split: str, source: str) -> dict:
-    """Scores of a split, written to the results folder. All ranks take part; every one returns them."""
+def evaluate(config: Config, checkpoint: str | None, split: str, source: str, answers: str = "auto") -> dict:
+    """Scores of a split, written to the results folder. All ranks take part; every one returns them. answers: whether
+    they are scored as `sentences` or as `short`; auto: as the samples say, or else as they look."""
     splits = dict.fromkeys([split, *(["train"] if config.data.train else [])])
     check_data_files(config, splits)
     folder = Path(checkpoint or config.output_dir)
@@ -145,6 +157,8 @@ def evaluate(config: Config, checkpoint: str | None, split: str, source: str) ->
     loaded = time.perf_counter()
     rows = predict_split(make_loss(model, family, config), samples, encoder, ranks)
     seconds = time.perf_counter() - loaded
+    if answers != "auto":
+        rows = [{**row, "free_form": answers == "sentences"} for row in rows]
     scores = task.score(rows, config) | {
         "cut_off": sum(row.get("cut_off", False) for row in rows),
         "experiment": config.experiment,
@@ -159,6 +173,9 @@ def evaluate(config: Config, checkpoint: str | None, split: str, source: str) ->
         "predict_samples_per_second": len(rows) / seconds,
         **(provenance(config, trained, hashes) if ranks.is_first else {}),
     }
+    if config.data.shared_images == "allowed" and "train" in splits:
+        shown = {path for sample in load_split(config, "train").one_of_each_image() for path in image_paths(sample)}
+        scores["samples_on_training_images"] = sum(not shown.isdisjoint(row["images"]) for row in rows)
     if ranks.is_first:
         results.mkdir(parents=True, exist_ok=True)
         lines = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
@@ -180,11 +197,14 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--checkpoint", metavar="DIR", help="an adapter or checkpoint folder; default: output_dir; "
                         "'base': the model before training")  # fmt: skip
     parser.add_argument("--split", default="test", choices=["train", "val", "test"])
+    parser.add_argument("--answers", choices=("auto", "short", "sentences"), default="auto",
+                        help="sentences: score token F1, BLEU, ROUGE and METEOR beside exact match (auto: as "
+                             "prepare_data.py has decided, or where most gold answers have five words)")  # fmt: skip
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="override any config key, e.g. image=none")
     args = parser.parse_intermixed_args(arguments)
     config = load_config(args.config, args.overrides)
     with torch.no_grad():
-        evaluate(config, args.checkpoint, args.split, args.config)
+        evaluate(config, args.checkpoint, args.split, args.config, args.answers)
 
 
 if __name__ == "__main__":

@@ -14,6 +14,9 @@ from collections.abc import Callable, Iterable, Sequence
 
 import numpy as np
 
+from report.metrics import _with_intervals, image_key
+from report.resampling import bootstrap, cluster_numbers
+
 SENTENCE_WORDS = 5
 PHRASE_WORDS = 3  # that end with a full stop
 LIBRARIES = ("sacrebleu", "rouge_score", "nltk")
@@ -58,6 +61,32 @@ _PUNCTUATION = str.maketrans("", "", string.punctuation)
 
 def _words(text: str) -> list[str]:
     return re.sub(r"\b(a|an|the)\b", " ", text.casefold().translate(_PUNCTUATION)).split()
+
+
+def score_free_form(rows: Sequence[dict], overrule: bool | None = None) -> dict:
+    """What `metrics.score_vqa` is joined by where answers are sentences; else nothing. Intervals by bootstrap over
+    images. overrule: whether they are, where the caller knows better than `is_free_form`.
+
+    predict_token_f1, predict_rouge1, _rouge2, _rougeL, predict_meteor: means over the rows, 0 to 1; None where the
+        library is missing, which `free_form_missing` names. predict_bleu: of the corpus, 0 to 1.
+    free_form: True. meteor_matches: what METEOR took for a match.
+    """
+    if not (is_free_form(rows) if overrule is None else overrule):
+        return {}
+    means, bleu = columns(rows)
+    values = np.stack(list(means.values()), axis=1)  # (samples, scores)
+
+    def statistic(weights: np.ndarray) -> np.ndarray:
+        corpus = bleu(weights) if bleu else np.full(len(weights), np.nan)
+        return np.column_stack([weights @ values / weights.sum(axis=1, keepdims=True), corpus])
+
+    found, intervals = bootstrap(statistic, cluster_numbers([image_key(row) for row in rows]))
+    scores = _with_intervals(NAMES, found, intervals) | {"free_form": True}
+    if missing := missing_libraries():
+        scores["free_form_missing"] = missing
+    if "nltk" not in missing:
+        scores["meteor_matches"] = meteor_matches()
+    return scores
 
 
 def columns(rows: Sequence[dict]) -> tuple[dict[str, np.ndarray], Callable[[np.ndarray], np.ndarray] | None]:

@@ -5,7 +5,7 @@ from pathlib import Path
 from config import Config
 from errors import UserError
 from images import Placement
-from report import metrics
+from report import free_form, metrics
 from report.baseline import majority_answers_for
 from samples import read_samples
 from templates import SYSTEM_PROMPTS, image_paths, split_answer, to_messages
@@ -69,12 +69,13 @@ def with_other_keys(line: dict, sample: dict) -> dict:
 
 def score(rows: list[dict], config: Config) -> dict:
     scores = metrics.score_vqa(rows, majority_answers_for({row["question"] for row in rows}, config))
+    scores |= free_form.score_free_form(rows)
     last_turns = sum("gold_answers_in_view" in row for row in rows)
     return scores | ({"last_turns": last_turns} if last_turns else {})
 
 
 def compared_scores(rows: list[dict]) -> dict:
-    return metrics.score_vqa(rows, {})
+    return metrics.score_vqa(rows, {}) | free_form.score_free_form(rows)
 
 
 def parts(row: dict) -> dict:
