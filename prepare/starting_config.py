@@ -11,7 +11,7 @@ from files import refuse_unusable_folder, write_text
 MODEL = "Qwen/Qwen3-VL-8B-Instruct"
 LARGEST_SIDE = 768  # pixels; larger images are shrunk to it
 SMALLEST_TOKENS = 7  # a side: smaller images are enlarged to it
-FACTORS = {"qwen2-vl": 28, "qwen2.5-vl": 28, "qwen3": 32}  # pixels a side of one image token
+FACTORS = {r"qwen2(\.5)?-vl": 28, r"qwen3-vl|qwen3\.5": 32}  # model name -> pixels a side of one image token
 GPUS = 2  # of the README's command
 TRAIN_BS = 4
 

@@ -2,10 +2,14 @@
 
 import csv
 import json
+import os
+import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
-from conftest import shared_data
+from conftest import REPO_ROOT, shared_data
 from support.own_data import FORMS, QUESTIONS, write_own_data
 from support.tiny_runs import run_script, write_images
 
@@ -269,3 +273,65 @@ def test_help_names_the_forms_and_the_flags():
     for text in ("prepare_data.py vqa --source FILE_OR_FOLDER --out DATA_DIR", "conversations", "messages", ".csv",
                  "--keep-together", "--drop-refused", "0/0/100"):  # fmt: skip
         assert code == 0 and text in told
+
+
+def readme_commands() -> list[str]:
+    """The first commands under "Train on your own images", without their comments."""
+    section = (REPO_ROOT / "README.md").read_text(encoding="utf-8").partition("## Train on your own images")[2]
+    block = section.partition("```bash\n")[2].partition("```")[0]
+    return [line.partition("   #")[0].strip() for line in block.splitlines()]
+
+
+@pytest.fixture(scope="module")
+def fresh_clone(tiny_models, tmp_path_factory):
+    """(a copy of the repo's own files, the environment: a cache that holds a tiny model under the README's name)."""
+    folder = tmp_path_factory.mktemp("clone")
+    listed = subprocess.run(
+        ["git", "ls-files", "*.py", "requirements*.txt"], cwd=REPO_ROOT, capture_output=True, text=True
+    )
+    for name in listed.stdout.split():
+        if not name.startswith("tests/"):
+            (folder / name).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy(REPO_ROOT / name, folder / name)
+    model = folder / "cache/hub/models--Qwen--Qwen3-VL-8B-Instruct"
+    (model / "refs").mkdir(parents=True)
+    (model / "refs/main").write_text("0" * 40)
+    shutil.copytree(tiny_models["qwen3_vl"], model / "snapshots" / ("0" * 40))
+    path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
+    return folder, {**os.environ, "PATH": path, "HF_HOME": str(folder / "cache"), "HF_HUB_OFFLINE": "1"}
+
+
+@pytest.mark.slow
+def test_the_five_commands_of_the_readme_work_as_printed_in_a_fresh_clone(fresh_clone):
+    clone, environment = fresh_clone
+    write_own_data(clone / "my_data", "csv")
+    commands, printed = readme_commands(), []
+    assert len(commands) == 5 and commands[0].endswith("pip install -r requirements.txt")
+    for command in commands[1:]:
+        options = {"cwd": clone, "env": environment, "capture_output": True, "text": True}
+        done = subprocess.run(command, shell=True, timeout=280, **options)
+        assert done.returncode == 0, (command, done.stdout[-2000:], done.stderr[-2000:])
+        printed.append(done.stdout)
+    assert "Check passed: nothing was trained." in printed[1]
+    assert "the model is in outputs/mine" in printed[2] and "predict_accuracy" in printed[3]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("form", FORMS)
+def test_the_config_written_for_every_form_passes_the_check(tiny_models, tmp_path, form):
+    write_own_data(tmp_path / "my_data", form)
+    prepare("my_data")
+    model = f"model_name={tiny_models['qwen3_vl']}"
+    code, told, err = run_script("train.py", "--config", "configs/mine.yaml", "--check", model)
+    assert (code, err) == (0, "") and "Check passed: nothing was trained." in told
+
+
+def test_the_minimal_config_of_the_readme_is_one_and_every_key_but_image_size_is_required(tmp_path):
+    section = (REPO_ROOT / "README.md").read_text(encoding="utf-8").partition("```yaml\n")[2].partition("```")[0]
+    (tmp_path / "c.yaml").write_text(section)
+    assert load_config("c.yaml").task == "vqa"
+    for line in section.splitlines():
+        (tmp_path / "c.yaml").write_text(section.replace(line + "\n", ""))
+        if not line.startswith("image_size"):
+            with pytest.raises(UserError, match="is missing"):
+                load_config("c.yaml")
