@@ -45,6 +45,8 @@ def prepare(
     percents = splits.parse_split(split, without_train=True)
     factor = starting_config.size_factor(model_name)
     source, out = Path(source), Path(out)
+    if source.is_dir() and out.absolute() == source.absolute():
+        raise UserError(f"--out {out} is the source's own folder, whose files would be read again; give another place")
     image_root = Path(image_root) if image_root else source if source.is_dir() else source.parent
     kept_pairs = [pair for path in keep_together for pair in read_pairs(Path(path))]
 
@@ -55,6 +57,9 @@ def prepare(
             with problems.of_row(number, row.get("image") or row.get("images"), file):
                 samples.append({**to_sample(row, image_root), "row": (file, number)})
     named = dict.fromkeys(path for sample in samples for path in image_paths(sample))
+    if samples and not named:
+        keys = ", ".join(key for key in samples[0] if key != "row")
+        raise UserError(f"{source}: no row shows an image; name it 'image' (or a list, 'images'); found {keys}")
     found, broken = leakage.fingerprint([image_path(image_root, path) for path in named])
     readable = []
     for sample in samples:
@@ -100,6 +105,7 @@ def prepare(
         f"rows refused and dropped, listed in {REFUSED}": len(problems.found),
         "exact repeats, dropped": repeats,
         "samples kept": len(samples),
+        "... without an image": sum(not image_paths(sample) for sample in samples),
         "image-question pairs with different answers, all kept": contradictions(samples),
         "answers that are not in their own candidate list": own_lists,
         "image files": len(prints),

@@ -251,8 +251,10 @@ def test_every_refused_row_is_listed_with_its_image_and_dropped_on_request(sourc
         f"gone{n}.png" for n in range(1, 20, 2)
     )
     assert all(row["problem"] and row["file"].endswith("_v2.json") for row in listed)
+    (tmp_path / "data/refused_rows.jsonl").unlink()
     by_split = prepare(folder, *options, "--drop-refused", "--config", "configs/spot.yaml")
     assert len(by_split["test"]) == 12
+    assert len((tmp_path / "data/refused_rows.jsonl").read_text().splitlines()) == 20
     assert (
         "| rows refused and dropped, listed in refused_rows.jsonl | 20 |" in (tmp_path / "data/report.md").read_text()
     )
