@@ -79,3 +79,10 @@ def test_questions_that_training_never_asks_are_counted(tmp_path):
     scores = score_vqa(rows, majority)
     assert (scores["majority_unseen"], scores["majority_accuracy"]) == (2, 1 / 3)
     assert score_vqa(rows, {})["majority_unseen"] is None
+
+
+def test_a_set_without_training_data_has_no_majority_baseline():
+    config = SimpleNamespace(data=SimpleNamespace(train=None), max_samples=None)
+    rows = [{"id": "1", "question": "Q?", "answer": "a", "prediction": "a", "group": "1"}]
+    scores = vqa.score(rows, config)
+    assert scores["predict_accuracy"] == 1 and scores["majority_accuracy"] is None is scores["majority_unseen"]

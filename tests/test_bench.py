@@ -185,3 +185,12 @@ def test_image_tokens_that_no_image_has_are_an_error():
 def test_two_ranks_start_from_a_cache_as_from_memory_and_in_the_same_order():
     rows = columns(run("bench/start.py", "--samples", "3000", "--form", "own", "--order", "images"))
     assert [rows[start][-1] for start in ("without a cache", "the first", "the next")] == ["yes"] * 3
+
+
+@pytest.mark.slow
+def test_needs_counts_a_shipped_config_for_a_stated_model(tiny_models):
+    model = f"Qwen/Qwen3-VL-8B-Instruct={tiny_models['qwen3_vl']}"
+    table = columns(run("bench/needs.py", "--only", "exp2", "click_rank32", "--model", model))
+    for name in ("exp2", "click_rank32"):
+        assert table[name][:2] == ["Qwen3-VL-8B-Instruct", "2"] and table[name][4] == "24 GB", table
+    assert float(table["click_rank32"][6]) >= float(table["exp2"][6]), "twice the rank, twice the checkpoint"
