@@ -30,7 +30,6 @@ from model import (
     LANGUAGE,
     PROJECTOR,
     VISION,
-    add_features_by_place,
     auto_class,
     base_of,
     group_of,
@@ -58,7 +57,6 @@ def meta_loss(config: Config, family: Family, dtype: torch.dtype) -> nn.Module:
             attach_head(base, config.num_labels, config.seed)
         if family.has_vision:
             patch_embed_as_matrix_product(base)
-            add_features_by_place(base)
             install_vision_attention(base)
             install_shared_attention(base)
         model = prepare_training(base, config)

@@ -94,7 +94,6 @@ def load_base(model_name: str, dtype: torch.dtype | str, quantization: str = "no
     model.requires_grad_(False)
     if hasattr(model.model, "visual"):
         patch_embed_as_matrix_product(model)
-        add_features_by_place(model)
         install_vision_attention(model)
         install_shared_attention(model)  # texts without an image share no prefix
     return model
@@ -460,7 +459,7 @@ def at_places(states: torch.Tensor, places: torch.Tensor) -> torch.Tensor:
     return states.flatten(0, 1).index_select(0, places)
 
 
-def add_features_by_place(model: nn.Module) -> None:
+def _add_features_by_place(language_model: nn.Module) -> None:
     """Let Qwen3-VL's DeepStack add its features at places instead of a bool mask, where it is given those: see
     `at_places`."""
 
@@ -469,9 +468,7 @@ def add_features_by_place(model: nn.Module) -> None:
             return type(self)._deepstack_process(self, hidden, places, features)
         return hidden.flatten(0, 1).index_add(0, places, features.to(hidden.dtype)).view_as(hidden)
 
-    language_model = model.model.language_model
-    if hasattr(language_model, "_deepstack_process"):
-        language_model._deepstack_process = types.MethodType(add, language_model)
+    language_model._deepstack_process = types.MethodType(add, language_model)
 
 
 def hidden_states(model: nn.Module, batch: dict, family: Family, **cache) -> torch.Tensor:
@@ -495,6 +492,7 @@ def hidden_states(model: nn.Module, batch: dict, family: Family, **cache) -> tor
         flat = embedded.flatten(0, 1).index_copy(0, places, features.to(embedded.dtype))
         embedded = flat.view_as(embedded)
         if deepstack:
+            _add_features_by_place(base.language_model)
             inputs |= {"visual_pos_masks": places, "deepstack_visual_embeds": deepstack}
     if batch["shared_prefix"] is not None:  # without the mask, questions would read each other
         mask = attention_mask(batch["segments"])

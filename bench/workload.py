@@ -29,7 +29,6 @@ from forecast import Operations, meta_loss
 from images import native_size
 from model import (
     LANGUAGE,
-    add_features_by_place,
     attach_lora,
     load_tokenizer,
     patch_embed_as_matrix_product,
@@ -151,7 +150,6 @@ def adapted(base: torch.nn.Module, lora: Lora, seed: int, stock: bool) -> torch.
 
     stock: as transformers and PEFT make it, without this repo's patch embedding, attention and adapter product."""
     model = copy.deepcopy(base, memo={id(parameter): parameter for parameter in base.parameters()})
-    add_features_by_place(model)  # transformers' own where it is given a mask
     if not stock:
         patch_embed_as_matrix_product(model)
         install_vision_attention(model)
