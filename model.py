@@ -31,6 +31,7 @@ from batches import vision_inputs
 from config import Config, Lora
 from errors import UserError
 from family import Family
+from recurrent import forked_rows, install_forks
 from tasks import task_of
 
 OLDEST_TRANSFORMERS = (5, 23)  # an older one would ignore the images' features that it is given, and say nothing
@@ -72,7 +73,7 @@ def load_base(model_name: str, dtype: torch.dtype | str, quantization: str = "no
         raise UserError(f"transformers {transformers.__version__} is too old; run: pip install -r requirements.txt")
     transformers_logging.disable_progress_bar()
     # Its report of keys is ours below. (On that level, it would list every layer as not sharded.)
-    for name in ("modeling_utils", "distributed.tensor_parallel"):
+    for name in ("modeling_utils", "distributed.tensor_parallel", "integrations.hub_kernels"):
         transformers_logging.get_logger(f"transformers.{name}").setLevel("ERROR")
     without_cudnn()
     try:
@@ -92,6 +93,7 @@ def load_base(model_name: str, dtype: torch.dtype | str, quantization: str = "no
         if names := sorted(map(str, report[f"{kind}_keys"])):
             raise UserError(f"model_name '{model_name}': {len(names)} {kind} weights, first {names[0]}")
     model.requires_grad_(False)
+    install_forks(model)
     if hasattr(model.model, "visual"):
         patch_embed_as_matrix_product(model)
         add_features_by_place(model)
@@ -499,7 +501,9 @@ def hidden_states(model: nn.Module, batch: dict, family: Family, **cache) -> tor
     if batch["shared_prefix"] is not None:  # without the mask, questions would read each other
         mask = attention_mask(batch["segments"])
         inputs |= {"attention_mask": mask, "shared_rows": shared_rows(base, batch, mask, embedded.dtype)}
-    return base.language_model(inputs_embeds=embedded, **inputs, **cache).last_hidden_state
+        if family.is_recurrent:  # no mask reaches these layers
+            inputs["forked_rows"] = forked_rows(batch)
+    return base.language_model(inputs_embeds=embedded, **{**inputs, **cache}).last_hidden_state
 
 
 def shared_rows(base: nn.Module, batch: dict, mask: torch.Tensor, dtype: torch.dtype) -> SharedRows:

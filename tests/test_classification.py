@@ -30,7 +30,7 @@ from model import base_of, group_of, load_base, load_tokenizer, optimizer_groups
 from preflight import check_samples
 from samples import SampleList
 
-VISION = ["qwen2_vl", "qwen2_5_vl", "qwen3_vl"]
+VISION = ["qwen2_vl", "qwen2_5_vl", "qwen3_vl", "qwen3_5"]
 ALONE = Ranks(0, 1, torch.device("cpu"))
 
 

@@ -14,7 +14,7 @@ from batches import BatchPlan, collate
 from dataset import EvalDataset, StepDataset, load
 from errors import UserError
 from samples import SampleList
-from templates import IGNORE, ULTRA_CONDENSED
+from templates import CHAT_OPTIONS, IGNORE, ULTRA_CONDENSED
 
 CPU = torch.device("cpu")
 
@@ -73,7 +73,7 @@ def test_a_real_question_with_the_real_tokenizer_is_the_familys_own_prompt_and_t
         {"role": "system", "content": ULTRA_CONDENSED},
         {"role": "user", "content": [{"type": "image"}, {"type": "text", "text": user}]},
     ]
-    text = run.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+    text = run.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True, **CHAT_OPTIONS)
     tokens = image.grid[0] * image.grid[1] // 4
     if resize == "letterbox":
         assert tokens == 576
