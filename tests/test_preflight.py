@@ -263,7 +263,7 @@ def test_the_marked_text_puts_every_supervised_token_between_the_brackets_and_no
     run = tiny_run(tiny_models, name)
     turns = [{"role": role, "content": text} for role, text in (("user", "<image>Who?"), ("assistant", "me"))] * 2
     chat = {"id": "c", "images": ["0.png", "1.png"], "messages": turns}
-    for sample, count in ((vqa_samples(1, 1)[0], 1), (chat, 2)):
+    for sample, count in ((vqa_samples(1, 1)[0], 1), (chat, 2))[: 1 if run.family.is_recurrent else 2]:
         (item,), _ = build_items(run.encoder(), [sample])
         text = marked_text(item, run.encoder())
         answer = "red" if count == 1 else "me"
