@@ -11,7 +11,7 @@ measured here); without them, its own rule in PyTorch, in chunks of at most 64 t
 """
 
 import functools
-import importlib.util
+import importlib
 import types
 from dataclasses import dataclass
 from itertools import accumulate
@@ -21,6 +21,8 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 from transformers.utils.generic import maybe_autocast
+
+from family import Family
 
 CHUNK = 64  # tokens that the rule takes at once; a longer chunk gains nothing
 KERNELS = {"fla": "flash-linear-attention", "causal_conv1d": "causal-conv1d"}  # module -> package
@@ -130,6 +132,15 @@ class ForkedRows:
         return self.tensor(np.clip(ends, 0, None)), self.tensor(np.array(ends) < 0), self.tensor(slots)
 
 
+    def select(self, rows: torch.Tensor, columns: torch.Tensor) -> None:
+        """Go on with the answers of these rows alone, and of each with these slots: (rows,), (rows, slots)."""
+        slots = (rows[:, None] * self.slots + columns).flatten()
+        self.states = {
+            layer: tuple(state.index_select(0, slots) for state in states) for layer, states in self.states.items()
+        }
+        self.slots = columns.shape[1]
+
+
 def forked_rows(batch: dict, keep_states: bool = False) -> ForkedRows:
     """Of a collated batch, on its device."""
     segments = batch["segments"]
@@ -198,7 +209,7 @@ def run_answers(layer: nn.Module, rows: ForkedRows, mixed, decay, beta) -> torch
             use_qk_l2norm_in_kernel=True,
         )  # fmt: skip
     rows.states[layer.layer_idx] = convolution, matrix
-    return output.view(len(rows.lengths), rows.slots, *output.shape[2:])
+    return output.view(-1, rows.slots, *output.shape[2:])
 
 
 def _zeroed(values: torch.Tensor, where: torch.Tensor | None) -> torch.Tensor:
@@ -252,10 +263,27 @@ def install_forks(model: nn.Module) -> None:
 
 @functools.cache
 def missing_kernels() -> tuple[str, ...]:
-    """Packages with kernels for these layers that are not installed."""
-    return tuple(package for module, package in KERNELS.items() if importlib.util.find_spec(module) is None)
+    """Packages with kernels for these layers that cannot be imported; transformers then takes its own functions."""
+    missing = []
+    for module, package in KERNELS.items():
+        try:
+            importlib.import_module(module)
+        except Exception:
+            missing.append(package)
+    return tuple(missing)
 
 
 def takes_packed(device: torch.device) -> bool:
     """Whether the rule is flash-linear-attention's, which keeps the sequences of one call apart by their bounds."""
     return device.type == "cuda" and KERNELS["fla"] not in missing_kernels()
+
+
+def notes(family: Family, device: torch.device) -> list[str]:
+    """What the log says before a run's first step, where a GPU lacks kernels for these layers."""
+    if not family.is_recurrent or device.type != "cuda" or not missing_kernels():
+        return []
+    return [
+        f"Gated DeltaNet runs in PyTorch's own operations, as {' and '.join(missing_kernels())} cannot be imported: the "
+        "same results, from some 240 small kernels a layer and pass, in float32 (of the 9B, 0.4 MB a token while a "
+        "layer runs); to get them: pip install -r requirements-extra.txt"
+    ]

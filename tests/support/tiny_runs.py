@@ -112,7 +112,7 @@ class TinyRun:
         if dtype == torch.float64:
             for module in model.modules():
                 if type(module).__name__.startswith("Qwen3_5"):
-                    module.forward = _in_float64(module.forward)
+                    module.forward = in_float64(module.forward)
                 elif type(module).__name__.endswith("RMSNorm"):
                     module.forward = types.MethodType(_exact_rms_norm, module)
         return model
@@ -123,7 +123,7 @@ def _exact_rms_norm(self, hidden: torch.Tensor) -> torch.Tensor:
     return self.weight * hidden * torch.rsqrt(hidden.pow(2).mean(-1, keepdim=True) + self.variance_epsilon)
 
 
-def _in_float64(forward):
+def in_float64(forward):
     """A part of Qwen3.5 without its detours through float32, for the same reason."""
 
     def exact(*args, **kwargs):
