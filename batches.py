@@ -228,15 +228,10 @@ def collate(
         batch["position_ids"][:, b, :tokens] = torch.from_numpy(row["positions"])
         members = [place[index] for index in laid_out[b].items]
         batch["slots"][b, : len(members)] = torch.tensor(members)
-<<<<<<< HEAD
         own_tokens = [len(items[index].input_ids) - laid_out[b].prefix for index in laid_out[b].items]
         last_tokens[members] = b * length + laid_out[b].prefix + np.cumsum(own_tokens) - 1
-    batch["row_lengths"] = [
-        [row.prefix, *(len(items[index].input_ids) - row.prefix for index in row.items)] for row in laid_out
-=======
     batch["row_lengths"] = [  # plain numbers: of NumPy's, the loader would make tensors
         [int(row.prefix), *(len(items[index].input_ids) - int(row.prefix) for index in row.items)] for row in laid_out
->>>>>>> 919b23f (Recurrent layers: traps, packed kernels, the log's line, FSDP, two ranks, resume)
     ]
     batch["shared_prefix"] = min(row.prefix for row in laid_out) if slots > 1 or len(rows) == 1 else None
     shown = [path for row in laid_out for path in items[row.items[0]].images]

@@ -14,7 +14,7 @@ import functools
 import importlib
 import types
 from dataclasses import dataclass
-from itertools import accumulate
+from itertools import accumulate, pairwise
 
 import numpy as np
 import torch
@@ -76,7 +76,7 @@ class ForkedRows:
         found = []
         for row, (prefix, *questions) in enumerate(self.lengths):
             bounds = row * self.width + np.array([0, *accumulate([prefix, *questions])])
-            spans = [np.arange(*span) for span in zip(bounds[:-1], bounds[1:], strict=True)]
+            spans = [np.arange(*span) for span in pairwise(bounds)]
             found += [(row, row * self.slots + place, spans[0], own) for place, own in enumerate(spans[1:])]
         return found
 
@@ -126,11 +126,10 @@ class ForkedRows:
         return found, self.tensor(place)
 
     def last_inputs(self, before: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """(questions, before) the last tokens of each with its prefix, whether there is none, and (questions,) slots."""
+        """(questions, before) the last tokens of each with its prefix; whether there are none; (questions,) slots."""
         ends = [last_tokens(np.concatenate([prefix[-before:], own]), before) for _, _, prefix, own in self._questions]
         slots = np.array([slot for _, slot, *_ in self._questions])
         return self.tensor(np.clip(ends, 0, None)), self.tensor(np.array(ends) < 0), self.tensor(slots)
-
 
     def select(self, rows: torch.Tensor, columns: torch.Tensor) -> None:
         """Go on with the answers of these rows alone, and of each with these slots: (rows,), (rows, slots)."""
@@ -218,8 +217,8 @@ def _zeroed(values: torch.Tensor, where: torch.Tensor | None) -> torch.Tensor:
 
 def _convolve(layer: nn.Module, mixed: torch.Tensor) -> torch.Tensor:
     """(N, L, channels) -> the same; the first tokens see zeros before them."""
-    weight, bias = layer.conv1d.weight.squeeze(1), layer.conv1d.bias
-    return transformers_rules().causal_conv1d_fn(mixed.transpose(1, 2), weight, bias, activation=layer.activation).transpose(1, 2)
+    weight, bias, convolve = layer.conv1d.weight.squeeze(1), layer.conv1d.bias, transformers_rules().causal_conv1d_fn
+    return convolve(mixed.transpose(1, 2), weight, bias, activation=layer.activation).transpose(1, 2)
 
 
 def _heads(layer: nn.Module, mixed: torch.Tensor):
@@ -283,7 +282,7 @@ def notes(family: Family, device: torch.device) -> list[str]:
     if not family.is_recurrent or device.type != "cuda" or not missing_kernels():
         return []
     return [
-        f"Gated DeltaNet runs in PyTorch's own operations, as {' and '.join(missing_kernels())} cannot be imported: the "
-        "same results, from some 240 small kernels a layer and pass, in float32 (of the 9B, 0.4 MB a token while a "
-        "layer runs); to get them: pip install -r requirements-extra.txt"
+        f"Gated DeltaNet runs in PyTorch's own operations, as {' and '.join(missing_kernels())} cannot be imported: "
+        "the same results, from some 240 small kernels a layer and pass, in float32 (of the 9B, 0.4 MB a token while "
+        "a layer runs); to get them: pip install -r requirements-extra.txt"
     ]

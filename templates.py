@@ -241,7 +241,7 @@ def encode(messages: list[dict], tokenizer, image_tokens: list[int], image_token
             continue
         prompt = prompt_text(tokenizer, messages[:turn], rendered)
         if "think>" in message["content"] and prompt.rstrip().endswith("</think>"):
-            raise UserError("the answer holds <think> or </think>, and this model answers without thoughts; remove them")
+            raise UserError("the answer holds <think> or </think>, but this model answers without thoughts: remove it")
         append(ids_of(prompt[len(rendered) :]), supervised=False)
         append([*ids_of(message["content"]), end_id], supervised=True)
         rendered = prompt + message["content"] + "<|im_end|>"

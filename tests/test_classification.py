@@ -211,7 +211,7 @@ def test_a_label_drawn_on_the_second_page_is_learned_and_the_vision_tower_stays_
     vision = [name for name in before if "visual" in name]
     assert vision and all(torch.equal(before[name], after[name]) for name in vision)
     moved = {name for name in before if not torch.equal(before[name], after[name])}
-    assert any("layers.1.mlp" in name for name in moved) and any("layers.3.self_attn" in name or "layers.0.self_attn" in name for name in moved)
+    assert any("layers.1.mlp" in name for name in moved) and any("self_attn" in name for name in moved)
     assert "lm_head.weight" not in moved
 
 

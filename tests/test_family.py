@@ -13,7 +13,12 @@ from family import COORDINATES, load_family
 
 @pytest.mark.parametrize(
     ("name", "factor", "coordinates"),
-    [("qwen2_vl", 28, "relative"), ("qwen2_5_vl", 28, "absolute"), ("qwen3_vl", 32, "relative"), ("qwen3_5", 32, "relative")],
+    [
+        ("qwen2_vl", 28, "relative"),
+        ("qwen2_5_vl", 28, "absolute"),
+        ("qwen3_vl", 32, "relative"),
+        ("qwen3_5", 32, "relative"),
+    ],
 )
 def test_each_family_has_its_grid_and_its_coordinates(tiny_models, name, factor, coordinates):
     family = load_family(str(tiny_models[name]))

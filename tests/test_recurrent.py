@@ -1,5 +1,7 @@
 """Questions behind one prefix run through recurrent layers as each would alone, from copies of the prefix's state."""
 
+from itertools import pairwise
+
 import pytest
 import torch
 from support.tiny_runs import in_float64
@@ -34,7 +36,7 @@ def hidden_states(seed=0) -> torch.Tensor:
 def spans(row: list[int]) -> list[slice]:
     """Of the prefix and each question in a row."""
     bounds = torch.tensor([0, *row]).cumsum(0).tolist()
-    return [slice(*span) for span in zip(bounds[:-1], bounds[1:], strict=True)]
+    return [slice(*span) for span in pairwise(bounds)]
 
 
 def forked(layer, hidden, rows=ROWS, **options) -> torch.Tensor:
@@ -58,7 +60,7 @@ def real_tokens() -> torch.Tensor:
 
 
 def gradients(layer, hidden, give) -> list[torch.Tensor]:
-    """Of the inputs and every parameter, from the questions' outputs alone: what reaches the prefix came through them."""
+    """Of the inputs and every parameter, from the questions' outputs alone: what reaches the prefix, they sent."""
     hidden = hidden.clone().requires_grad_()
     output = give(layer, hidden)
     of_questions = real_tokens() & (torch.arange(WIDTH) >= torch.tensor([row[0] for row in ROWS])[:, None])
@@ -101,7 +103,7 @@ def test_with_kernels_that_take_packed_sequences_the_outputs_and_gradients_are_t
         assert len(query) == 1 and len(initial_state) == len(cu_seqlens) - 1 and cu_seqlens.dtype == torch.int64
         calls.append(cu_seqlens.tolist())
         outputs, states = [], []
-        for number, (begin, end) in enumerate(zip(cu_seqlens[:-1], cu_seqlens[1:], strict=True)):
+        for number, (begin, end) in enumerate(pairwise(cu_seqlens)):
             parts = (x[:, begin:end] for x in (query, key, value))
             start = initial_state[number : number + 1]
             output, state = own_rule(*parts, g=g[:, begin:end], beta=beta[:, begin:end], initial_state=start, **options)

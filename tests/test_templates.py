@@ -288,7 +288,7 @@ def test_a_chat_template_that_rewrites_earlier_turns_is_refused(tiny_models):
         encode(to_messages(chat("a", "b", "c", "d"), "plain"), tokenizer, [], 0, generation=False)
 
 
-# ------------------------------------------------------------------------------------------ models that think by default
+# ----------------------------------------------------------------------------------------- models that think by default
 
 
 @pytest.fixture
@@ -331,7 +331,7 @@ def test_several_answers_are_refused_unless_the_template_keeps_the_blocks_of_ear
 
 def test_what_the_chat_template_refuses_is_one_line_that_says_so(thinking):
     messages = [*to_messages(chat("a", "b"), "plain")[:1], {"role": "system", "content": "late"}]
-    with pytest.raises(UserError, match="chat template refuses.*System message must be at the beginning"):
+    with pytest.raises(UserError, match=r"chat template refuses.*System message must be at the beginning"):
         encode([*messages, {"role": "assistant", "content": "b"}], thinking, [], 0, generation=False)
 
 

@@ -373,8 +373,8 @@ def write_tiny_model(
 ) -> Path:
     """Write a tiny model with random weights to `folder`, which must not exist, and return its path.
 
-    family: qwen2_vl, qwen2_5_vl, qwen3_vl, qwen3_5, or qwen2 (text only). The folder has the files of the real one on the hub:
-    config.json, generation_config.json, model.safetensors, tokenizer.json, tokenizer_config.json, vocab.json,
+    family: qwen2_vl, qwen2_5_vl, qwen3_vl, qwen3_5, or qwen2 (text only). The folder has the files of the real one on
+    the hub: config.json, generation_config.json, model.safetensors, tokenizer.json, tokenizer_config.json, vocab.json,
     merges.txt, chat_template.json or .jinja, preprocessor_config.json. The same arguments give the same bytes.
     dtype: the weights' dtype on disk, as a torch dtype or its name. tokenizer_from: folder of a real tokenizer.
     teachable: weights that LoRA alone can teach a task within minutes, see `make_teachable`.

@@ -127,7 +127,10 @@ def in_float64(forward):
     """A part of Qwen3.5 without its detours through float32, for the same reason."""
 
     def exact(*args, **kwargs):
-        with mock.patch.object(torch, "float32", torch.float64), mock.patch.object(torch.Tensor, "float", torch.Tensor.double):
+        with (
+            mock.patch.object(torch, "float32", torch.float64),
+            mock.patch.object(torch.Tensor, "float", torch.Tensor.double),
+        ):
             return forward(*args, **kwargs)
 
     return exact
