@@ -40,7 +40,7 @@ class Sequences:
     padding: torch.Tensor | None  # (N, L, 1)
     rows: torch.Tensor  # (questions,) whose prefix each goes on from
     slots: torch.Tensor  # (questions,) row × the most questions of a row + place in the row
-    bounds: torch.Tensor | None  # packed: (questions + 1,)
+    bounds: dict[str, torch.Tensor]  # packed: (questions + 1,), also on the host, which else would have to ask
     chunk: int
 
 
@@ -107,7 +107,7 @@ class ForkedRows:
                 inside = np.arange(max(sizes))[None]
                 padding = inside >= np.array(sizes)[:, None]
                 owns = np.where(padding, 0, starts[:, None] + inside)
-            window = np.concatenate(windows)
+            window, bounds = np.concatenate(windows), np.array([0, *accumulate(sizes)])
             place[window[owns[~padding]]] = done + np.flatnonzero(~padding)
             done += owns.size
             found.append(
@@ -119,7 +119,9 @@ class ForkedRows:
                     padding=self.tensor(padding[..., None]) if padding.any() else None,
                     rows=self.tensor(np.array([row for row, *_ in questions])),
                     slots=self.tensor(np.array([slot for _, slot, *_ in questions])),
-                    bounds=self.tensor(np.array([0, *accumulate(sizes)])) if packed else None,
+                    bounds={"cu_seqlens": self.tensor(bounds), "cu_seqlens_cpu": torch.tensor(bounds)}
+                    if packed
+                    else {},
                     chunk=CHUNK if packed else -(-max(sizes) // chunks),
                 )
             )
@@ -227,13 +229,12 @@ def _heads(layer: nn.Module, mixed: torch.Tensor):
     return *(x.unflatten(-1, (-1, layer.head_k_dim)) for x in (query, key)), value.unflatten(-1, (-1, layer.head_v_dim))
 
 
-def _rule(layer: nn.Module, mixed, decay, beta, start=None, chunk=CHUNK, bounds=None):
+def _rule(layer: nn.Module, mixed, decay, beta, start=None, chunk=CHUNK, bounds=types.MappingProxyType({})):
     """Outputs (N, L, value heads, value size), and the state at each sequence's end, float32."""
-    options = {} if bounds is None else {"cu_seqlens": bounds}
     with maybe_autocast(mixed.device.type, enabled=False):  # the rule keeps float32 inside, and so do the states
         return transformers_rules().torch_chunk_gated_delta_rule(
             *_heads(layer, mixed), g=decay, beta=beta, chunk_size=chunk, initial_state=start, output_final_state=True,
-            use_qk_l2norm_in_kernel=True, **options,
+            use_qk_l2norm_in_kernel=True, **bounds,
         )  # fmt: skip
 
 
@@ -284,5 +285,5 @@ def notes(family: Family, device: torch.device) -> list[str]:
     return [
         f"Gated DeltaNet runs in PyTorch's own operations, as {' and '.join(missing_kernels())} cannot be imported: "
         "the same results, from some 240 small kernels a layer and pass, in float32 (of the 9B, 0.4 MB a token while "
-        "a layer runs); to get them: pip install -r requirements-extra.txt"
+        "a layer runs); requirements-extra.txt says how to get them"
     ]
