@@ -59,7 +59,8 @@ def load_base(model_name: str, dtype: torch.dtype | str, quantization: str = "no
     """The pretrained model on the CPU, every parameter frozen. Never runs code from the hub.
 
     quantization: `nf4` holds the language model's linear layers in 4 bits (QLoRA, arXiv 2305.14314, with double
-    quantisation and bfloat16 compute); the vision tower, the projector and lm_head keep `dtype`.
+    quantisation and bfloat16 compute); the vision tower, the projector, lm_head and recurrent layers' gates keep
+    `dtype`.
     strict: refuse weights that the model has no place for, too; published bases may hold such.
 
     Raises: `UserError` where weights are missing, misshapen or not loaded completely, or transformers is too old.
@@ -73,7 +74,7 @@ def load_base(model_name: str, dtype: torch.dtype | str, quantization: str = "no
         raise UserError(f"transformers {transformers.__version__} is too old; run: pip install -r requirements.txt")
     transformers_logging.disable_progress_bar()
     # Its report of keys is ours below. (On that level, it would list every layer as not sharded.)
-    for name in ("modeling_utils", "distributed.tensor_parallel", "integrations.hub_kernels"):
+    for name in ("modeling_utils", "distributed.tensor_parallel"):
         transformers_logging.get_logger(f"transformers.{name}").setLevel("ERROR")
     without_cudnn()
     try:
@@ -150,7 +151,8 @@ def _nf4():
         bnb_4bit_quant_type="nf4",
         bnb_4bit_use_double_quant=True,
         bnb_4bit_compute_dtype=torch.bfloat16,
-        llm_int8_skip_modules=["model.visual", "lm_head"],
+        # Qwen3.5's gates, as small as they are decisive: what is rounded there stays in the state
+        llm_int8_skip_modules=["model.visual", "lm_head", "in_proj_a", "in_proj_b"],
     )
 
 

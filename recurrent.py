@@ -240,6 +240,9 @@ def _rule(layer: nn.Module, mixed, decay, beta, start=None, chunk=CHUNK, bounds=
 
 def install_forks(model: nn.Module) -> None:
     """Let the recurrent layers of a transformers Qwen3.5 run `forked_rows`; without them they run as they are."""
+    from transformers.utils import logging as transformers_logging
+
+    transformers_logging.get_logger("transformers.integrations.hub_kernels").setLevel("ERROR")  # see `notes`
 
     def forward(self, hidden_states, cache_params=None, attention_mask=None, forked_rows=None, **others):
         if forked_rows is None:

@@ -202,7 +202,7 @@ def test_a_label_word_planted_in_texts_is_learned(documents, tiny_models, tmp_pa
             assert min(image.size) > 200
 
 
-@pytest.mark.parametrize("family", VISION)
+@pytest.mark.parametrize("family", [*VISION[:3], pytest.param(VISION[3], marks=pytest.mark.slow)])
 def test_a_label_drawn_on_the_second_page_is_learned_and_the_vision_tower_stays_as_it_is(family, run, tiny_models):
     output = run("out", "page", family, num_train_epochs=4, learning_rate=5e-3)
     assert log_rows(output, "eval_loss")[-1]["test_accuracy"] >= 0.95

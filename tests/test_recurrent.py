@@ -222,3 +222,12 @@ def test_one_line_says_what_missing_kernels_cost_and_how_to_get_them(monkeypatch
     assert not recurrent.notes(Family("qwen3_vl", "relative"), gpu)
     monkeypatch.setattr(recurrent, "missing_kernels", lambda: ())
     assert not recurrent.notes(family, gpu)
+
+
+def test_four_bits_hold_every_linear_layer_but_the_gates(tiny_models):
+    """A state that is gated by a rounded number goes on with it, token after token."""
+    pytest.importorskip("bitsandbytes", reason="bitsandbytes is not installed (requirements-extra.txt)")
+    model = load_base(str(tiny_models["qwen3_5"]), torch.float32, "nf4")
+    packed = {name.split(".")[-2] for name, p in model.named_parameters() if p.dtype == torch.uint8}
+    mlp, attention = {"gate_proj", "up_proj", "down_proj"}, {"q_proj", "k_proj", "v_proj", "o_proj"}
+    assert packed == {"in_proj_qkv", "in_proj_z", "out_proj"} | mlp | attention
