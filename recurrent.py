@@ -244,6 +244,7 @@ def install_forks(model: nn.Module) -> None:
 
     transformers_logging.get_logger("transformers.integrations.hub_kernels").setLevel("ERROR")  # see `notes`
 
+    @torch.compiler.disable  # where layers are compiled: loops over chunks, of other numbers in every batch
     def forward(self, hidden_states, cache_params=None, attention_mask=None, forked_rows=None, **others):
         if forked_rows is None:
             return type(self).forward(self, hidden_states, cache_params, attention_mask, **others)

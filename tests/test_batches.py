@@ -225,14 +225,14 @@ def test_a_shared_row_holds_the_image_once_and_a_row_for_each_image(tiny_models)
 def test_the_questions_of_an_image_share_a_row_wherever_they_stand_in_the_batch(tiny_models):
     run = tiny_run(tiny_models, "qwen3_vl")
     samples = vqa_samples(images=2, questions=2)
-    mixed = [samples[0], samples[2], samples[1], samples[3], chats()[2]]
+    mixed = [samples[0], samples[2], samples[1], samples[3], chats(run)[2]]
     assert one_batch(run.encoder(), mixed, True)["slots"].tolist() == [[0, 2], [1, 3], [4, -1]]
 
 
 def test_questions_that_stand_before_the_image_fall_back_to_rows_of_their_own(tiny_models):
     """What they have in common ends before the image does, so that an image cannot be shared."""
     run = tiny_run(tiny_models, "qwen3_vl")
-    first = chats()[0]
+    first = chats(run)[0]
     other = {**first, "conversations": [{"from": "human", "value": "Where is it?\n<image>"}, first["conversations"][1]]}
     batch = one_batch(run.encoder(template="plain"), [first, other, *vqa_samples(images=1, questions=1)], True)
     assert batch["slots"].tolist() == [[0], [1], [2]]
@@ -240,7 +240,7 @@ def test_questions_that_stand_before_the_image_fall_back_to_rows_of_their_own(ti
 
 def test_text_questions_never_share_however_alike_they_are(tiny_models):
     run = tiny_run(tiny_models, "qwen3_vl")
-    batch = one_batch(run.encoder(), [chats()[2], chats()[2]], True)
+    batch = one_batch(run.encoder(), [chats(run)[2], chats(run)[2]], True)
     assert batch["slots"].tolist() == [[0], [1]] and "patches" not in batch
 
 
