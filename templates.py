@@ -218,6 +218,7 @@ def encode(messages: list[dict], tokenizer, image_tokens: list[int], image_token
     Raises: `UserError` where a text holds a control token such as <|im_end|>, an answer thoughts in a model that has a
     block for them, or the chat template does not take the conversation.
     """
+    refuse_answers(messages, tokenizer)
     control = _control_tokens(tokenizer)
     for message in messages:
         content = message["content"]
@@ -240,8 +241,6 @@ def encode(messages: list[dict], tokenizer, image_tokens: list[int], image_token
         if message["role"] != "assistant":
             continue
         prompt = prompt_text(tokenizer, messages[:turn], rendered)
-        if "think>" in message["content"] and prompt.rstrip().endswith("</think>"):
-            raise UserError("the answer holds <think> or </think>, but this model answers without thoughts: remove it")
         append(ids_of(prompt[len(rendered) :]), supervised=False)
         append([*ids_of(message["content"]), end_id], supervised=True)
         rendered = prompt + message["content"] + "<|im_end|>"
@@ -249,6 +248,22 @@ def encode(messages: list[dict], tokenizer, image_tokens: list[int], image_token
         prompt = prompt_text(tokenizer, messages, rendered)
         append(ids_of(prompt[len(rendered) :]), supervised=False)
     return _expand_images(encoded, image_tokens, image_token_id)
+
+
+_PROBE = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}, {"role": "user", "content": "c"}]
+
+
+def refuse_answers(messages: list[dict], tokenizer) -> None:
+    """What can be told of a conversation's answers without tokenising them. Raises: `UserError`, see `encode`."""
+    if not hasattr(tokenizer, "_thinks"):  # asked of the template once
+        tokenizer._thinks = prompt_text(tokenizer, _PROBE[:1]).rstrip().endswith("</think>")
+    if not tokenizer._thinks:
+        return
+    answers = [message["content"] for message in messages if message["role"] == "assistant"]
+    if any("<think>" in answer or "</think>" in answer for answer in answers):
+        raise UserError("an answer holds <think> or </think>, but this model answers without thoughts: remove it")
+    if len(answers) > 1:
+        prompt_text(tokenizer, _PROBE, prompt_text(tokenizer, _PROBE[:1]) + _PROBE[1]["content"] + "<|im_end|>")
 
 
 def prompt_text(tokenizer, messages: list[dict], rendered: str = "") -> str:

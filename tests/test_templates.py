@@ -310,7 +310,7 @@ def test_a_model_that_thinks_by_default_is_trained_and_asked_without_thoughts(th
 @pytest.mark.parametrize("answer", ["<think>hm</think>red", "</think>", "red <think>"])
 def test_an_answer_with_thoughts_is_refused_where_the_prompt_has_closed_them(thinking, tiny_models, answer):
     messages = to_messages({**SAMPLE, "answer": answer}, "plain")
-    with pytest.raises(UserError, match=r"answer holds <think> or </think>.*remove"):
+    with pytest.raises(UserError, match=r"an answer holds <think> or </think>.*remove"):
         encode(messages, thinking, [1], image_id(thinking), generation=False)
     plain = AutoTokenizer.from_pretrained(tiny_models["qwen3_vl"])  # elsewhere it is text like any other
     assert supervised_runs(encode(messages, plain, [1], image_id(plain), generation=False), plain) == [answer + END]
