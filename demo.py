@@ -1,11 +1,13 @@
-"""python demo.py [--summary]
+"""python demo.py [--summary | --family qwen3_5]
 
 Makes what a first run needs and no download provides: a tiny Qwen3-VL with random weights (demo/model) and a set of
 drawn endoscopy images with questions, in the published layout of Kvasir-VQA (demo/raw). `make demo` goes on from
-there. --summary reads the results of configs/demo.yaml, shows them, and says where to look next.
+there. --summary reads the results of configs/demo.yaml, shows them, and says where to look next. --family makes a tiny
+model of another family.
 """
 
 import argparse
+import functools
 import sys
 from pathlib import Path
 
@@ -16,6 +18,7 @@ from toy.endoscopy import NUMBER, write_endoscopy_set
 from toy.tiny_model import write_tiny_model
 
 CURE = "run make demo first"
+DEMO_LAYERS = {"qwen3_vl": 3, "qwen3_5": 4}
 PROMISED_RATIO = 2.5  # test accuracy over the majority answer's
 
 
@@ -61,10 +64,12 @@ Where to look next:
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--summary", action="store_true", help="show the results of configs/demo.yaml")
+    parser.add_argument("--family", default="qwen3_vl", choices=DEMO_LAYERS, help="of the tiny model")
     args = parser.parse_args(arguments)
     if args.summary:
         return 0 if summarise() else 1
-    for folder, write in (("demo/model", write_demo_model), ("demo/raw", write_endoscopy_set)):
+    write_model = functools.partial(write_demo_model, family=args.family)
+    for folder, write in (("demo/model", write_model), ("demo/raw", write_endoscopy_set)):
         if Path(folder).exists():
             print(f"{folder} is there already; delete it to have it made anew")
         else:
@@ -73,9 +78,9 @@ def main(arguments: list[str] | None = None) -> int:
     return 0
 
 
-def write_demo_model(folder: str | Path) -> Path:
-    """The demo's model: a tiny Qwen3-VL that LoRA can teach."""
-    return write_tiny_model(folder, "qwen3_vl", teachable=True, layers=3)
+def write_demo_model(folder: str | Path, family: str = "qwen3_vl") -> Path:
+    """The demo's model: a tiny one that LoRA can teach."""
+    return write_tiny_model(folder, family, teachable=True, layers=DEMO_LAYERS[family])
 
 
 if __name__ == "__main__":

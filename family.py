@@ -14,7 +14,15 @@ from errors import UserError
 HUB_SECONDS = 5  # to answer
 
 # How each family writes a point (its makers' cookbooks): thousandths of the image, or pixels of the resized image.
-COORDINATES = {"qwen2_vl": "relative", "qwen2_5_vl": "absolute", "qwen3_vl": "relative", "qwen2": None}
+COORDINATES = {
+    "qwen2_vl": "relative",
+    "qwen2_5_vl": "absolute",
+    "qwen3_vl": "relative",
+    "qwen3_5": "relative",
+    "qwen2": None,
+    "qwen3_5_text": None,
+}
+RECURRENT = ("qwen3_5", "qwen3_5_text")  # three of four layers carry a state instead of attending, see `recurrent.py`
 
 
 @dataclass(frozen=True)
@@ -38,6 +46,10 @@ class Family:
     @property
     def has_vision(self) -> bool:
         return self.patch_size > 0
+
+    @property
+    def is_recurrent(self) -> bool:
+        return self.model_type in RECURRENT
 
     @property
     def factor(self) -> int:
@@ -92,8 +104,9 @@ def load_family(model_name: str) -> Family:
         raise UserError(f"model_name '{model_name}' is no model folder and no reachable hub name: {reason}") from None
     model_type = model_config.model_type
     if model_type not in COORDINATES:
-        raise UserError(f"model_name '{model_name}' is a {model_type}; supported: {', '.join(COORDINATES)}")
-    if model_type == "qwen2":
+        kind = f"{model_type} (a mixture of experts)" if "moe" in model_type else model_type
+        raise UserError(f"model_name '{model_name}' is a {kind}; supported: {', '.join(COORDINATES)}")
+    if not hasattr(model_config, "vision_config"):
         return Family(model_type, None)
     try:
         processor = AutoImageProcessor.from_pretrained(model_name, backend="pil")

@@ -37,6 +37,7 @@ from model import (
     prepare_training,
     to_device,
 )
+from recurrent import CHUNK, install_forks
 from samples import SampleList
 from tasks import task_of
 
@@ -55,6 +56,7 @@ def meta_loss(config: Config, family: Family, dtype: torch.dtype) -> nn.Module:
         base.requires_grad_(False)
         if task_of(config).HAS_HEAD:
             attach_head(base, config.num_labels, config.seed)
+        install_forks(base)
         if family.has_vision:
             patch_embed_as_matrix_product(base)
             install_vision_attention(base)
@@ -181,7 +183,7 @@ class Operations:
     out. Frozen weights cost a forward pass, and one backward where a gradient passes through; trained ones, two."""
 
     per_token: float  # matrices of the language model
-    per_pair: float  # attention of the language model: one (query, key) pair in all layers
+    per_pair: float  # attention of the language model: one (query, key) pair in all layers that have it
     per_position: float  # logits
     per_patch: float  # matrices of the vision tower
     per_patch_pair: float
@@ -213,14 +215,16 @@ class Operations:
                 sums[kind] += 2 * times * module.weight.numel()
         text = base.config.get_text_config()
         size = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
-        pair = 4 * text.num_attention_heads * size * text.num_hidden_layers
+        kinds = Counter(getattr(text, "layer_types", None) or ["full_attention"] * text.num_hidden_layers)
+        pair = 4 * text.num_attention_heads * size * (text.num_hidden_layers - kinds["linear_attention"])
+        recurrent = kinds["linear_attention"] and kinds["linear_attention"] * _recurrent_operations(text)
         vision = getattr(base.config, "vision_config", None)
         width = getattr(vision, "embed_dim", None) or getattr(vision, "hidden_size", 0)
         depth = getattr(vision, "depth", 0)
         full_layers = len(getattr(vision, "fullatt_block_indexes", None) or range(depth))
         window = getattr(vision, "window_size", 0) // getattr(vision, "patch_size", 1)
         return cls(
-            per_token=sums[LANGUAGE],
+            per_token=sums[LANGUAGE] + recurrent * (1 + (2 + recomputed) * through[LANGUAGE]),
             per_pair=pair * (1 + (2 + recomputed) * through[LANGUAGE]),
             per_position=sums["logits"],
             per_patch=sums[VISION],
@@ -247,6 +251,14 @@ class Operations:
             + positions * self.per_position
             + sum(map(self.vision, image_tokens))
         )
+
+
+def _recurrent_operations(text) -> int:
+    """Of one Gated DeltaNet's rule and convolution for a token: products with its state (key size × value size) and,
+    within a chunk, with the other tokens."""
+    key, value, heads = text.linear_key_head_dim, text.linear_value_head_dim, text.linear_num_value_heads
+    channels = 2 * text.linear_num_key_heads * key + heads * value
+    return heads * (6 * key * value + CHUNK * (4 * key + 2 * value)) + 2 * text.linear_conv_kernel_dim * channels
 
 
 # -------------------------------------------------------------------------------------------------------- laid out

@@ -20,6 +20,7 @@ from distributed import Ranks
 from errors import UserError
 from family import Family
 from model import AnswerLoss, forward_logits, to_device
+from recurrent import forked_rows
 from runlog import on_terminal
 from samples import SampleList
 
@@ -222,8 +223,10 @@ def greedy(model: nn.Module, batch: dict, family: Family, end_ids: set[int], max
     slots, count = batch["slots"], len(batch["sample_ids"])
     width, device = slots.shape[1], slots.device
     cache = DynamicCache(config=model.config)
+    # Recurrent layers cache no keys: each question's own state, also of rows that share nothing, where padding follows.
+    recurrent = {"forked_rows": forked_rows(batch, keep_states=True)} if family.is_recurrent else {}
     places = batch["last_tokens"]
-    logits = forward_logits(model, batch, family, places, use_cache=True, past_key_values=cache)
+    logits = forward_logits(model, batch, family, places, use_cache=True, past_key_values=cache, **recurrent)
     item = torch.where(slots < 0, count, slots)  # (rows, width); `count` where a slot is empty
 
     def in_slots(of_items: torch.Tensor) -> torch.Tensor:  # (..., items) -> (..., rows, width)
@@ -246,7 +249,11 @@ def greedy(model: nn.Module, batch: dict, family: Family, end_ids: set[int], max
             # Rows that have ended leave, and so do columns: the cache is copied, so not at every end.
             rows = running.any(1).nonzero().flatten()
             columns = running[rows].int().argsort(dim=1, descending=True, stable=True)[:, : max(unfinished)]
-            cache.batch_select_indices(rows)
+            for layer in cache.layers:
+                if hasattr(layer, "batch_select_indices"):  # recurrent layers' hold nothing, see `recurrent`
+                    layer.batch_select_indices(rows)
+            for forked in recurrent.values():
+                forked.select(rows, columns)
             key_segment = key_segment[rows]
             token, segment, item, running = (x[rows].gather(1, columns) for x in (token, segment, item, running))
             next_position = next_position[:, rows].gather(2, columns.expand(3, -1, -1))
@@ -254,7 +261,12 @@ def greedy(model: nn.Module, batch: dict, family: Family, end_ids: set[int], max
         # A token sees the prefix (0) and everything of its own question, which is itself and tokens before it.
         mask = (key_segment[:, None, None, :] == 0) | (key_segment[:, None, None, :] == segment[:, None, :, None])
         output = model(
-            input_ids=token, attention_mask=mask, position_ids=next_position, past_key_values=cache, use_cache=True
+            input_ids=token,
+            attention_mask=mask,
+            position_ids=next_position,
+            past_key_values=cache,
+            use_cache=True,
+            **recurrent,
         )
         token = output.logits.argmax(-1)
         next_position = next_position + 1

@@ -31,6 +31,7 @@ from batches import vision_inputs
 from config import Config, Lora
 from errors import UserError
 from family import Family
+from recurrent import forked_rows, install_forks
 from tasks import task_of
 
 OLDEST_TRANSFORMERS = (5, 23)  # an older one would ignore the images' features that it is given, and say nothing
@@ -58,7 +59,8 @@ def load_base(model_name: str, dtype: torch.dtype | str, quantization: str = "no
     """The pretrained model on the CPU, every parameter frozen. Never runs code from the hub.
 
     quantization: `nf4` holds the language model's linear layers in 4 bits (QLoRA, arXiv 2305.14314, with double
-    quantisation and bfloat16 compute); the vision tower, the projector and lm_head keep `dtype`.
+    quantisation and bfloat16 compute); the vision tower, the projector, lm_head and recurrent layers' gates keep
+    `dtype`.
     strict: refuse weights that the model has no place for, too; published bases may hold such.
 
     Raises: `UserError` where weights are missing, misshapen or not loaded completely, or transformers is too old.
@@ -92,6 +94,7 @@ def load_base(model_name: str, dtype: torch.dtype | str, quantization: str = "no
         if names := sorted(map(str, report[f"{kind}_keys"])):
             raise UserError(f"model_name '{model_name}': {len(names)} {kind} weights, first {names[0]}")
     model.requires_grad_(False)
+    install_forks(model)
     if hasattr(model.model, "visual"):
         patch_embed_as_matrix_product(model)
         install_vision_attention(model)
@@ -147,7 +150,8 @@ def _nf4():
         bnb_4bit_quant_type="nf4",
         bnb_4bit_use_double_quant=True,
         bnb_4bit_compute_dtype=torch.bfloat16,
-        llm_int8_skip_modules=["model.visual", "lm_head"],
+        # Qwen3.5's gates, as small as they are decisive: what is rounded there stays in the state
+        llm_int8_skip_modules=["model.visual", "lm_head", "in_proj_a", "in_proj_b"],
     )
 
 
@@ -497,7 +501,9 @@ def hidden_states(model: nn.Module, batch: dict, family: Family, **cache) -> tor
     if batch["shared_prefix"] is not None:  # without the mask, questions would read each other
         mask = attention_mask(batch["segments"])
         inputs |= {"attention_mask": mask, "shared_rows": shared_rows(base, batch, mask, embedded.dtype)}
-    return base.language_model(inputs_embeds=embedded, **inputs, **cache).last_hidden_state
+        if family.is_recurrent:  # no mask reaches these layers
+            inputs["forked_rows"] = forked_rows(batch)
+    return base.language_model(inputs_embeds=embedded, **{**inputs, **cache}).last_hidden_state
 
 
 def shared_rows(base: nn.Module, batch: dict, mask: torch.Tensor, dtype: torch.dtype) -> SharedRows:

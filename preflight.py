@@ -27,7 +27,7 @@ from report.metrics import answer_outside_candidates
 from runlog import on_terminal
 from samples import SampleList
 from tasks import check_record, task_of
-from templates import IGNORE, image_paths
+from templates import IGNORE, image_paths, refuse_answers
 
 SHOWN = 10  # problems printed one by one; the rest is counted
 MANY_SAMPLES = 50_000  # to be looked at for more than a few seconds
@@ -112,6 +112,7 @@ def _survey(samples: SampleList, encoder: SampleEncoder) -> dict:
             # The size that a click states is checked now, or a worker meets it in the middle of the run.
             placement = placement_of(paths[0]) if encoder.task.POINTS and paths else None
             messages, _ = encoder.task.prompt(sample, encoder, len(paths), placement)
+            refuse_answers(messages, encoder.tokenizer)
             outside_candidates += sum(map(_is_outside_candidates, sample.get("turns", [sample])))
             text = sum(len(str(message["content"]).encode()) for message in messages) + TEMPLATE_TOKENS
             images = len(paths) * most_tokens

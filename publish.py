@@ -124,7 +124,8 @@ def model_card(name: str, config: Config, counts: dict, scores: dict, check: str
         "## Use",
         LOADING.format(name=name),
         f"Images were {shown}, the template was `{config.template}`, answers are greedy (`do_sample=False`, which "
-        "`generation_config.json` says; elsewhere, set the temperature to 0).",
+        "`generation_config.json` says; elsewhere, set the temperature to 0). The chat template was told "
+        "`enable_thinking=False`, which one without thoughts ignores.",
         *([f"System prompt:\n\n```\n{prompt}\n```"] if prompt else []),
         *(["Answers are points `[x, y]`; `coordinates.json` says in which units."] if task_of(config).POINTS else []),
         "## Data",

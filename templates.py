@@ -37,6 +37,11 @@ SYSTEM_PROMPTS = {
 }
 CONVERSATION_TEMPLATE = "sequential_cot"
 
+# What the model's own chat template is told, in training and inference alike; a template that knows neither ignores
+# them. Answers here are short facts: models that think by default get their empty block of thoughts, and keep it before
+# earlier answers, as they were asked.
+CHAT_OPTIONS = {"enable_thinking": False, "preserve_thinking": True}
+
 
 def question_text(sample: dict, template: str) -> str:
     """What the user's turn says after the image. `plain` asks the bare question; the others list the candidates."""
@@ -210,8 +215,10 @@ def encode(messages: list[dict], tokenizer, image_tokens: list[int], image_token
     image_tokens: tokens of each image, in order. Each assistant turn's text and its end token are supervised and
     tokenised on their own, so that the tokens before them are exactly the inference prompt. generation: the messages
     end with a user turn, and the prompt for the answer is added.
-    Raises: `UserError` where a text holds a control token such as <|im_end|>.
+    Raises: `UserError` where a text holds a control token such as <|im_end|>, an answer thoughts in a model that has a
+    block for them, or the chat template does not take the conversation.
     """
+    refuse_answers(messages, tokenizer)
     control = _control_tokens(tokenizer)
     for message in messages:
         content = message["content"]
@@ -233,17 +240,49 @@ def encode(messages: list[dict], tokenizer, image_tokens: list[int], image_token
     for turn, message in enumerate(messages):
         if message["role"] != "assistant":
             continue
-        prompt = tokenizer.apply_chat_template(messages[:turn], tokenize=False, add_generation_prompt=True)
-        # The chat template must only ever append, or the training prefix would not be the inference prompt.
-        assert prompt.startswith(rendered), "this chat template rewrites earlier turns"
+        prompt = prompt_text(tokenizer, messages[:turn], rendered)
         append(ids_of(prompt[len(rendered) :]), supervised=False)
         append([*ids_of(message["content"]), end_id], supervised=True)
         rendered = prompt + message["content"] + "<|im_end|>"
     if generation:
-        prompt = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
-        assert prompt.startswith(rendered), "this chat template rewrites earlier turns"
+        prompt = prompt_text(tokenizer, messages, rendered)
         append(ids_of(prompt[len(rendered) :]), supervised=False)
     return _expand_images(encoded, image_tokens, image_token_id)
+
+
+_PROBE = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}, {"role": "user", "content": "c"}]
+
+
+def refuse_answers(messages: list[dict], tokenizer) -> None:
+    """What can be told of a conversation's answers without tokenising them. Raises: `UserError`, see `encode`."""
+    if not hasattr(tokenizer, "_thinks"):  # asked of the template once
+        tokenizer._thinks = prompt_text(tokenizer, _PROBE[:1]).rstrip().endswith("</think>")
+    if not tokenizer._thinks:
+        return
+    answers = [message["content"] for message in messages if message["role"] == "assistant"]
+    if any("<think>" in answer or "</think>" in answer for answer in answers):
+        raise UserError("an answer holds <think> or </think>, but this model answers without thoughts: remove it")
+    if len(answers) > 1:
+        prompt_text(tokenizer, _PROBE, prompt_text(tokenizer, _PROBE[:1]) + _PROBE[1]["content"] + "<|im_end|>")
+
+
+def prompt_text(tokenizer, messages: list[dict], rendered: str = "") -> str:
+    """What the model's own chat template makes of the messages, up to where the answer begins.
+
+    rendered: what it made of the messages before. It must only ever append, or the training prefix would not be the
+    inference prompt. Raises: `UserError` where it does not, or refuses the messages."""
+    from jinja2 import TemplateError
+
+    try:
+        prompt = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True, **CHAT_OPTIONS)
+    except TemplateError as error:
+        raise UserError(f"the model's chat template refuses the conversation: {error}") from None
+    if not prompt.startswith(rendered):
+        raise UserError(
+            "the model's chat template rewrites earlier answers (Qwen3.5's drops their block of thoughts), so that no "
+            "training prefix would be the inference prompt; give every question a sample of its own"
+        )
+    return prompt
 
 
 def cut_text(encoded: Encoded, text: str, too_many: int, tokenizer) -> Encoded:

@@ -19,6 +19,7 @@ import torch
 import checkpoint
 import classification
 import model as modeling
+import recurrent
 import sharding
 from batches import BatchPlan
 from checkpoint import TrainerState
@@ -293,7 +294,8 @@ def describe(run: Run, resume_from: str, ready: str, notes: list[str]) -> None:
     world_size = run.ranks.world_size
     arithmetic = batch_arithmetic(config, run.plan, world_size, run.state.pass_tokens)
     arithmetic += prefix_sharing(config, run.plan, train_samples, encoder)
-    for line in [*modeling.parameter_table(run.model), *arithmetic, *classification.notes(config), *notes]:
+    told = recurrent.notes(run.encoder.family, run.ranks.device)
+    for line in [*modeling.parameter_table(run.model), *arithmetic, *classification.notes(config), *told, *notes]:
         log.say(line)
     if resume_from:
         log.say(f"Resuming from {resume_from}: step {run.state.step}/{run.plan.total_steps}")

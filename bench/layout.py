@@ -70,9 +70,9 @@ class Counted:
 
     def count(self, config: str, world_size: int, changes: list[str], stage: int) -> Counter:
         loaded = load_config(CONFIGS / f"{config}.yaml", changes)
-        loaded = replace(
-            loaded, model_name=self.model_folder("qwen3_vl" if "Qwen3" in loaded.model_name else "qwen2_vl")
-        )
+        families = {"Qwen3.5": "qwen3_5", "Qwen3-VL": "qwen3_vl"}
+        family = next((family for part, family in families.items() if part in loaded.model_name), "qwen2_vl")
+        loaded = replace(loaded, model_name=self.model_folder(family))
         samples = SampleList([s for s in self.all_samples if stage in (0, s["stage"])], config)
         if not len(samples):
             raise UserError(f"--metadata: no question of stage {stage}")

@@ -1,4 +1,5 @@
-"""python bench/speed.py [--size 33m|8b] [--questions-per-image 1,4,9,real,exp2] [--image-tokens 576,2900] [--steps N]
+"""python bench/speed.py [--family qwen3_vl|qwen3_5] [--size 33m|8b|9b] [--questions-per-image 1,4,9,real,exp2]
+       [--image-tokens 576,2900] [--steps N]
 
 Training speed, side by side in one process: the same weights, samples, seed and LoRA targets, one optimizer step of
 each variant in turn, so that whatever else the machine does hits all alike. Prints one table per setting.
@@ -278,7 +279,8 @@ def table(results: dict, workload: Workload, operations: Operations, rate: float
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--size", default="33m", choices=work.SIZES)
+    parser.add_argument("--family", default="qwen3_vl", choices=work.SIZES_OF, help="whose proportions the model has")
+    parser.add_argument("--size", default="33m", choices=["33m", "8b", "9b", "tiny"])
     parser.add_argument("--questions-per-image", default="real", help="comma-separated: 1, 4, 9, ... real, or exp2")
     parser.add_argument("--metadata", help="metadata.csv of Kvasir-VQA, for 'exp2'; default: drawn rows")
     parser.add_argument("--image-tokens", default="576", help="comma-separated")
@@ -304,17 +306,19 @@ def main() -> None:
     on_image = "ATKBCDEF" if device.type == "cuda" else "ABCD"
     if not set(args.variants or "") <= set(TITLES):
         raise UserError(f"--variants {args.variants}: choose letters of {''.join(TITLES)}")
-    if args.size == "8b" and device.type != "cuda":
-        raise UserError("--size 8b needs a CUDA device of 80 GB; use --size 33m here")
+    if args.size not in work.SIZES_OF[args.family]:
+        raise UserError(f"--size {args.size}: {args.family} has {', '.join(work.SIZES_OF[args.family])}")
+    if args.size in ("8b", "9b") and device.type != "cuda":
+        raise UserError(f"--size {args.size} needs a CUDA device of 80 GB; use --size 33m here")
     torch.set_float32_matmul_precision("high")
     histogram = work.read_histogram(args.histogram)
-    sizes = dict(work.SIZES[args.size])
+    sizes = dict(work.SIZES_OF[args.family][args.size])
     if args.tokenizer:
         sizes["rows"] = max(sizes["rows"], work.EIGHT_B["rows"])
     rate = work.matrix_rate(device)
     folder = Path(tempfile.mkdtemp(prefix="bench-"))
     try:
-        model_folder = work.write_folder(folder / "model", sizes, args.tokenizer)
+        model_folder = work.write_folder(folder / "model", sizes, args.tokenizer, args.family)
         base = work.build_base(model_folder, device, args.seed)
         operations = work.operations_of(model_folder)
         parameters = sum(p.numel() for p in base.parameters())
@@ -342,7 +346,7 @@ def main() -> None:
                 )
                 workload = replace(workload, config=config)
                 results = measure(variants, base, workload, device, folder, args.micro_batch, args.best_batch)
-                print(f"\n### {args.size}, {image_tokens} image tokens, {title}\n")
+                print(f"\n### {args.family} {args.size}, {image_tokens} image tokens, {title}\n")
                 print("\n".join(table(results, workload, operations, rate, device.type == "cuda")), flush=True)
     finally:
         shutil.rmtree(folder, ignore_errors=True)

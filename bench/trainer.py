@@ -16,7 +16,7 @@ from transformers.loss.loss_utils import ForCausalLMLoss
 from workload import Workload
 
 from images import open_image
-from templates import to_messages
+from templates import CHAT_OPTIONS, to_messages
 
 
 class Questions(torch.utils.data.Dataset):
@@ -35,7 +35,7 @@ class Questions(torch.utils.data.Dataset):
         image = open_image(Path(config.data.image_root, sample["image"]))
         pixels = self.processor(images=[image], return_tensors="pt")
         *prompt, answer = to_messages(sample, config.template)
-        text = self.tokenizer.apply_chat_template(prompt, tokenize=False, add_generation_prompt=True)
+        text = self.tokenizer.apply_chat_template(prompt, tokenize=False, add_generation_prompt=True, **CHAT_OPTIONS)
         count = int(pixels["image_grid_thw"].prod()) // self.workload.family.merge_size**2
         text = text.replace("<|image_pad|>", "<|image_pad|>" * count)
         prompt_ids = self.tokenizer(text)["input_ids"]

@@ -35,6 +35,7 @@ from model import (
     trainable_parameters,
 )
 from prepare import kvasir, stager
+from recurrent import install_forks
 from samples import SampleList
 from toy import tiny_model
 
@@ -54,6 +55,17 @@ THIRTY_THREE_M = {
 }  # fmt: skip
 TINY = THIRTY_THREE_M | {"layers": 4, "hidden_size": 64, "intermediate_size": 192, "head_dim": 16, "heads": 4}
 SIZES = {"8b": EIGHT_B, "33m": THIRTY_THREE_M, "tiny": TINY}
+# Qwen3.5-9B, and every width of it divided by 16. Its recurrent layers' heads are fewer and smaller, four times each.
+NINE_B = EIGHT_B | {
+    "layers": 32, "heads": 16, "kv_heads": 4, "head_dim": 256, "rows": 248_320,
+    "linear_key_heads": 16, "linear_value_heads": 32, "linear_head_dim": 128,
+}  # fmt: skip
+NINE_B_BY_16 = THIRTY_THREE_M | {
+    "layers": 32, "heads": 4, "kv_heads": 1, "head_dim": 64, "rows": 15_520,
+    "linear_key_heads": 4, "linear_value_heads": 8, "linear_head_dim": 32,
+}  # fmt: skip
+RECURRENT_TINY = NINE_B_BY_16 | {"layers": 4, "hidden_size": 64, "intermediate_size": 192}
+SIZES_OF = {"qwen3_vl": SIZES, "qwen3_5": {"9b": NINE_B, "33m": NINE_B_BY_16, "tiny": RECURRENT_TINY}}
 
 # Questions per image -> images, in 3,007 rows of Kvasir-VQA (352 whole images; Gautam et al. 2024, CC BY-NC 4.0).
 REAL_HISTOGRAM = {3: 6, 4: 10, 5: 15, 6: 30, 7: 45, 8: 64, 9: 62, 10: 58, 11: 37, 12: 12, 13: 7, 14: 3, 15: 3}
@@ -100,27 +112,26 @@ QUESTIONS = {
 # ------------------------------------------------------------------------------------------------------------- model
 
 
-def write_folder(folder: Path, sizes: dict, tokenizer_from: str | None) -> Path:
+def write_folder(folder: Path, sizes: dict, tokenizer_from: str | None, family: str = "qwen3_vl") -> Path:
     """A model folder without weights: config.json, tokenizer and image processor files. tokenizer_from: a real
     tokenizer's folder instead of the demo's; the embedding then gets as many rows as it needs."""
     folder.mkdir(parents=True)
-    token_ids = tiny_model.write_tokenizer(folder, "qwen3_vl", tokenizer_from)
+    token_ids = tiny_model.write_tokenizer(folder, family, tokenizer_from)
     demo_sizes = dict.fromkeys(("tie_word_embeddings", "vision_positions"), 0) | sizes
-    config = tiny_model.model_config("qwen3_vl", token_ids, torch.float32, demo_sizes)
+    config = tiny_model.model_config(family, token_ids, torch.float32, demo_sizes)
     rows = max(sizes["rows"], EIGHT_B["rows"] if tokenizer_from else 0)
-    half = sizes["head_dim"] // 2
-    side = half * 20 // 64
     config["tie_word_embeddings"] = False
     config["text_config"] |= {"vocab_size": rows, "head_dim": sizes["head_dim"]}
-    config["text_config"]["rope_scaling"] = {
-        "mrope_interleaved": True, "mrope_section": [half - 2 * side, side, side], "rope_type": "default"
-    }  # fmt: skip
-    config["vision_config"] |= {
-        "deepstack_visual_indexes": sizes["deepstack"],
-        "num_position_embeddings": sizes["positions"],
-    }
+    config["vision_config"]["num_position_embeddings"] = sizes["positions"]
+    if family == "qwen3_vl":
+        half = sizes["head_dim"] // 2
+        side = half * 20 // 64
+        config["text_config"]["rope_scaling"] = {
+            "mrope_interleaved": True, "mrope_section": [half - 2 * side, side, side], "rope_type": "default"
+        }  # fmt: skip
+        config["vision_config"]["deepstack_visual_indexes"] = sizes["deepstack"]
     tiny_model.write_json(folder / "config.json", config)
-    tiny_model.write_processors(folder, "qwen3_vl", 64 * 64, 16_777_216)
+    tiny_model.write_processors(folder, family, 64 * 64, 16_777_216)
     return folder
 
 
@@ -154,6 +165,7 @@ def adapted(base: torch.nn.Module, lora: Lora, seed: int, stock: bool) -> torch.
         patch_embed_as_matrix_product(model)
         install_vision_attention(model)
         install_shared_attention(model)
+        install_forks(model)
     model = attach_lora(model, lora, [LANGUAGE], seed)
     if stock:
         for module in model.modules():

@@ -148,9 +148,17 @@ def test_useful_operations_count_the_pairs_that_the_mask_lets_through(tmp_path):
     assert operations.useful([[7, 3, 5], [6, 4]], 8, [4]) == pytest.approx(expected, rel=1e-12)
 
 
-@pytest.mark.parametrize(("size", "low", "high"), [("33m", 32e6, 34e6), ("8b", 8.7e9, 8.8e9)])
-def test_the_models_have_the_size_they_are_named_by(tmp_path, size, low, high):
-    folder = workload.write_folder(tmp_path / "model", workload.SIZES[size], None)
+@pytest.mark.parametrize(
+    ("family", "size", "low", "high"),
+    [
+        ("qwen3_vl", "33m", 32e6, 34e6),
+        ("qwen3_vl", "8b", 8.7e9, 8.8e9),
+        ("qwen3_5", "33m", 34e6, 37e6),
+        ("qwen3_5", "9b", 9.3e9, 9.5e9),
+    ],
+)
+def test_the_models_have_the_size_they_are_named_by(tmp_path, family, size, low, high):
+    folder = workload.write_folder(tmp_path / "model", workload.SIZES_OF[family][size], None, family)
     model = workload.build_base(folder, torch.device("meta"), 0)
     assert low < sum(parameter.numel() for parameter in model.parameters()) < high
 

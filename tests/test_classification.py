@@ -30,7 +30,7 @@ from model import base_of, group_of, load_base, load_tokenizer, optimizer_groups
 from preflight import check_samples
 from samples import SampleList
 
-VISION = ["qwen2_vl", "qwen2_5_vl", "qwen3_vl"]
+VISION = ["qwen2_vl", "qwen2_5_vl", "qwen3_vl", "qwen3_5"]
 ALONE = Ranks(0, 1, torch.device("cpu"))
 
 
@@ -202,7 +202,7 @@ def test_a_label_word_planted_in_texts_is_learned(documents, tiny_models, tmp_pa
             assert min(image.size) > 200
 
 
-@pytest.mark.parametrize("family", VISION)
+@pytest.mark.parametrize("family", [*VISION[:3], pytest.param(VISION[3], marks=pytest.mark.slow)])
 def test_a_label_drawn_on_the_second_page_is_learned_and_the_vision_tower_stays_as_it_is(family, run, tiny_models):
     output = run("out", "page", family, num_train_epochs=4, learning_rate=5e-3)
     assert log_rows(output, "eval_loss")[-1]["test_accuracy"] >= 0.95
@@ -211,7 +211,7 @@ def test_a_label_drawn_on_the_second_page_is_learned_and_the_vision_tower_stays_
     vision = [name for name in before if "visual" in name]
     assert vision and all(torch.equal(before[name], after[name]) for name in vision)
     moved = {name for name in before if not torch.equal(before[name], after[name])}
-    assert any("layers.1.mlp" in name for name in moved) and any("layers.0.self_attn" in name for name in moved)
+    assert any("layers.1.mlp" in name for name in moved) and any("self_attn" in name for name in moved)
     assert "lm_head.weight" not in moved
 
 

@@ -14,7 +14,7 @@ from family import COORDINATES, Family
 from images import letterbox_placement, native_placement
 from tasks import click
 
-FACTORS = {"qwen2_vl": (14, 2), "qwen2_5_vl": (14, 2), "qwen3_vl": (16, 2)}
+FACTORS = {"qwen2_vl": (14, 2), "qwen2_5_vl": (14, 2), "qwen3_vl": (16, 2), "qwen3_5": (16, 2)}
 
 
 def family(model_type):
@@ -50,7 +50,7 @@ def test_the_published_box_of_the_428x640_image_is_reproduced_in_both_convention
     facts = next(fact for fact in published if "qwen2_vl_relative_0_1000" in fact)
     height, width = facts["qwen2_5_vl_absolute_on_resized_428x640_to"]["resized_hw"]
     box = (146, 137, 615, 415)
-    for model_type in ("qwen2_vl", "qwen3_vl"):
+    for model_type in ("qwen2_vl", "qwen3_vl", "qwen3_5"):
         placed = placement((640, 428), model_type, "native", 16384)
         assert list(click.box_to_prompt(box, placed, family(model_type))) == facts["qwen2_vl_relative_0_1000"]
     placed = placement((640, 428), "qwen2_5_vl", "native", 16384)

@@ -140,3 +140,10 @@ def test_a_second_call_leaves_what_is_there(tmp_path, monkeypatch, capsys):
     assert demo.main([]) == 0
     assert capsys.readouterr().out.count("there already") == 2
     assert (tmp_path / "demo/model/model.safetensors").stat().st_mtime_ns == before
+
+
+def test_the_demos_model_can_be_of_the_family_with_recurrent_layers(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "demo" / "raw").mkdir(parents=True)  # of no interest here
+    assert demo.main(["--family", "qwen3_5"]) == 0
+    assert json.loads((tmp_path / "demo" / "model" / "config.json").read_text())["model_type"] == "qwen3_5"

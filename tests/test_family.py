@@ -13,7 +13,12 @@ from family import COORDINATES, load_family
 
 @pytest.mark.parametrize(
     ("name", "factor", "coordinates"),
-    [("qwen2_vl", 28, "relative"), ("qwen2_5_vl", 28, "absolute"), ("qwen3_vl", 32, "relative")],
+    [
+        ("qwen2_vl", 28, "relative"),
+        ("qwen2_5_vl", 28, "absolute"),
+        ("qwen3_vl", 32, "relative"),
+        ("qwen3_5", 32, "relative"),
+    ],
 )
 def test_each_family_has_its_grid_and_its_coordinates(tiny_models, name, factor, coordinates):
     family = load_family(str(tiny_models[name]))
@@ -50,6 +55,14 @@ def test_a_text_model_has_no_vision(tiny_models):
     assert not family.has_vision and family.coordinates is None
 
 
+def test_the_text_part_of_a_qwen3_5_is_a_text_model_with_recurrent_layers(tiny_models, tmp_path):
+    text = json.loads((tiny_models["qwen3_5"] / "config.json").read_text())["text_config"]
+    (tmp_path / "config.json").write_text(json.dumps({**text, "architectures": ["Qwen3_5ForCausalLM"]}))
+    family = load_family(str(tmp_path))
+    assert (family.model_type, family.has_vision, family.is_recurrent) == ("qwen3_5_text", False, True)
+    assert not load_family(str(tiny_models["qwen3_vl"])).is_recurrent
+
+
 def test_a_size_of_768_fits_qwen3_vl_and_is_an_error_with_756_and_784_on_the_older_families(tiny_models):
     load_family(str(tiny_models["qwen3_vl"])).check_image_size(768, "exp.yaml")
     for name in ("qwen2_vl", "qwen2_5_vl"):
@@ -80,6 +93,9 @@ def test_another_kind_of_model_is_refused_with_the_supported_ones(tmp_path):
     (tmp_path / "config.json").write_text(json.dumps({"model_type": "bert"}))
     error = one_line(tmp_path)
     assert "is a bert" in error and all(family in error for family in COORDINATES)
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "qwen3_5_moe"}))
+    error = one_line(tmp_path)
+    assert "is a qwen3_5_moe (a mixture of experts); supported: " in error
 
 
 def test_a_folder_that_is_no_model_or_lacks_its_image_processor_is_named(tiny_models, tmp_path):

@@ -62,8 +62,15 @@ def assert_counted(config, family, batch) -> None:
     assert pass_bytes(counted, batch) == pytest.approx(peak, rel=0.15)
 
 
-@pytest.mark.parametrize("variant", VARIANTS)
-@pytest.mark.parametrize("name", FAMILIES)
+def memory_cases():
+    """Every variant of every family; of Qwen3.5, whose recurrent layers take long to follow, one in the quick tests."""
+    for name in FAMILIES:
+        for variant in VARIANTS:
+            slow = name == "qwen3_5" and variant != "lora, checkpointed"
+            yield pytest.param(name, variant, marks=[pytest.mark.slow] * slow, id=f"{name}-{variant}")
+
+
+@pytest.mark.parametrize(("name", "variant"), memory_cases())
 def test_the_memory_counted_without_weights_is_what_a_run_holds_within_15_percent(tiny_models, name, variant):
     run = tiny_run(tiny_models, name)
     encoder = run.encoder(**VARIANTS[variant])
@@ -122,10 +129,12 @@ def test_the_operations_by_formula_are_those_of_the_matrix_products_that_a_step_
     matrices = replace(operations, per_pair=0, per_patch_pair=0)  # it does not count a CPU's attention
     shown = [int((items[0].input_ids == run.family.image_token_id).sum())] * 3
     rows = [[len(item.input_ids)] for item in items]
-    counted = sum(
-        n for by in counter.get_flop_counts()["Global"].items() for n in [by[1]] if "attention" not in str(by[0])
-    )
-    assert matrices.useful(rows, batch["answer_tokens"], shown) == pytest.approx(counted, rel=0.07)
+    # Neither does it know that Qwen3.5's convolution has a channel to a group.
+    left_out = ("attention", "convolution")
+    counts = counter.get_flop_counts()["Global"].items()
+    counted = sum(n for name, n in counts if not any(part in str(name) for part in left_out))
+    tolerance = 0.15 if run.family.is_recurrent else 0.07  # its rule fills up chunks of 64 tokens, and is large here
+    assert matrices.useful(rows, batch["answer_tokens"], shown) == pytest.approx(counted, rel=tolerance)
 
 
 # ---------------------------------------------------------------------------------------------------------- the lines

@@ -13,7 +13,7 @@ from dataset import EvalDataset
 from images import letterbox, open_image
 from inference import greedy
 from samples import SampleList
-from templates import split_answer, to_messages
+from templates import CHAT_OPTIONS, split_answer, to_messages
 
 NEW_TOKENS = 8
 ONE_BY_ONE: dict[str, dict] = {}  # family -> the answers of batches of one
@@ -55,7 +55,7 @@ def by_transformers(run, sample) -> list[int]:
     """What generate() answers to the family's own prompt, up to the end token."""
     processor = AutoImageProcessor.from_pretrained(run.model_folder, backend="pil")
     messages, _ = split_answer(to_messages(sample, run.config.template))
-    text = run.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+    text = run.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True, **CHAT_OPTIONS)
     paths = run.encoder().images_of(sample)
     images = [letterbox(open_image(run.folder / path), run.config.image_size)[0] for path in paths]
     inputs = dict(processor(images=images, return_tensors="pt")) if images else {}
@@ -113,8 +113,9 @@ class Scripted(torch.nn.Module):
     def first_logits(self, model, batch, family, places, past_key_values, **others):
         """In place of `forward_logits`."""
         self.step = 0
-        for layer in range(self.config.get_text_config().num_hidden_layers):
-            past_key_values.update(*torch.zeros(2, len(batch["slots"]), 1, 1, 1), layer)
+        for number, layer in enumerate(past_key_values.layers):
+            if hasattr(layer, "update"):  # of keys; recurrent layers have states
+                past_key_values.update(*torch.zeros(2, len(batch["slots"]), 1, 1, 1), number)
         return torch.nn.functional.one_hot(torch.arange(len(places)) + 10, 2000).float()
 
     def forward(self, input_ids, **others):

@@ -75,7 +75,7 @@ def test_the_merged_folder_loads_plainly_and_gives_the_adapters_answers(tiny_mod
         pixels = processor(images=[image], return_tensors="pt")
         content = [{"type": "image"}, {"type": "text", "text": line["instruction"]}]
         text = tokenizer.apply_chat_template(
-            [{"role": "user", "content": content}], tokenize=False, add_generation_prompt=True
+            [{"role": "user", "content": content}], tokenize=False, add_generation_prompt=True, enable_thinking=False
         )
         image_tokens = int(pixels["image_grid_thw"].prod()) // 4
         ids = tokenizer(text.replace("<|image_pad|>", "<|image_pad|>" * image_tokens), return_tensors="pt")

@@ -29,7 +29,18 @@ from model import AnswerLoss, attach_lora, group_of, load_base, load_tokenizer, 
 from templates import IGNORE
 
 LANGUAGE, VISION, PROJECTOR = modeling.LANGUAGE, modeling.VISION, modeling.PROJECTOR
-LAYER_PARTS = {"q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"}
+MLP = {"gate_proj", "up_proj", "down_proj"}
+LAYER_PARTS = {"q_proj", "k_proj", "v_proj", "o_proj"} | MLP
+RECURRENT_PARTS = {"in_proj_qkv", "in_proj_z", "in_proj_b", "in_proj_a", "out_proj"} | MLP
+
+
+def linear_layers(run) -> list[str]:
+    """The last names of the language model's linear layers."""
+    return [*LAYER_PARTS, *RECURRENT_PARTS] if run.family.is_recurrent else [*LAYER_PARTS]
+
+
+def linear_count(run) -> int:
+    return 3 * len(RECURRENT_PARTS) + len(LAYER_PARTS) if run.family.is_recurrent else 2 * len(LAYER_PARTS)
 
 
 @pytest.fixture(params=FAMILIES)
@@ -157,7 +168,7 @@ def adapted_modules(model) -> set[str]:
 def test_lora_sits_on_every_linear_layer_of_the_language_model_and_nowhere_else(run):
     model = fresh(run)
     modules = adapted_modules(model)
-    assert {name.rsplit(".", 1)[1] for name in modules} == LAYER_PARTS and len(modules) == 2 * len(LAYER_PARTS)
+    assert {name.rsplit(".", 1)[1] for name in modules} == {*linear_layers(run)} and len(modules) == linear_count(run)
     assert all(".language_model.layers." in name for name in modules)
     assert set(trainable_parameters(model)) == {name for name, _ in model.named_parameters() if ".lora_" in name}
 
@@ -192,7 +203,7 @@ def test_the_adapter_added_in_the_product_equals_pefts_own_forward(run):
         if "lora_B" in name:
             nn.init.normal_(parameter, std=0.05)
     layers = [module for module in model.modules() if hasattr(module, "lora_A") and hasattr(module, "base_layer")]
-    assert len(layers) == 2 * len(LAYER_PARTS)
+    assert len(layers) == linear_count(run)
     for layer in layers:
         hidden = torch.randn(2, 5, layer.in_features, dtype=torch.float64, requires_grad=True)
         inputs = [hidden, layer.lora_A["default"].weight, layer.lora_B["default"].weight]
@@ -286,8 +297,8 @@ def test_norms_and_biases_have_no_weight_decay(run):
     decayed, plain = modeling.optimizer_groups(model, replace(run.config, weight_decay=0.1))
     assert (decayed["weight_decay"], plain["weight_decay"]) == (0.1, 0.0)
     names = {id(parameter): name for name, parameter in model.named_parameters()}
-    assert all("norm" in names[id(p)] or names[id(p)].endswith("bias") for p in plain["params"])
-    assert not any("norm" in names[id(p)] or names[id(p)].endswith("bias") for p in decayed["params"])
+    assert all("norm" in names[id(p)] or names[id(p)].endswith(("bias", "A_log")) for p in plain["params"])
+    assert not any("norm" in names[id(p)] or names[id(p)].endswith(("bias", "A_log")) for p in decayed["params"])
     assert len(decayed["params"]) + len(plain["params"]) == len(trainable_parameters(model))
 
 

@@ -177,6 +177,15 @@ def test_a_run_starts_with_a_warning_of_answers_that_are_no_candidates(tiny_mode
     assert [resume_from, notes] == ["", ["WARNING: 3 answers of train.json are not in their own candidate list"]]
 
 
+def test_answers_that_a_model_without_thoughts_cannot_be_taught_are_found_before_training(command, data):
+    turns = [{"role": role, "content": text} for role, text in (("user", "Who?"), ("assistant", "me"))] * 2
+    samples = [vqa_samples(1, 1)[0] | {"answer": "<think>so</think>red"}, {"id": "chat", "messages": turns}]
+    (data / "train.json").write_text(json.dumps([*vqa_samples(1, 2)[1:], *samples]))
+    code, _, err = command(family="qwen3_5")
+    assert code == 2 and "2 samples cannot be used" in err and "row 1 (" not in err
+    assert "row 2 (id p0q0): an answer holds <think>" in err and "row 3 (id chat): the model's chat template" in err
+
+
 def test_many_bad_samples_are_counted_and_the_first_ten_listed(command, data):
     samples = [{**vqa_samples(1, 1)[0], "id": str(i), "answer": ""} for i in range(25)]
     (data / "train.json").write_text(json.dumps(samples))
@@ -263,7 +272,7 @@ def test_the_marked_text_puts_every_supervised_token_between_the_brackets_and_no
     run = tiny_run(tiny_models, name)
     turns = [{"role": role, "content": text} for role, text in (("user", "<image>Who?"), ("assistant", "me"))] * 2
     chat = {"id": "c", "images": ["0.png", "1.png"], "messages": turns}
-    for sample, count in ((vqa_samples(1, 1)[0], 1), (chat, 2)):
+    for sample, count in ((vqa_samples(1, 1)[0], 1), (chat, 2))[: 1 if run.family.is_recurrent else 2]:
         (item,), _ = build_items(run.encoder(), [sample])
         text = marked_text(item, run.encoder())
         answer = "red" if count == 1 else "me"

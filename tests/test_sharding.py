@@ -144,7 +144,8 @@ def test_one_process_goes_on_from_any_share_and_reads_it_for_evaluation(config, 
 
 
 @pytest.mark.parametrize(
-    "family", ["qwen3_vl", *(pytest.param(name, marks=pytest.mark.slow) for name in ("qwen2_vl", "qwen2_5_vl"))]
+    "family",
+    ["qwen3_vl", *(pytest.param(name, marks=pytest.mark.slow) for name in ("qwen2_vl", "qwen2_5_vl", "qwen3_5"))],
 )
 def test_questions_are_trained_and_answered_under_fsdp_as_under_ddp(family, tiny_models, tmp_path):
     """With every part trained, and answers generated on the way."""
@@ -152,7 +153,8 @@ def test_questions_are_trained_and_answered_under_fsdp_as_under_ddp(family, tiny
     keys = {"finetuning": "full", "vision_frozen": False, "projector_frozen": False, "eval_steps": 2, "save_steps": 2}
     keys |= {"data": {"image_root": str(tmp_path / "data"), "train": str(tmp_path / "data" / "samples.json"),
                       "val": str(tmp_path / "data" / "samples.json")},
-             "image_size": {"qwen3_vl": 64}.get(family, 56), "learning_rate": 1e-3, "eval_max_samples": 2}  # fmt: skip
+             "learning_rate": 1e-3, "eval_max_samples": 2}  # fmt: skip
+    keys |= {"image_size": 64 if family.startswith("qwen3") else 56}
     keys |= {"num_train_epochs": 2, "gradient_checkpointing": True}
     for parallel in ("ddp", "fsdp"):
         path = question_config(tmp_path / "data", tiny_models[family], tmp_path / parallel, parallel=parallel, **keys)

@@ -96,8 +96,10 @@ def test_shared_and_unshared_have_the_same_loss_and_the_same_gradient_of_every_a
     loss = AnswerLoss(run.model(), run.family)
     alone, shared = (loss_and_gradients(loss, laid_out(run, samples(), share)) for share in (False, True))
     assert shared[0] == pytest.approx(alone[0], rel=1e-6)
-    assert len(alone[1]) == 2 * 14, "two halves of an adapter on each of the linear layers"
-    assert largest_relative_difference(alone[1], shared[1]) < 1e-5
+    linear_layers = 3 * 8 + 7 if run.family.is_recurrent else 2 * 7
+    assert len(alone[1]) == 2 * linear_layers, "two halves of an adapter on each of them"
+    # The recurrent layers' chunks of tokens fall elsewhere, and each is summed in float32.
+    assert largest_relative_difference(alone[1], shared[1]) < (1e-4 if run.family.is_recurrent else 1e-5)
 
 
 def test_in_float64_the_difference_is_rounding_alone(run):

@@ -9,6 +9,7 @@ from transformers import AutoTokenizer
 
 from errors import UserError
 from templates import (
+    CHAT_OPTIONS,
     IGNORE,
     SYSTEM_PROMPTS,
     ULTRA_CONDENSED,
@@ -45,7 +46,7 @@ def image_id(tokenizer) -> int:
 def expected_prompt_ids(tokenizer, messages, image_tokens) -> list[int]:
     """What the family's own chat template and tokenizer give, each image's placeholder repeated as its processor
     does."""
-    text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+    text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True, **CHAT_OPTIONS)
     before, *after = text.split("<|image_pad|>")
     assert len(after) == len(image_tokens)
     text = before + "".join("<|image_pad|>" * n + piece for n, piece in zip(image_tokens, after, strict=True))
@@ -223,12 +224,12 @@ def test_a_question_of_a_conversation_by_image_is_checked_like_any_other():
 # -------------------------------------------------------------------------------------------------- messages -> tokens
 
 
-def conversations() -> list[tuple[list[dict], list[int]]]:
-    """(messages, tokens of each image)"""
+def conversations(tokenizer) -> list[tuple[list[dict], list[int]]]:
+    """(messages, tokens of each image); of one answer each where the chat template rewrites earlier ones."""
     several = {**SAMPLE, "image": ["a.jpg", "b.jpg"]}
     one_by_one = chat("<image>Who?", " me\n", "Where is <image>?", "here", images=["a", "b"])
     text_first = chat("What is this?\n<image>", "Yes", image="a.jpg")
-    return [
+    found = [
         *((to_messages(SAMPLE, template), [6]) for template in ("ultra_condensed", "standard", "plain")),
         (to_messages(next(as_conversations([SAMPLE, {**SAMPLE, "id": "2"}])), "sequential_cot"), [6]),
         (to_messages(several, "ultra_condensed"), [4, 9]),
@@ -237,10 +238,12 @@ def conversations() -> list[tuple[list[dict], list[int]]]:
         (to_messages(text_first, "plain"), [4]),
         (to_messages(chat("Grüße, 你好 🙂", "say \"quoted 'twice'\"\n"), "plain"), []),
     ]
+    rewrites = "</think>" in tokenizer.chat_template
+    return [(m, n) for m, n in found if not rewrites or sum(turn["role"] == "assistant" for turn in m) == 1]
 
 
 def test_prompt_ids_equal_the_chat_templates_own_in_training_and_at_inference(tokenizer):
-    for messages, image_tokens in conversations():
+    for messages, image_tokens in conversations(tokenizer):
         prompt, _ = split_answer(messages)
         expected = expected_prompt_ids(tokenizer, prompt, image_tokens)
         generation = encode(prompt, tokenizer, image_tokens, image_id(tokenizer), generation=True)
@@ -251,7 +254,7 @@ def test_prompt_ids_equal_the_chat_templates_own_in_training_and_at_inference(to
 
 
 def test_labels_are_each_answer_and_its_end_token_and_nothing_else(tokenizer):
-    for messages, image_tokens in conversations():
+    for messages, image_tokens in conversations(tokenizer):
         encoded = encode(messages, tokenizer, image_tokens, image_id(tokenizer), generation=False)
         answers = [message["content"] + END for message in messages if message["role"] == "assistant"]
         assert supervised_runs(encoded, tokenizer) == answers
@@ -259,10 +262,11 @@ def test_labels_are_each_answer_and_its_end_token_and_nothing_else(tokenizer):
 
 
 def test_the_whole_training_text_reads_as_the_chat_template_writes_it(tokenizer):
-    for messages, image_tokens in conversations():
+    for messages, image_tokens in conversations(tokenizer):
         encoded = encode(messages, tokenizer, [1] * len(image_tokens), image_id(tokenizer), generation=False)
         whole = tokenizer.apply_chat_template(messages, tokenize=False)
-        assert tokenizer.decode(encoded.input_ids) + "\n" == whole
+        trimmed = tokenizer.decode(encoded.input_ids).replace(f"\n{END}", END)  # Qwen3.5's trims what is said
+        assert whole in (f"{tokenizer.decode(encoded.input_ids)}\n", f"{trimmed}\n")
 
 
 @pytest.mark.parametrize("token", ["<|im_end|>", "<|image_pad|>", "<|fim_prefix|>", "<|vision_start|>"])
@@ -280,8 +284,55 @@ def test_a_chat_template_that_rewrites_earlier_turns_is_refused(tiny_models):
     """Training on all turns of a conversation is only right where each later prompt begins with the earlier one."""
     tokenizer = AutoTokenizer.from_pretrained(tiny_models["qwen3_vl"])
     tokenizer.chat_template = "{{ messages | length }} messages"
-    with pytest.raises(AssertionError, match="rewrites earlier turns"):
+    with pytest.raises(UserError, match="rewrites earlier answers"):
         encode(to_messages(chat("a", "b", "c", "d"), "plain"), tokenizer, [], 0, generation=False)
+
+
+# ----------------------------------------------------------------------------------------- models that think by default
+
+
+@pytest.fixture
+def thinking(tiny_models):
+    return AutoTokenizer.from_pretrained(tiny_models["qwen3_5"])
+
+
+def test_a_model_that_thinks_by_default_is_trained_and_asked_without_thoughts(thinking):
+    messages = to_messages(SAMPLE, "plain")
+    by_default = thinking.apply_chat_template(messages[:-1], tokenize=False, add_generation_prompt=True)
+    assert by_default.endswith("<|im_start|>assistant\n<think>\n")
+    for generation in (False, True):
+        encoded = encode(messages[:-1] if generation else messages, thinking, [1], image_id(thinking), generation)
+        prompt = [i for i, label in zip(encoded.input_ids, encoded.labels, strict=True) if label == IGNORE]
+        assert thinking.decode(prompt).endswith("<|im_start|>assistant\n<think>\n\n</think>\n\n")
+    assert thinking.convert_tokens_to_ids("</think>") in prompt, "one token, as in the real ones"
+
+
+@pytest.mark.parametrize("answer", ["<think>hm</think>red", "</think>", "red <think>"])
+def test_an_answer_with_thoughts_is_refused_where_the_prompt_has_closed_them(thinking, tiny_models, answer):
+    messages = to_messages({**SAMPLE, "answer": answer}, "plain")
+    with pytest.raises(UserError, match=r"an answer holds <think> or </think>.*remove"):
+        encode(messages, thinking, [1], image_id(thinking), generation=False)
+    plain = AutoTokenizer.from_pretrained(tiny_models["qwen3_vl"])  # elsewhere it is text like any other
+    assert supervised_runs(encode(messages, plain, [1], image_id(plain), generation=False), plain) == [answer + END]
+
+
+def test_several_answers_are_refused_unless_the_template_keeps_the_blocks_of_earlier_ones(thinking):
+    """The first Qwen3.5's drops them; its successors' keeps them where it is told to."""
+    messages = to_messages(chat("a", "b", "c", "d"), "plain")
+    with pytest.raises(UserError, match="rewrites earlier answers"):
+        encode(messages, thinking, [], 0, generation=False)
+    thinking.chat_template = thinking.chat_template.replace(
+        "loop.index0 > last.user", "(preserve_thinking is defined and preserve_thinking or loop.index0 > last.user)"
+    )
+    encoded = encode(messages, thinking, [], 0, generation=False)
+    assert supervised_runs(encoded, thinking) == ["b" + END, "d" + END]
+    assert thinking.decode(encoded.input_ids).count("<think>\n\n</think>") == 2
+
+
+def test_what_the_chat_template_refuses_is_one_line_that_says_so(thinking):
+    messages = [*to_messages(chat("a", "b"), "plain")[:1], {"role": "system", "content": "late"}]
+    with pytest.raises(UserError, match=r"chat template refuses.*System message must be at the beginning"):
+        encode([*messages, {"role": "assistant", "content": "b"}], thinking, [], 0, generation=False)
 
 
 def test_one_image_under_both_names_is_one_image():

@@ -139,6 +139,19 @@ def test_a_run_goes_on_under_another_number_of_ranks_with_the_same_batches_and_l
         assert mine == pytest.approx(theirs, rel=2e-4)
 
 
+@pytest.mark.slow
+def test_a_run_with_recurrent_layers_stopped_and_resumed_equals_an_uninterrupted_one(run, tiny_models, monkeypatch):
+    arguments = [f"model_name={tiny_models['qwen3_5']}", "image_size=128", "gradient_checkpointing=true"]
+    changes = {"num_train_epochs": 2, "save_steps": 100, "eval_steps": 4, "eval_max_samples": 4}
+    whole = run("whole", *arguments, **changes)
+    stop_at(monkeypatch, 3)
+    cut = run("cut", *arguments, **changes)
+    assert json.loads((cut / "PREEMPTED").read_text())["step"] == 3
+    monkeypatch.undo()
+    run("cut", *arguments, **changes)
+    assert history(cut) == history(whole) and weights(cut) == weights(whole) and order(cut) == order(whole)
+
+
 @pytest.mark.parametrize("number", [signal.SIGUSR1, signal.SIGTERM, signal.SIGINT])
 def test_each_stop_signal_saves_the_step_it_met_and_leaves_the_marker(run, monkeypatch, number):
     stop_at(monkeypatch, 2, number)

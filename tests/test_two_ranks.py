@@ -142,6 +142,14 @@ def test_whatever_is_trained_and_however_a_step_is_cut_the_ranks_step_as_one_pro
 
 
 @pytest.mark.slow
+def test_recurrent_layers_step_on_two_ranks_as_in_one_process(tiny_models, tmp_path):
+    run = tiny_run(tiny_models, "qwen3_5")
+    found = on_ranks(2, tmp_path, tiny_models["qwen3_5"], "adapter,everything")
+    for trained in ("adapter", "everything"):
+        assert_as_in_one_process(run, found, trained, CUTS)
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("trained", TRAINED)
 def test_one_process_steps_alike_however_a_step_is_cut(run, trained):
     whole, weights = mixed_run(run, trained, CUTS[-1], ALONE)

@@ -1,5 +1,5 @@
-"""Tiny Qwen-VL models with random weights, in the exact folder layout of the real ones: Qwen2-VL, Qwen2.5-VL, Qwen3-VL
-and text-only Qwen2. The demo trains one, the tests and the benchmark build theirs here.
+"""Tiny Qwen models with random weights, in the exact folder layout of the real ones: Qwen2-VL, Qwen2.5-VL, Qwen3-VL,
+Qwen3.5 and text-only Qwen2. The demo trains one, the tests and the benchmark build theirs here.
 """
 
 import json
@@ -19,6 +19,7 @@ SPECIAL_TOKENS = """<|endoftext|> <|im_start|> <|im_end|> <|object_ref_start|> <
     <|video_pad|>""".split()
 EXTRA_TOKENS = """<tool_call> </tool_call> <|fim_prefix|> <|fim_middle|> <|fim_suffix|> <|fim_pad|> <|repo_name|>
     <|file_sep|>""".split()
+THINK_TOKENS = "<tool_response> </tool_response> <think> </think>".split()  # Qwen3.5's, after those
 # The tokenizer is trained on this: whole words for what the demo and the tests ask, pieces for everything else.
 TOKENIZER_TEXT = """
 You are a helpful assistant. You are Qwen, created by Alibaba Cloud. Answer the question about this endoscopic image.
@@ -43,6 +44,7 @@ DEFAULT_SYSTEM = {
     "qwen2_vl": "You are a helpful assistant.",
     "qwen2_5_vl": "You are a helpful assistant.",
     "qwen3_vl": None,
+    "qwen3_5": None,
     "qwen2": "You are Qwen, created by Alibaba Cloud. You are a helpful assistant.",
 }
 
@@ -57,8 +59,15 @@ TINY_SIZES = {
     "vision_intermediate_size": 64,
     "vision_depth": 3,
     "vision_heads": 2,
-    "vision_positions": 64,  # Qwen3-VL only: 8 × 8 learned positions, resampled to each image's grid
+    "vision_positions": 64,  # Qwen3-VL and Qwen3.5: 8 × 8 learned positions, resampled to each image's grid
+    "head_dim": 32,  # this and those below, Qwen3.5 only; a quarter of each head is rotated
+    "linear_key_heads": 2,
+    "linear_value_heads": 4,
+    "linear_head_dim": 16,
 }
+PATCHES_OF_16 = ("qwen3_vl", "qwen3_5")  # the vision tower, image processor and files that came with Qwen3-VL
+# Three linear layers to one with full attention, as published.
+LAYER_TYPES = ("linear_attention", "linear_attention", "linear_attention", "full_attention")
 
 
 def chat_template(family: str) -> str:
@@ -77,6 +86,8 @@ def chat_template(family: str) -> str:
         + images
         + "{% elif 'text' in part %}{{ part.text }}{% endif %}{% endfor %}{% endif %}{% endmacro %}"
     )
+    if family == "qwen3_5":
+        return say + _thinking_template()
     turn = "<|im_start|>{{ message.role }}\n{{ say(message.content, WHERE) }}<|im_end|>\n"
     if family == "qwen3_vl":
         turn = turn.replace("WHERE", "message.role == 'user'")
@@ -88,6 +99,28 @@ def chat_template(family: str) -> str:
         )
     ask = "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
     return say + "{% for message in messages %}" + turn + "{% endfor %}" + ask
+
+
+def _thinking_template() -> str:
+    """Qwen3.5's: texts are trimmed, a system turn may only come first, some turn must be the user's, and the answer
+    opens a block of thoughts, an empty one where `enable_thinking` is false. Answers before the last question lose
+    their thoughts, and later ones get a block."""
+    return (
+        "{% set last = namespace(user=-1) %}"
+        "{% for message in messages %}{% if message.role == 'user' %}{% set last.user = loop.index0 %}{% endif %}"
+        "{% endfor %}{% if last.user < 0 %}{{ raise_exception('No user query found in messages.') }}{% endif %}"
+        "{% for message in messages %}{% set text = say(message.content, true) | trim %}"
+        "{% if message.role == 'system' and not loop.first %}"
+        "{{ raise_exception('System message must be at the beginning.') }}{% endif %}"
+        "{% set thoughts = '' %}{% if message.role == 'assistant' and '</think>' in text %}"
+        "{% set thoughts = text.split('</think>')[0].split('<think>')[-1] | trim %}"
+        "{% set text = text.split('</think>')[-1].lstrip('\n') %}{% endif %}"
+        "<|im_start|>{{ message.role }}\n"
+        "{% if message.role == 'assistant' and loop.index0 > last.user %}"
+        "{{ '<think>\n' + thoughts + '\n</think>\n\n' }}{% endif %}{{ text }}<|im_end|>\n{% endfor %}"
+        "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n<think>\n' }}"
+        "{% if enable_thinking is defined and enable_thinking is false %}{{ '\n</think>\n\n' }}{% endif %}{% endif %}"
+    )
 
 
 def write_tokenizer(folder: str | Path, family: str, tokenizer_from: str | Path | None = None) -> dict[str, int]:
@@ -102,7 +135,7 @@ def write_tokenizer(folder: str | Path, family: str, tokenizer_from: str | Path 
             shutil.copyfile(Path(tokenizer_from) / name, folder / name)
         content = json.loads((folder / "tokenizer.json").read_text(encoding="utf-8"))
     else:
-        content = train_tokenizer()
+        content = train_tokenizer(EXTRA_TOKENS + (THINK_TOKENS if family == "qwen3_5" else []))
         write_json(folder / "tokenizer.json", content)
         flags = {"lstrip": False, "normalized": False, "rstrip": False, "single_word": False}
         config = {
@@ -118,7 +151,7 @@ def write_tokenizer(folder: str | Path, family: str, tokenizer_from: str | Path 
             "clean_up_tokenization_spaces": False,
             "eos_token": "<|im_end|>",
             "errors": "replace",
-            "model_max_length": 262144 if family == "qwen3_vl" else 131072,
+            "model_max_length": 262144 if family in PATCHES_OF_16 else 131072,
             "pad_token": "<|endoftext|>",
             "split_special_tokens": False,
             "tokenizer_class": "Qwen2Tokenizer",
@@ -132,7 +165,7 @@ def write_tokenizer(folder: str | Path, family: str, tokenizer_from: str | Path 
     return {**vocab, **{token["content"]: token["id"] for token in content["added_tokens"]}}
 
 
-def train_tokenizer() -> dict:
+def train_tokenizer(extra_tokens: list[str]) -> dict:
     """Train the small byte-level BPE on TOKENIZER_TEXT; return the content of its tokenizer.json."""
     from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 
@@ -149,12 +182,13 @@ def train_tokenizer() -> dict:
     words = TOKENIZER_TEXT.split()
     tokenizer.train_from_iterator([TOKENIZER_TEXT, *words, *(" " + word for word in words)], trainer)
     tokenizer.add_special_tokens([AddedToken(token, normalized=False, special=True) for token in SPECIAL_TOKENS])
-    tokenizer.add_tokens([AddedToken(token, normalized=False, special=False) for token in EXTRA_TOKENS])
+    tokenizer.add_tokens([AddedToken(token, normalized=False, special=False) for token in extra_tokens])
     return json.loads(tokenizer.to_str())
 
 
 def model_config(family: str, token_ids: dict[str, int], dtype, sizes: dict) -> dict:
-    """config.json in the layout of the hub's own: flat for Qwen2, Qwen2-VL and Qwen2.5-VL, nested for Qwen3-VL."""
+    """config.json in the layout of the hub's own: flat for Qwen2, Qwen2-VL and Qwen2.5-VL, nested for Qwen3-VL and
+    Qwen3.5."""
     import transformers
 
     head_dim = sizes["hidden_size"] // sizes["heads"]
@@ -196,13 +230,19 @@ def model_config(family: str, token_ids: dict[str, int], dtype, sizes: dict) -> 
     }
     width, depth = sizes["vision_hidden_size"], sizes["vision_depth"]
     vision = {"depth": depth, "num_heads": sizes["vision_heads"], "spatial_merge_size": 2, "temporal_patch_size": 2}
+    if family in PATCHES_OF_16:
+        vision |= {"hidden_act": "gelu_pytorch_tanh", "hidden_size": width, "initializer_range": 0.02, "patch_size": 16}
+        vision |= {"intermediate_size": sizes["vision_intermediate_size"], "model_type": family, "in_channels": 3}
+        vision |= {"num_position_embeddings": sizes["vision_positions"], "out_hidden_size": sizes["hidden_size"]}
+    if family == "qwen3_5":
+        text |= _recurrent_text(sizes) | {"dtype": shared.pop("torch_dtype")}
+        vision["deepstack_visual_indexes"] = []
+        return {"architectures": ["Qwen3_5ForConditionalGeneration"], "model_type": "qwen3_5", **tokens,
+                "text_config": text, "vision_config": vision, **shared}  # fmt: skip
     if family == "qwen3_vl":
         text |= {"attention_bias": False, "head_dim": head_dim, "model_type": "qwen3_vl_text", "rope_theta": 5000000}
         text["rope_scaling"] = {"mrope_interleaved": True, "mrope_section": sections, "rope_type": "default"}
-        vision |= {"deepstack_visual_indexes": list(range(depth - 1))[: sizes["layers"]], "in_channels": 3}
-        vision |= {"hidden_act": "gelu_pytorch_tanh", "hidden_size": width, "initializer_range": 0.02, "patch_size": 16}
-        vision |= {"intermediate_size": sizes["vision_intermediate_size"], "model_type": "qwen3_vl"}
-        vision |= {"num_position_embeddings": sizes["vision_positions"], "out_hidden_size": sizes["hidden_size"]}
+        vision["deepstack_visual_indexes"] = list(range(depth - 1))[: sizes["layers"]]
         return {"architectures": ["Qwen3VLForConditionalGeneration"], "model_type": "qwen3_vl", **tokens,
                 "text_config": text, "vision_config": vision, **shared}  # fmt: skip
     text |= {"max_window_layers": sizes["layers"], "sliding_window": 32768, "use_sliding_window": False}
@@ -222,6 +262,33 @@ def model_config(family: str, token_ids: dict[str, int], dtype, sizes: dict) -> 
     return {"architectures": [architecture], "model_type": family, **text, **tokens, "vision_config": vision, **shared}
 
 
+def _recurrent_text(sizes: dict) -> dict:
+    """What Qwen3.5's text_config has beside the others'."""
+    pairs = sizes["head_dim"] // 8  # rotated: a quarter of the head, among time, height, width in turn
+    return {
+        "attention_bias": False,
+        "attn_output_gate": True,
+        "full_attention_interval": len(LAYER_TYPES),
+        "head_dim": sizes["head_dim"],
+        "layer_types": [LAYER_TYPES[layer % len(LAYER_TYPES)] for layer in range(sizes["layers"])],
+        "linear_conv_kernel_dim": 4,
+        "linear_key_head_dim": sizes["linear_head_dim"],
+        "linear_num_key_heads": sizes["linear_key_heads"],
+        "linear_num_value_heads": sizes["linear_value_heads"],
+        "linear_value_head_dim": sizes["linear_head_dim"],
+        "mamba_ssm_dtype": "float32",
+        "model_type": "qwen3_5_text",
+        "partial_rotary_factor": 0.25,
+        "rope_parameters": {
+            "mrope_interleaved": True,
+            "mrope_section": [(pairs + 2) // 3, (pairs + 1) // 3, pairs // 3],
+            "partial_rotary_factor": 0.25,
+            "rope_theta": 10000000,
+            "rope_type": "default",
+        },
+    }
+
+
 def generation_config(family: str, token_ids: dict[str, int]) -> dict:
     """generation_config.json as published: every family samples by default, Qwen2.5-VL also punishes repetition.
 
@@ -231,6 +298,7 @@ def generation_config(family: str, token_ids: dict[str, int]) -> dict:
         "qwen2_vl": {"temperature": 0.01, "top_k": 1, "top_p": 0.001},
         "qwen2_5_vl": {"repetition_penalty": 1.05, "temperature": 1e-6},
         "qwen3_vl": {"repetition_penalty": 1.0, "temperature": 0.7, "top_k": 20, "top_p": 0.8},
+        "qwen3_5": {"temperature": 0.6, "top_k": 20, "top_p": 0.95},
         "qwen2": {"repetition_penalty": 1.05, "temperature": 0.7, "top_k": 20, "top_p": 0.8},
     }[family]
     end = token_ids["<|endoftext|>"]
@@ -239,8 +307,8 @@ def generation_config(family: str, token_ids: dict[str, int]) -> dict:
 
 
 def write_processors(folder: Path, family: str, min_pixels: int, max_pixels: int) -> None:
-    """preprocessor_config.json (and, for Qwen3-VL, video_preprocessor_config.json) in the family's own words."""
-    if family == "qwen3_vl":
+    """preprocessor_config.json (and, from Qwen3-VL on, video_preprocessor_config.json) in the family's own words."""
+    if family in PATCHES_OF_16:
         half = [0.5, 0.5, 0.5]
         shared = {"patch_size": 16, "temporal_patch_size": 2, "merge_size": 2, "image_mean": half, "image_std": half}
         shared["processor_class"] = "Qwen3VLProcessor"
@@ -280,6 +348,17 @@ def make_teachable(model) -> None:
                 torch.nn.init.normal_(weight, std=1 / math.sqrt(weight.shape[1]))
 
 
+def make_remember(model) -> None:
+    """Let the states of a random Qwen3.5's recurrent layers last for tens to hundreds of tokens, in place. As they are
+    initialised, most heads have forgotten everything two tokens later, and no test would notice a state that leaks."""
+    import torch
+
+    with torch.no_grad():
+        for name, weight in model.named_parameters():
+            if name.endswith(".A_log"):
+                weight.uniform_(math.log(1e-3), math.log(1e-1))
+
+
 def write_tiny_model(
     folder: str | Path,
     family: str,
@@ -294,13 +373,13 @@ def write_tiny_model(
 ) -> Path:
     """Write a tiny model with random weights to `folder`, which must not exist, and return its path.
 
-    family: qwen2_vl, qwen2_5_vl, qwen3_vl, or qwen2 (text only). The folder has the files of the real one on the hub:
-    config.json, generation_config.json, model.safetensors, tokenizer.json, tokenizer_config.json, vocab.json,
+    family: qwen2_vl, qwen2_5_vl, qwen3_vl, qwen3_5, or qwen2 (text only). The folder has the files of the real one on
+    the hub: config.json, generation_config.json, model.safetensors, tokenizer.json, tokenizer_config.json, vocab.json,
     merges.txt, chat_template.json or .jinja, preprocessor_config.json. The same arguments give the same bytes.
     dtype: the weights' dtype on disk, as a torch dtype or its name. tokenizer_from: folder of a real tokenizer.
     teachable: weights that LoRA alone can teach a task within minutes, see `make_teachable`.
     min_pixels, max_pixels: the image processor's bounds in pixels; by default the real ones, except that images down
-    to 64×64 (Qwen3-VL) or 56×56 stay as they are. sizes: any key of TINY_SIZES.
+    to 64×64 (Qwen3-VL, Qwen3.5) or 56×56 stay as they are. sizes: any key of TINY_SIZES.
     Raises: `ValueError` on an unknown family or size, or an existing folder.
     """
     import torch
@@ -311,7 +390,8 @@ def write_tiny_model(
         raise ValueError(f"family {family!r}: choose one of {', '.join(DEFAULT_SYSTEM)}")
     if unknown := sizes.keys() - TINY_SIZES:
         raise ValueError(f"size {sorted(unknown)[0]!r}: choose from {', '.join(TINY_SIZES)}")
-    sizes, folder = TINY_SIZES | sizes, Path(folder)
+    layers = len(LAYER_TYPES) if family == "qwen3_5" else TINY_SIZES["layers"]
+    sizes, folder = TINY_SIZES | {"layers": layers} | sizes, Path(folder)
     if folder.exists():
         raise ValueError(f"{folder} exists; delete it or choose another folder")
     dtype = getattr(torch, dtype) if isinstance(dtype, str) else dtype
@@ -326,15 +406,16 @@ def write_tiny_model(
             model = auto.from_config(AutoConfig.from_pretrained(partial), dtype=torch.float32)
             if teachable:
                 make_teachable(model)
+            make_remember(model)
         model.to(dtype).save_pretrained(partial)
         write_json(partial / "config.json", config)  # save_pretrained wrote its own, in today's layout
         write_json(partial / "generation_config.json", generation_config(family, token_ids))
         template = json.loads((partial / "tokenizer_config.json").read_text(encoding="utf-8"))["chat_template"]
-        if family == "qwen3_vl":
+        if family in PATCHES_OF_16:
             (partial / "chat_template.jinja").write_text(template, encoding="utf-8")
         elif family != "qwen2":
             write_json(partial / "chat_template.json", {"chat_template": template})
         if family != "qwen2":
-            default_min, default_max = (64 * 64, 16777216) if family == "qwen3_vl" else (56 * 56, 12845056)
+            default_min, default_max = (64 * 64, 16777216) if family in PATCHES_OF_16 else (56 * 56, 12845056)
             write_processors(partial, family, min_pixels or default_min, max_pixels or default_max)
     return folder

@@ -5,7 +5,7 @@ from pathlib import Path
 import yaml
 
 # of the drawn screens and noise images, in pixels a side: 16 image tokens each
-IMAGE_SIZE = {"qwen2_vl": 112, "qwen2_5_vl": 112, "qwen3_vl": 128}
+IMAGE_SIZE = {"qwen2_vl": 112, "qwen2_5_vl": 112, "qwen3_vl": 128, "qwen3_5": 128}
 
 
 def config_values(folder, model, output, **changes) -> dict:

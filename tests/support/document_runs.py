@@ -11,7 +11,7 @@ from support.run_helpers import log_rows
 WORDS = "the and of to in is it that for on with as was paper title small number".split()
 LABEL_WORDS = ("reject", "accept")
 COLOURS = ("#c02020", "#2040c0")
-IMAGE_SIZE = {"qwen2_vl": 56, "qwen2_5_vl": 56, "qwen3_vl": 64}
+IMAGE_SIZE = {"qwen2_vl": 56, "qwen2_5_vl": 56, "qwen3_vl": 64, "qwen3_5": 64}
 
 
 def write_documents(folder, train=96, val=24, test=24):

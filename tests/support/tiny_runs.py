@@ -28,7 +28,7 @@ from support import configs
 from support.configs import IMAGE_SIZE  # noqa: F401 - for the tests
 from templates import IGNORE
 
-FAMILIES = ["qwen2_vl", "qwen2_5_vl", "qwen3_vl"]
+FAMILIES = ["qwen2_vl", "qwen2_5_vl", "qwen3_vl", "qwen3_5"]
 END = "<|im_end|>"
 STOP_SIGNALS = (signal.SIGUSR1, signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
 
@@ -111,7 +111,9 @@ class TinyRun:
         model = model.to(dtype)
         if dtype == torch.float64:
             for module in model.modules():
-                if type(module).__name__.endswith("RMSNorm"):
+                if type(module).__name__.startswith("Qwen3_5"):
+                    module.forward = in_float64(module.forward)
+                elif type(module).__name__.endswith("RMSNorm"):
                     module.forward = types.MethodType(_exact_rms_norm, module)
         return model
 
@@ -119,6 +121,19 @@ class TinyRun:
 def _exact_rms_norm(self, hidden: torch.Tensor) -> torch.Tensor:
     """transformers' own without its detour through float32, which would round away the digits that tests compare."""
     return self.weight * hidden * torch.rsqrt(hidden.pow(2).mean(-1, keepdim=True) + self.variance_epsilon)
+
+
+def in_float64(forward):
+    """A part of Qwen3.5 without its detours through float32, for the same reason."""
+
+    def exact(*args, **kwargs):
+        with (
+            mock.patch.object(torch, "float32", torch.float64),
+            mock.patch.object(torch.Tensor, "float", torch.Tensor.double),
+        ):
+            return forward(*args, **kwargs)
+
+    return exact
 
 
 _RUNS: dict[str, TinyRun] = {}

@@ -1,0 +1,233 @@
+"""Questions behind one prefix run through recurrent layers as each would alone, from copies of the prefix's state."""
+
+from itertools import pairwise
+
+import pytest
+import torch
+from support.tiny_runs import in_float64
+
+import recurrent
+from family import Family
+from model import load_base
+from recurrent import ForkedRows, last_tokens
+
+ROWS = [[20, 5, 70, 1, 64], [33, 130, 2], [2, 9]]  # tokens of each row's prefix and questions; padding follows in two
+WIDTH = 165
+KERNEL = 4
+
+
+@pytest.fixture(scope="module")
+def layer(tiny_models):
+    """In float64 throughout, so that a difference is a mistake and no rounding."""
+    layer = load_base(str(tiny_models["qwen3_5"]), torch.float64).model.language_model.layers[1].linear_attn
+    for name, parameter in layer.named_parameters():
+        parameter.requires_grad_(True)
+        if parameter.ndim > 1:  # random ones are so small that inputs hardly matter
+            torch.nn.init.normal_(parameter, std=0.3, generator=torch.Generator().manual_seed(len(name)))
+    layer.forward = in_float64(layer.forward)
+    return layer
+
+
+def hidden_states(seed=0) -> torch.Tensor:
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randn(len(ROWS), WIDTH, 64, dtype=torch.float64, generator=generator)
+
+
+def spans(row: list[int]) -> list[slice]:
+    """Of the prefix and each question in a row."""
+    bounds = torch.tensor([0, *row]).cumsum(0).tolist()
+    return [slice(*span) for span in pairwise(bounds)]
+
+
+def forked(layer, hidden, rows=ROWS, **options) -> torch.Tensor:
+    return layer(hidden, forked_rows=ForkedRows(rows, hidden.shape[1], hidden.device, **options))
+
+
+def alone(layer, hidden) -> torch.Tensor:
+    """What each question, and each prefix, gives in a sequence of its own, laid out as the rows are."""
+    output = torch.zeros_like(hidden)
+    for row, lengths in enumerate(ROWS):
+        prefix, *questions = spans(lengths)
+        for own in questions:
+            sequence = torch.cat([hidden[row, prefix], hidden[row, own]])[None]
+            found = layer(sequence)[0]
+            output[row, prefix], output[row, own] = found[: prefix.stop], found[prefix.stop :]
+    return output
+
+
+def real_tokens() -> torch.Tensor:
+    return torch.arange(WIDTH) < torch.tensor([sum(row) for row in ROWS])[:, None]
+
+
+def gradients(layer, hidden, give) -> list[torch.Tensor]:
+    """Of the inputs and every parameter, from the questions' outputs alone: what reaches the prefix, they sent."""
+    hidden = hidden.clone().requires_grad_()
+    output = give(layer, hidden)
+    of_questions = real_tokens() & (torch.arange(WIDTH) >= torch.tensor([row[0] for row in ROWS])[:, None])
+    weights = torch.randn(output.shape, dtype=output.dtype, generator=torch.Generator().manual_seed(1))
+    return torch.autograd.grad((output * weights)[of_questions].sum(), [hidden, *layer.parameters()])
+
+
+def test_every_question_has_the_outputs_that_it_has_in_a_sequence_of_its_own(layer):
+    """Several rows with padding, prefixes of several lengths, one shorter than the convolution looks back, questions of
+    one token, of a whole chunk and of three."""
+    hidden, real = hidden_states(), real_tokens()
+    found, expected = forked(layer, hidden), alone(layer, hidden)
+    assert torch.allclose(found[real], expected[real], rtol=0, atol=1e-12)
+    assert found[real].abs().mean() > 0.1, "numbers that are all zero prove nothing"
+
+
+def test_all_gradients_flow_back_through_the_copies_into_the_prefix(layer):
+    found, expected = (gradients(layer, hidden_states(), give) for give in (forked, alone))
+    for one, other in zip(found, expected, strict=True):
+        assert torch.allclose(one, other, rtol=1e-9, atol=1e-11)
+    assert all(found[0][row, : ROWS[row][0]].abs().max() > 1e-3 for row in range(len(ROWS)))
+
+
+def test_in_float32_it_is_as_close_to_whole_sequences_as_another_chunk_size_is(tiny_models):
+    layer = load_base(str(tiny_models["qwen3_5"]), torch.float32).model.language_model.layers[1].linear_attn
+    hidden = hidden_states().float()
+    real = real_tokens()
+    expected = alone(layer, hidden)
+    assert (forked(layer, hidden)[real] - expected[real]).abs().max() < 1e-6 * expected.abs().max().clamp_min(1)
+
+
+def test_with_kernels_that_take_packed_sequences_the_outputs_and_gradients_are_the_same(layer, monkeypatch):
+    """A stand-in for flash-linear-attention's rule: one sequence of all questions, their bounds, a state for each."""
+    rules, calls = recurrent.transformers_rules(), []
+    own_rule = rules.torch_chunk_gated_delta_rule
+
+    def packed(query, key, value, g, beta, initial_state=None, cu_seqlens=None, **options):
+        if cu_seqlens is None:
+            return own_rule(query, key, value, g=g, beta=beta, initial_state=initial_state, **options)
+        assert len(query) == 1 and len(initial_state) == len(cu_seqlens) - 1 and cu_seqlens.dtype == torch.int64
+        calls.append(cu_seqlens.tolist())
+        outputs, states = [], []
+        for number, (begin, end) in enumerate(pairwise(cu_seqlens)):
+            parts = (x[:, begin:end] for x in (query, key, value))
+            start = initial_state[number : number + 1]
+            output, state = own_rule(*parts, g=g[:, begin:end], beta=beta[:, begin:end], initial_state=start, **options)
+            outputs.append(output)
+            states.append(state)
+        return torch.cat(outputs, dim=1), torch.cat(states)
+
+    hidden, real = hidden_states(), real_tokens()
+    expected = forked(layer, hidden)
+    expected_gradients = gradients(layer, hidden, forked)
+    monkeypatch.setattr(recurrent, "takes_packed", lambda device: True)
+    monkeypatch.setattr(rules, "torch_chunk_gated_delta_rule", packed)
+    assert torch.allclose(forked(layer, hidden)[real], expected[real], rtol=0, atol=1e-12)
+    assert calls == [[0, 5, 75, 76, 140, 270, 272, 281]], "every question once, in one call"
+    for one, other in zip(gradients(layer, hidden, forked), expected_gradients, strict=True):
+        assert torch.allclose(one, other, rtol=1e-9, atol=1e-11)
+
+
+# ------------------------------------------------------------------------------------------- nobody hears the neighbour
+
+
+def test_trap_a_state_that_goes_on_from_question_to_question(layer):
+    """Another question in the same row changes neither the others nor the prefix, to the last bit."""
+    hidden = hidden_states()
+    changed = hidden.clone()
+    changed[0, spans(ROWS[0])[1]] += 1.0
+    before, after = forked(layer, hidden), forked(layer, changed)
+    for span in (0, 2, 3, 4):
+        assert torch.equal(before[0, spans(ROWS[0])[span]], after[0, spans(ROWS[0])[span]])
+    assert torch.equal(before[1:][real_tokens()[1:]], after[1:][real_tokens()[1:]])
+    assert not torch.allclose(before[0, spans(ROWS[0])[1]], after[0, spans(ROWS[0])[1]])
+
+
+def test_trap_a_convolution_that_sees_the_neighbours_last_inputs(layer):
+    """A question's first tokens look back to the prefix's last ones, and not to those that stand before them."""
+    hidden = hidden_states()
+    prefix, first, second, *_ = spans(ROWS[0])
+    begin = slice(second.start, second.start + KERNEL - 1)
+    before = forked(layer, hidden)
+    changed = hidden.clone()
+    changed[0, first.stop - KERNEL + 1 : first.stop] += 1.0
+    assert torch.equal(forked(layer, changed)[0, begin], before[0, begin])
+    changed = hidden.clone()
+    changed[0, prefix.stop - 1] += 1.0
+    assert ((forked(layer, changed) - before)[0, begin].abs().amax(-1) > 1e-3).all()
+
+
+def test_trap_padding_that_enters_a_state(layer):
+    """Neither what stands in the padding of a row, nor the length of its neighbours, changes a state or an output."""
+    kept = {}
+    for name, rows, seed in (("short", ROWS[2:], 0), ("padded", ROWS, 0), ("other padding", ROWS, 1)):
+        hidden = hidden_states()
+        hidden[~real_tokens()] = 3.0 * hidden_states(seed)[~real_tokens()]
+        layout = ForkedRows(rows, WIDTH, hidden.device, keep_states=True)
+        output = layer(hidden[-len(rows) :], forked_rows=layout)[-1, : sum(ROWS[2])]
+        convolution, matrix = layout.states[layer.layer_idx]
+        kept[name] = output, convolution[-layout.slots], matrix[-layout.slots]
+    for name in ("padded", "other padding"):
+        for one, other in zip(kept["short"], kept[name], strict=True):
+            assert torch.allclose(one, other, rtol=0, atol=1e-13), name
+
+
+# ----------------------------------------------------------------------------------------------------- token by token
+
+
+def test_answers_go_on_from_each_questions_own_state(layer):
+    """Three tokens for every question, one at a time, are those of the whole sequence. Some questions are shorter than
+    the convolution looks back."""
+    hidden, answers = hidden_states(), torch.randn(3, 3, 4, 64, dtype=torch.float64)  # (tokens, rows, slots, hidden)
+    layout = ForkedRows(ROWS, WIDTH, hidden.device, keep_states=True)
+    layer(hidden, forked_rows=layout)
+    found = torch.stack([layer(answer, forked_rows=layout) for answer in answers], dim=2)  # (rows, slots, tokens, ...)
+    for row, lengths in enumerate(ROWS):
+        prefix, *questions = spans(lengths)
+        for slot, own in enumerate(questions):
+            sequence = torch.cat([hidden[row, prefix], hidden[row, own], answers[:, row, slot]])[None]
+            assert torch.allclose(found[row, slot], layer(sequence)[0, -3:], rtol=0, atol=1e-12), (row, slot)
+
+
+def test_answers_of_some_slots_go_on_as_among_all(layer):
+    answers = torch.randn(2, 3, 4, 64, dtype=torch.float64)
+    rows, columns = torch.tensor([1, 0]), torch.tensor([[1, 0], [3, 1]])
+    kept = torch.stack([answers[1][row][slots] for row, slots in zip(rows, columns, strict=True)])
+    found = []
+    for some in (False, True):
+        layout = ForkedRows(ROWS, WIDTH, answers.device, keep_states=True)
+        layer(hidden_states(), forked_rows=layout)
+        layer(answers[0], forked_rows=layout)
+        if some:
+            layout.select(rows, columns)
+        found.append(layer(kept if some else answers[1], forked_rows=layout))
+    everything = torch.stack([found[0][row][slots] for row, slots in zip(rows, columns, strict=True)])
+    assert torch.allclose(found[1], everything, rtol=0, atol=1e-13)
+
+
+def test_the_last_tokens_of_a_short_sequence_are_marked_as_missing():
+    assert last_tokens(torch.arange(5).numpy(), 3).tolist() == [2, 3, 4]
+    assert last_tokens(torch.arange(2).numpy(), 3).tolist() == [-1, 0, 1]
+
+
+def test_without_forked_rows_a_layer_runs_as_transformers_own(tiny_models):
+    layer = load_base(str(tiny_models["qwen3_5"]), torch.float32).model.language_model.layers[0].linear_attn
+    hidden = hidden_states().float()
+    assert "forward" in vars(layer) and torch.equal(layer(hidden), type(layer).forward(layer, hidden))
+
+
+# ------------------------------------------------------------------------------------------------------------- kernels
+
+
+def test_one_line_says_what_missing_kernels_cost_and_how_to_get_them(monkeypatch):
+    family, gpu = Family("qwen3_5", "relative"), torch.device("cuda")
+    monkeypatch.setattr(recurrent, "missing_kernels", lambda: ("flash-linear-attention", "causal-conv1d"))
+    (line,) = recurrent.notes(family, gpu)
+    assert "flash-linear-attention and causal-conv1d" in line and "requirements-extra.txt" in line and "\n" not in line
+    assert not recurrent.notes(family, torch.device("cpu")), "they run on GPUs only"
+    assert not recurrent.notes(Family("qwen3_vl", "relative"), gpu)
+    monkeypatch.setattr(recurrent, "missing_kernels", lambda: ())
+    assert not recurrent.notes(family, gpu)
+
+
+def test_four_bits_hold_every_linear_layer_but_the_gates(tiny_models):
+    """A state that is gated by a rounded number goes on with it, token after token."""
+    pytest.importorskip("bitsandbytes", reason="bitsandbytes is not installed (requirements-extra.txt)")
+    model = load_base(str(tiny_models["qwen3_5"]), torch.float32, "nf4")
+    packed = {name.split(".")[-2] for name, p in model.named_parameters() if p.dtype == torch.uint8}
+    mlp, attention = {"gate_proj", "up_proj", "down_proj"}, {"q_proj", "k_proj", "v_proj", "o_proj"}
+    assert packed == {"in_proj_qkv", "in_proj_z", "out_proj"} | mlp | attention
