@@ -14,7 +14,7 @@ from report import free_form
 from report.free_form import are_sentences, is_free_form, is_sentence, score_free_form, token_f1
 from tasks import vqa
 
-WORDS = "the a small red polyp is in lower left of colon and no instrument was seen here, text; (none) Two".split()
+WORDS = "the a small red polyp polyps instruments is in lower left of colon no instrument here, text; (no) Two".split()
 
 
 def rows(number=100, images=20, seed=0):
