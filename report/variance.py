@@ -112,7 +112,7 @@ class Estimate:
             interaction += clusters / (clusters - 1) * float((residuals**2).sum()) / (runs * (runs - 1))
         seeds = sum(len(hits) - 1 for hits in experiments)  # degrees of freedom; all spread alike, as in a mixed model
         variance = max(image + seed - interaction, seed)
-        if variance < image / 4:  # seeds that happen to agree, which a few may
+        if variance <= image / 4:  # seeds that happen to agree, which a few may; or nothing varies at all
             return Estimate(value, total, clusters, image, seed, interaction, image, clusters - 1)
         squares = image**2 / (clusters - 1) + seed**2 / seeds + interaction**2 / (seeds * (clusters - 1))
         degrees = variance**2 / squares

@@ -127,6 +127,15 @@ def test_runs_that_agree_on_every_question_are_as_good_as_one():
     assert thrice.interval() == pytest.approx(once.interval()) and thrice.degrees == pytest.approx(once.degrees)
 
 
+@pytest.mark.parametrize("right", [0, 2, 6])
+def test_runs_that_are_right_equally_often_on_every_image_have_an_interval(right):
+    hits, asked = np.full((2, 5), right), np.full(5, 6)
+    one, both = Estimate.of([hits], asked), Estimate.of([hits, hits], asked)
+    low, high = one.wilson()
+    assert low <= right / 6 <= high and high - low > 0.3
+    assert both.interval()[0] < 0 < both.interval()[1] and both.p_value() == 1.0
+
+
 def test_two_models_that_answer_alike_throughout_are_not_shown_equal_within_anything():
     hits, asked = np.full((1, 24), 3), np.full(24, 6)
     low, high = Estimate.of([hits, hits], asked).interval(0.9)
