@@ -75,7 +75,7 @@ def test_two_seeds_of_exp2_and_of_random_order_run_as_arrays_and_are_compared_as
     stopped, log = arrays[0].task(2), real_repo / "outputs" / "exp2_seed2" / "log.jsonl"
     stopped.wait_for(lambda: count_rows(log) > 5, "does not train", seconds=300)
     stopped.preempt()
-    stopped.wait_for_restart(seconds=120)
+    stopped.wait_for_restart(seconds=600)  # behind the tasks that still wait for their first start
     tasks = [array.task(seed) for array in arrays for seed in (1, 2)]
     for task in tasks:
         task.wait_for_state("COMPLETED", seconds=600)
