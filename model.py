@@ -275,7 +275,8 @@ def add_lora_in_the_product(model: nn.Module) -> None:
         result = self.base_layer(flat)  # (tokens, features out); not a view, or adding in place would copy its gradient
         down, up = self.lora_A[adapter].weight.to(x.dtype), self.lora_B[adapter].weight.to(x.dtype)
         low = F.linear(self.lora_dropout[adapter](flat), down)  # (tokens, r)
-        return result.addmm_(low * self.scaling[adapter], up.t()).view(*x.shape[:-1], -1)
+        low, up = (low * self.scaling[adapter]).to(result.dtype), up.to(result.dtype)  # autocast casts nothing in place
+        return result.addmm_(low, up.t()).view(*x.shape[:-1], -1)
 
     for module in model.modules():
         if isinstance(module, LoraLayer) and type(module).__name__ in ("Linear", "Linear4bit"):

@@ -114,7 +114,7 @@ def test_a_chat_is_answered_at_its_last_turn_and_the_scores_say_so(run, say, mon
     assert (line["question"], line["answer"], line["correct"]) == ("Where?", "center", True)
     assert "messages" not in line and line["gold_answers_in_view"] == 1
     alone = {key: value for key, value in line.items() if key != "gold_answers_in_view"}
-    monkeypatch.setattr("report.baseline.majority_answers_for", lambda questions, config: {})
+    monkeypatch.setattr("tasks.vqa.majority_answers_for", lambda questions, config: {})
     assert tasks.vqa.score([line, alone], run.config)["last_turns"] == 1
     assert any("gold earlier ones in view" in row for row in evaluate.table({"last_turns": 1}))
 
