@@ -36,23 +36,22 @@ RED, WHITE = "#e0352b", "#ffffff"
 
 
 def draw_point(image: Image.Image, point: tuple[float, float]) -> Image.Image:
-    """A copy of the image with a ring and a cross hair around the point (x, y), in its pixels. The rest stays as it
-    is, bit for bit."""
-    radius = max(8.0, math.hypot(*image.size) / 60)
-    margin = math.ceil(2 * radius) + 1
+    """A copy of the image with a ring around the point (x, y), in its pixels, and four ticks outside that point at its
+    centre. What the ring encloses, the target, and the rest of the image stay as they are, bit for bit."""
+    radius = max(8.0, math.hypot(*image.size) / 20)  # around a large digit, too
+    margin = math.ceil(1.4 * radius) + 1
     left, top = (math.floor(value) - margin for value in point)
     # Drawn four times too large, because Pillow's lines have no soft edges.
     mark = Image.new("RGBA", (8 * margin, 8 * margin), "#ffffff00")
     draw = ImageDraw.Draw(mark)
     x, y, radius = 4 * (point[0] - left), 4 * (point[1] - top), 4 * radius
-    for colour, width in ((WHITE, radius / 2.6), (RED, radius / 6)):  # seen on light and on dark
+    for colour, width in ((WHITE, radius / 7), (RED, radius / 16)):  # seen on light and on dark
         line = max(1, round(width))
-        draw.ellipse((x - radius, y - radius, x + radius, y + radius), outline=colour, width=line)
+        outer = radius + width / 2
+        draw.ellipse((x - outer, y - outer, x + outer, y + outer), outline=colour, width=line)
         for dx, dy in ((1, 0), (-1, 0), (0, 1), (0, -1)):
-            start, end = 0.55 * radius, 1.6 * radius + width / 2
+            start, end = radius, 1.2 * radius + width / 2
             draw.line((x + dx * start, y + dy * start, x + dx * end, y + dy * end), fill=colour, width=line)
-    dot = max(4.0, radius / 8)
-    draw.ellipse((x - dot, y - dot, x + dot, y + dot), fill=RED)
     mark = mark.resize((2 * margin, 2 * margin), Image.Resampling.BOX)
     marked = image.copy()
     marked.paste(mark, (left, top), mark)

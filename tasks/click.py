@@ -22,6 +22,7 @@ HAS_HEAD = False
 POINTS = True
 BEST_IS_RESULT = False
 RECORD_FILE = "coordinates.json"
+COUNTED = "clicks"
 UNIT, CLUSTER = "click", "image"
 ROW_KEYS = ("id", "point", "predicted_point", "image_size")
 TEST_KEYS = ("instruction", "point", "bbox")
@@ -91,10 +92,13 @@ def draw(rows: list[dict], config: Config, folder: Path) -> None:
 
     root, path = config.data.image_root, folder / "worst_misses.png"
     shown = [
-        {**row, "image": image_path(root, row["images"][0]), "caption": row["question"]}
+        {**row, "image": image_path(root, row["images"][0]), "caption": row["question"], "name": row["images"][0]}
         for row in plots.worst_misses(rows)
     ]
-    plots.contact_sheet(shown, path)
+    wrong = sum(not correct(row) for row in rows)
+    score = f"{1 - wrong / len(rows):.1%} of {len(rows):,} clicks are right".replace("%", " %")
+    score += f"; {len(shown)} of the {wrong:,} misses, the farthest first" if wrong else ""
+    plots.contact_sheet(shown, path, f"{config.experiment}: worst misses", score)
     print(f"The worst misses are drawn in {path}")
 
 

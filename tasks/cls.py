@@ -19,6 +19,7 @@ HAS_HEAD = True
 POINTS = False
 BEST_IS_RESULT = True
 RECORD_FILE = None
+COUNTED = "papers"
 UNIT, CLUSTER = "sample", "sample"
 ROW_KEYS = ("id", "probabilities", "predicted_label", "true_label")
 TEST_KEYS = ("true_label",)  # one paper may be text here and pages there

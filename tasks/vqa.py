@@ -15,6 +15,7 @@ HAS_HEAD = False
 POINTS = False
 BEST_IS_RESULT = False
 RECORD_FILE = None
+COUNTED = "questions"
 UNIT, CLUSTER = "question", "image"
 ROW_KEYS = ("id", "question", "answer", "prediction")
 TEST_KEYS = ("question", "answer")
