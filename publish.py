@@ -96,7 +96,7 @@ def scores_of(config: Config, folder: Path) -> dict:
     except UserError as error:
         print(f"The model card goes without scores: {error}")
         return {}
-    scored = Path(scores.get("checkpoint", ""))
+    scored = Path(scores.get("checkpoint") or "")
     if scored.absolute() != folder.absolute():
         print(f"The scores in {path} are of {scored}, not of {folder}: the model card goes without them")
         return {}

@@ -11,6 +11,7 @@ A fourth task is one more module here, a line in `TASKS`, and its name in `confi
     prompt(sample, encoder, images, placement) -> (chat messages, class label or None)
     row(sample, encoder, output) -> a line of generated_predictions.jsonl; output: (text, finished) of an answer,
         (logits, cut_tokens) of a class
+    output_of(prediction, config) -> the output for `row` of a prediction made elsewhere (evaluate.py --predictions)
     score(rows, config) -> the scores of predict_results.json; whole images, or documents, are resampled
     selection_score(values) -> what chooses the best of several evaluations on val: the greater list
     record(family, config) -> the content of RECORD_FILE; weights are never read under another one

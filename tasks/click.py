@@ -47,13 +47,24 @@ def prompt(sample: dict, encoder, images: int, placement: Placement | None = Non
     return to_messages(question, encoder.config.template, encoder.image_shown), None
 
 
-def row(sample: dict, encoder, output: tuple[str, bool]) -> dict:
+def output_of(prediction, config: Config) -> tuple[str | list, bool]:
+    """A text, which speaks the coordinates of the config's model, or [x, y] in pixels of the original image. Raises:
+    `UserError`."""
+    if isinstance(prediction, list):
+        return list(_numbers({"prediction": prediction}, "prediction", 2)), True
+    return vqa.output_of(prediction, config)
+
+
+def row(sample: dict, encoder, output: tuple[str | list, bool]) -> dict:
     """A line of predictions as of `vqa`, with predicted_point, in pixels of the original image (None where the answer
-    holds none), and image_size."""
+    holds none), and image_size. output: as of `output_of`."""
     placement = encoder.placement(image_of(sample))
     messages = to_messages(as_question(sample, placement, encoder.family), encoder.config.template)
-    line = vqa.answered(sample, messages, output)
+    said, finished = output
+    line = vqa.answered(sample, messages, (str(said), finished))
     line |= predicted(line["prediction"], placement, encoder.family)
+    if not isinstance(said, str):
+        line["predicted_point"] = said
     line["correct"] = correct({**sample, **line})
     return vqa.with_other_keys(line, sample)
 

@@ -60,6 +60,20 @@ def document_messages(sample: dict, template: str, images: int) -> list[dict]:
     return [{"role": "user", "content": with_images(images, said)}]
 
 
+def output_of(prediction, config: Config) -> tuple[list[float], int]:
+    """A list of probabilities, one for each label. Raises: `UserError`."""
+    numbers = prediction if isinstance(prediction, list) else []
+    right = len(numbers) == config.num_labels and all(
+        type(number) in (int, float) and 0 <= number <= 1 for number in numbers
+    )
+    if not right or abs(sum(numbers) - 1) > 1e-3:
+        raise UserError(
+            f"key 'prediction' is {str(prediction)[:60]!r} but must be a list of {config.num_labels} "
+            "probabilities, one for each label (where only the label is known: 1 for it, 0 for the others)"
+        )
+    return [math.log(max(number, 1e-12)) for number in numbers], 0
+
+
 def row(sample: dict, encoder, output: tuple[list[float], int]) -> dict:
     """A line of predictions: id, images, logits, probabilities, predicted_label, true_label, correct, cut_tokens (of
     its text, at the end), and every other key of the sample."""

@@ -41,6 +41,15 @@ def row(sample: dict, encoder, output: tuple[str, bool]) -> dict:
     return with_other_keys(line, sample)
 
 
+def output_of(prediction, config: Config) -> tuple[str, bool]:
+    """Raises: `UserError` where it is no text (a number is one)."""
+    if type(prediction) in (int, float):
+        prediction = str(prediction)
+    if not isinstance(prediction, str):
+        raise UserError(f"key 'prediction' is {str(prediction)[:60]!r} but must be a text")
+    return prediction.strip(), True
+
+
 def answered(sample: dict, messages: list[dict], output: tuple[str, bool]) -> dict:
     """What the rows of all tasks that answer in words begin with. messages: up to the gold answer."""
     asked, gold = split_answer(messages)

@@ -45,7 +45,6 @@ def test_every_config_opens_with_question_cost_and_result_and_is_valid(path):
     load_config(path)
 
 
-<<<<<<< HEAD
 @pytest.mark.parametrize(
     ("name", "changed"),
     [
@@ -61,7 +60,8 @@ def test_each_of_exp2s_kin_differs_from_it_in_one_thing_alone(name, changed):
     assert differing == {"experiment": second["experiment"], **folders, **changed}
     jobs = [(REPO / "slurm" / f"train_{one}_2gpu.slurm").read_text().splitlines()[4:] for one in ("exp2", name)]
     assert [line.replace(f"exp2{name[4:]}", "exp2") for line in jobs[1]] == jobs[0]
-=======
+
+
 @pytest.mark.parametrize("job", sorted((REPO / "slurm").glob("train_*.slurm")), ids=lambda job: job.stem)
 def test_a_job_asks_for_a_cpu_per_worker_and_its_config_says_the_batch_of_the_jobs_gpus(job):
     text = job.read_text()
@@ -76,7 +76,6 @@ def test_a_job_asks_for_a_cpu_per_worker_and_its_config_says_the_batch_of_the_jo
     if not names:  # chains, a GPU and an equal share of the CPUs each
         (workers,) = re.findall(r"dataloader_num_workers=(\d+)", text)
         assert gpus * (1 + int(workers)) <= cpus and gpus == text.count("\nchain ")
->>>>>>> 92cd4e5 (Job files ask for what the sources state; the learning-rate study on the train-agreeing set; the stage table)
 
 
 def test_exp2_trains_stages_in_order_over_all_ranks_in_every_epoch_and_exp1_does_not(data, tiny_models, tmp_path):
