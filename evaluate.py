@@ -205,7 +205,9 @@ def evaluate(config: Config, checkpoint: str | None, split: str, source: str, an
 
 
 def read_predictions(path: Path, ids: list[str], config: Config) -> dict[str, tuple]:
-    """Sample id -> what `row` of the config's task takes. Raises: `UserError` on a bad line, and unless every id has one line."""
+    """Sample id -> what `row` of the config's task takes.
+
+    Raises: `UserError` on a bad line, and unless every id has one line."""
     cure = 'give a .jsonl file with a line {"id": ..., "prediction": ...} for each sample of the split'
     task, found, repeated = task_of(config), {}, []
     for number, line in read_json_lines(path, cure):

@@ -5,6 +5,7 @@ import hashlib
 import json
 import re
 import shutil
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -126,6 +127,26 @@ def test_a_model_of_conversations_answers_a_single_question(tiny_models, capsys,
     train.main(["--config", str(config)])
     arguments = ["--adapter-path", tmp_path / "out", "--image", tmp_path / "0.png", "--prompt", "What is it?"]
     assert "\nAnswer: " in ask(capsys, *arguments)
+
+
+@pytest.mark.parametrize("system", [None, "Answer in one word."])
+@pytest.mark.parametrize("gap", ["", "\n"])
+def test_a_run_on_conversations_is_asked_with_their_system_turn_and_layout(tiny_models, capsys, tmp_path, system, gap):
+    run = tiny_runs.tiny_run(tiny_models, "qwen3_vl")
+    turns = [{"from": "human", "value": f"<image>{gap}What is it?"}, {"from": "gpt", "value": "a polyp"}]
+    trained = {"id": "a", "image": "0.png", "conversations": turns, **({"system": system} if system else {})}
+    (tmp_path / "train.json").write_text(json.dumps([trained]))
+    data = replace(run.config.data, train=str(tmp_path / "train.json"))
+    config = replace(run.config, template="ultra_condensed", data=data)
+    asked = {"id": "b", "image": "0.png"}
+    asked |= tasks.vqa.sample_to_predict([run.folder / "0.png"], "What is it?", [], config)
+    encoder = run.encoder(template="ultra_condensed")
+    images = [encoder.load_image("0.png")]
+    prompts = [encoder.encode(sample, images, generation=True).input_ids.tolist() for sample in (trained, asked)]
+    assert prompts[0] == prompts[1]
+    assert (repr(system) if system else "no system turn") in capsys.readouterr().out
+    with pytest.raises(UserError, match="--candidates has no place"):
+        tasks.vqa.sample_to_predict([run.folder / "0.png"], "What is it?", ["a"], config)
 
 
 # --------------------------------------------------------------------------------------------------------------- marks
