@@ -1,4 +1,5 @@
 """python predict.py --adapter-path outputs/exp2 --image X.png --prompt "..." [--draw OUT.png]
+python predict.py --adapter-path merged/exp2 --verify http://localhost:8000/v1
 
 One image, one prompt, one answer, on the GPU where there is one. The folder is that of a run, one of its checkpoints
 or a merged model; its config says how the image and the prompt are shown, as in training. For clicks, the point is
@@ -19,6 +20,7 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 import torch
 from PIL import Image, ImageDraw
 
+import reference
 from checkpoint import load_trained
 from classification import make_loss
 from config import load_config
@@ -60,19 +62,30 @@ def draw_point(image: Image.Image, point: tuple[float, float]) -> Image.Image:
 
 def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--adapter-path", required=True, type=Path, metavar="DIR",
+    parser.add_argument("--adapter-path", type=Path, metavar="DIR",
                         help="a run's output folder, a checkpoint in it, or a merged model")  # fmt: skip
     parser.add_argument("--image", type=Path, nargs="+", metavar="X.png", default=[], help="one or more images")
     parser.add_argument("--prompt", default="", help="the question or instruction; for classification, the text")
     parser.add_argument("--candidates", metavar="'A; B; C'", default="",
                         help="candidate answers, for models trained with candidate lists")  # fmt: skip
     parser.add_argument("--draw", type=Path, metavar="OUT.png", help="clicks: the image with the point marked")
+    parser.add_argument("--verify", metavar="URL|DIR",
+                        help="ask an OpenAI-compatible server of the merged model in --adapter-path, or a copy of its "
+                             "folder, for its reference answers, and say what differs")  # fmt: skip
     parser.add_argument("--config", help="the run's config, for an adapter folder that holds none")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="override any config key")
     args = parser.parse_intermixed_args(arguments)
 
     started = time.perf_counter()
     folder = args.adapter_path
+    if args.verify and not folder and "://" not in args.verify:
+        folder = Path(args.verify)
+    if not folder:
+        raise UserError("give --adapter-path: a run's output folder, or a merged model")
+    if args.verify:
+        if not reference.verify(args.verify, folder):
+            raise SystemExit(1)
+        return
     if not folder.is_dir():
         raise UserError(f"--adapter-path {folder} is no folder; give a run's output folder or a merged model")
     if args.config:
