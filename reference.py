@@ -114,7 +114,9 @@ def folder_asker(folder: Path, model: torch.nn.Module | None = None) -> Callable
     """A function reference -> prompt_ids, grid, answer and logprobs, of a model folder with its own chat template,
     image processor and generation config, as transformers reads them."""
     from transformers import AutoImageProcessor, AutoModelForImageTextToText, AutoTokenizer
+    from transformers.utils import logging as transformers_logging
 
+    transformers_logging.disable_progress_bar()
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
         tokenizer = AutoTokenizer.from_pretrained(folder)
