@@ -23,7 +23,7 @@ from config import Config
 from dataset import SampleEncoder
 from errors import UserError
 from files import read_json_lines
-from templates import split_answer
+from templates import CHAT_OPTIONS, split_answer
 
 FILE = "reference_answers.jsonl"
 KEYS = {"id", "messages", "prompt_ids", "image_token_id", "image_tokens", "grid", "answer", "logprobs"}
@@ -132,7 +132,7 @@ def folder_asker(folder: Path, model: torch.nn.Module | None = None) -> Callable
     @torch.no_grad()
     def ask(reference: dict) -> dict:
         messages, images = _for_transformers(reference["messages"])
-        text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+        text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True, **CHAT_OPTIONS)
         inputs = dict(processor(images=images, return_tensors="pt")) if images else {}
         grid = inputs["image_grid_thw"].tolist() if images else []
         counts, ids = iter([t * h * w // processor.merge_size**2 for t, h, w in grid]), []
@@ -186,8 +186,10 @@ class Server:
         `UserError`."""
         body = {"model": self.model, "messages": messages, "temperature": 0, "max_tokens": max_tokens}
         try:
-            told = self._call("chat/completions", {**body, "logprobs": True})
-        except UserError:  # some refuse to tell probabilities
+            told = self._call(
+                "chat/completions", {**body, "logprobs": True, "chat_template_kwargs": {"enable_thinking": False}}
+            )
+        except UserError:  # some refuse what OpenAI's own does not know, or to tell probabilities
             told = self._call("chat/completions", body)
         try:
             choice = told["choices"][0]
