@@ -26,7 +26,17 @@ from distributed import Ranks, all_or_raise
 from errors import UserError
 from family import fingerprint
 from files import flush, full_disk_is_said, read_json, save_atomically, write_json
-from model import HEAD, base_of, group_of, load_base, read_fitting, refuse_misfit, trains, wrap_with_lora
+from model import (
+    HEAD,
+    base_of,
+    group_of,
+    load_base,
+    quiet_bitsandbytes,
+    read_fitting,
+    refuse_misfit,
+    trains,
+    wrap_with_lora,
+)
 from tasks import task_of
 
 STATE_FILE, OPTIMIZER_FILE = "trainer_state.json", "optimizer.safetensors"
@@ -355,6 +365,7 @@ def _check_shards(folder: Path, trained: dict[str, torch.Tensor]) -> None:
 
 def _read_adapter_config(folder: Path):
     """An adapter's `LoraConfig`. Raises: `UserError` where it cannot be read, or is of another kind than LoRA."""
+    quiet_bitsandbytes()
     from peft import LoraConfig
 
     path = folder / ADAPTER_CONFIG

@@ -1,8 +1,11 @@
-"""python evaluate.py --config configs/exp2.yaml [--checkpoint DIR] [--split test] [key=value ...]
+"""python evaluate.py --config configs/exp2.yaml [--checkpoint DIR | --predictions FILE] [--split test] [key=value ...]
 
 Answers every question of a split and scores the answers; `torchrun --nproc_per_node=N evaluate.py ...` shares the work
 out, with the same answers. Writes generated_predictions.jsonl, predict_results.json and all_results.json to results_dir
 (with image=none, the question-only baseline, to results_dir + "_question_only"; another split likewise).
+
+--predictions scores answers that another program gave, without a GPU: a .jsonl file with a line {"id", "prediction"}
+for each sample. Their results, in results_dir + "_predictions_" + the file's name, are compared like any other.
 """
 
 import argparse
@@ -12,7 +15,9 @@ import json
 import os
 import re
 import time
+from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # it warns in every forked data worker otherwise
 
@@ -22,15 +27,16 @@ from checkpoint import OPTIMIZER_FILE, hash_files, load_trained, read_state
 from classification import make_loss
 from config import Config, check_data_files, load_config, to_dict
 from distributed import all_or_raise, in_turns, run_command, start_ranks, stop_ranks
-from errors import UserError
-from files import file_sha256, refuse_unusable_folder, write_json, write_text
+from errors import UserError, first_names
+from files import file_sha256, read_json_lines, refuse_unusable_folder, write_json, write_text
 from inference import predict_split
 from preflight import check_samples, open_encoder
 from report.free_form import INSTALL
 from report.results import read_log, run_history
 from run_folder import CONFIG_FILE, checkpoints
 from samples import load_split
-from templates import image_paths
+from tasks import task_of
+from templates import CONVERSATION_TEMPLATE, image_paths
 
 
 def results_folder(config: Config, split: str) -> Path:
@@ -131,6 +137,14 @@ def table(scores: dict) -> list[str]:
     return lines
 
 
+def write_results(results: Path, rows: list[dict], scores: dict, history: list[dict]) -> None:
+    results.mkdir(parents=True, exist_ok=True)
+    lines = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+    write_text(results / "generated_predictions.jsonl", lines)
+    write_json(results / "all_results.json", {"history": history, "final": scores})
+    write_json(results / "predict_results.json", scores)
+
+
 def evaluate(config: Config, checkpoint: str | None, split: str, source: str, answers: str = "auto") -> dict:
     """Scores of a split, written to the results folder. All ranks take part; every one returns them. answers: whether
     they are scored as `sentences` or as `short`; auto: as the samples say, or else as they look."""
@@ -177,11 +191,7 @@ def evaluate(config: Config, checkpoint: str | None, split: str, source: str, an
         shown = {path for sample in load_split(config, "train").one_of_each_image() for path in image_paths(sample)}
         scores["samples_on_training_images"] = sum(not shown.isdisjoint(row["images"]) for row in rows)
     if ranks.is_first:
-        results.mkdir(parents=True, exist_ok=True)
-        lines = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
-        write_text(results / "generated_predictions.jsonl", lines)
-        write_json(results / "all_results.json", {"history": run_history(config.output_dir), "final": scores})
-        write_json(results / "predict_results.json", scores)
+        write_results(results, rows, scores, run_history(config.output_dir))
         print("\n".join([f"{config.experiment}: {split}, {len(rows):,} samples, {seconds:.1f} s", *table(scores)]))
         task.draw(rows, config, results)
         draw_curves(config, task, trained, results)
@@ -191,11 +201,90 @@ def evaluate(config: Config, checkpoint: str | None, split: str, source: str, an
     return scores
 
 
+# ---------------------------------------------------------------------------------------- answers of another program
+
+
+def read_predictions(path: Path, ids: list[str], config: Config) -> dict[str, tuple]:
+    """Sample id -> what `row` of the config's task takes.
+
+    Raises: `UserError` on a bad line, and unless every id has one line."""
+    cure = 'give a .jsonl file with a line {"id": ..., "prediction": ...} for each sample of the split'
+    task, found, repeated = task_of(config), {}, []
+    for number, line in read_json_lines(path, cure):
+        if not isinstance(line, dict) or not {"id", "prediction"} <= line.keys():
+            raise UserError(f"{path} line {number}: no object with 'id' and 'prediction'; {cure}")
+        sample_id = str(line["id"])
+        if sample_id in found:
+            repeated.append(sample_id)
+        try:
+            found[sample_id] = task.output_of(line["prediction"], config)
+        except UserError as error:
+            raise UserError(f"{path} line {number} (id {sample_id}): {error}") from None
+    known = set(ids)
+    wrong = {
+        "have no line": [sample_id for sample_id in ids if sample_id not in found],
+        "are no sample's": [sample_id for sample_id in found if sample_id not in known],
+        "are there more than once": list(dict.fromkeys(repeated)),
+    }
+    told = [f"{len(named):,} id(s) {what} ({first_names(named)})" for what, named in wrong.items() if named]
+    if told:
+        raise UserError(f"{path}: {'; '.join(told)}; {cure}")
+    return found
+
+
+def score_predictions(config: Config, path: Path, split: str, source: str, answers: str = "auto") -> dict:
+    """Scores of answers to a split that another program gave, written to a results folder of their own. answers: as of
+    `evaluate`."""
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        raise UserError("--predictions needs no second process: run it with python instead of torchrun")
+    splits = dict.fromkeys([split, *(["train"] if config.data.train else [])])
+    check_data_files(config, splits)
+    task = task_of(config)
+    results = results_folder(config, split)
+    results = results.with_name(f"{results.name}_predictions_{path.stem}")
+    refuse_unusable_folder(results, "results_dir")
+    samples = list(load_split(config, split))
+    if config.template == CONVERSATION_TEMPLATE:
+        samples = [turn for conversation in samples for turn in conversation["turns"]]
+    found = read_predictions(path, [sample["id"] for sample in samples], config)
+    # Points are read as the config's model speaks them; words need no model, not even its tokenizer.
+    encoder = open_encoder(config, source) if task.POINTS else SimpleNamespace(config=config)
+    rows = []
+    for sample in samples:
+        try:
+            rows.append(task.row(sample, encoder, found[sample["id"]]))
+        except UserError as error:
+            raise UserError(f"{getattr(config.data, split)} sample {sample['id']}: {error}") from None
+    if answers != "auto":
+        rows = [{**row, "free_form": answers == "sentences"} for row in rows]
+    hashes = {name: file_sha256(getattr(config.data, name)) for name in splits}
+    scores = task.score(rows, config) | {
+        "experiment": config.experiment,
+        "task": config.task,
+        "checkpoint": None,
+        "predictions": str(path),
+        "predictions_sha256": file_sha256(path),
+        "split": split,
+        "split_is_training_file": "train" in splits and len(set(hashes.values())) == 1,
+        "data_sha256": hashes,
+        "image": config.image,
+        "image_root": config.data.image_root,
+    }
+    write_results(results, rows, scores, [])
+    print("\n".join([f"Answers in {path}, made elsewhere: {split}, {len(rows):,} samples", *table(scores)]))
+    task.draw(rows, replace(config, output_dir=str(results)), results)
+    print(f"Predictions and scores are in {results}", flush=True)
+    return scores
+
+
 def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--config", required=True)
     parser.add_argument("--checkpoint", metavar="DIR", help="an adapter or checkpoint folder; default: output_dir; "
                         "'base': the model before training")  # fmt: skip
+    parser.add_argument("--predictions", type=Path, metavar="FILE.jsonl",
+                        help='score these instead: answers of another program, {"id", "prediction"} a line (a text; '
+                             "clicks: also [x, y] in pixels; papers: probabilities)")  # fmt: skip
     parser.add_argument("--split", default="test", choices=["train", "val", "test"])
     parser.add_argument("--answers", choices=("auto", "short", "sentences"), default="auto",
                         help="sentences: score token F1, BLEU, ROUGE and METEOR beside exact match (auto: as "
@@ -203,6 +292,11 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="override any config key, e.g. image=none")
     args = parser.parse_intermixed_args(arguments)
     config = load_config(args.config, args.overrides)
+    if args.predictions and args.checkpoint:
+        raise UserError("--predictions are scored without a model; leave --checkpoint out")
+    if args.predictions:
+        score_predictions(config, args.predictions, args.split, args.config, args.answers)
+        return
     with torch.no_grad():
         evaluate(config, args.checkpoint, args.split, args.config, args.answers)
 

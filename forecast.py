@@ -39,7 +39,7 @@ from model import (
 )
 from recurrent import CHUNK, install_forks
 from samples import SampleList
-from tasks import task_of
+from tasks import counted, task_of
 
 # ------------------------------------------------------------------------------------------------------------- memory
 
@@ -517,7 +517,7 @@ def evaluation_share(
         told = f"{times} times all of {' and '.join(name for name in ('val', 'test') if name in splits)}"
     else:
         scored = ((times - 1) * len(subset) + len(val)) * (2 if config.eval_max_samples else 1)
-        told = f"all {len(val):,} of val's questions at the end"
+        told = f"all {len(val):,} of val's {counted(config)} at the end"
         told = f"{times - 1} times {len(subset):,} and {told}" if times > 1 else told
     work = FORWARD[config.finetuning] * scored * tokens
     training = plan.total_questions * counts["tokens"] / counts["questions"]
@@ -578,7 +578,7 @@ def forecast(
         f"Forecast for {gpus}, counted from shapes; nothing was measured:",
         *table,
         f"  a step: {step / 1e12:,.1f} TFLOP, {counts['tokens'] / counts['steps']:,.0f} tokens laid out, "
-        f"{prefixes:.2f} questions per prefix",
+        f"{prefixes:.2f} {counted(config)} per prefix",
         f"  the run: {minutes:,.0f} min if each GPU reaches {tflops:g} TFLOP/s (a stated rate: --tflops)",
         *([told] if told else []),
     ]

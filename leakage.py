@@ -202,25 +202,37 @@ def side_by_side(pairs: Sequence[NearPair], image_root) -> str:
             f"<figcaption><b>{html.escape(split)}</b> {html.escape(image)}</figcaption></figure>"
             for split, image in ((pair.split_a, pair.image_a), (pair.split_b, pair.image_b))
         )
-        rows.append(f"<section><p>{pair.distance} of 64 bits differ</p>{cells}</section>")
+        rows.append(f"<section><p>{pair.distance} of 64 bits differ</p><div>{cells}</div></section>")
     shown = f"the nearest {PAIRS_SHOWN:,} with their images" if len(pairs) > PAIRS_SHOWN else "nearest first"
     named = "\n".join(
         f"{pair.distance} bits: {pair.split_a} {html.escape(pair.image_a)} – {pair.split_b} {html.escape(pair.image_b)}"
         for pair in pairs[PAIRS_SHOWN:PAIRS_NAMED]
     )
     return f"""<!doctype html>
-<html lang="en"><meta charset="utf-8"><title>Near-identical images across splits</title>
+<html lang="en"><meta charset="utf-8">
+<meta name="viewport" content="width=device-width, initial-scale=1">
+<title>Near-identical images across splits</title>
 <style>
 body {{ font: 15px/1.4 system-ui, sans-serif; max-width: 720px; margin: 2em auto; padding: 0 1em; }}
 section {{ border-top: 1px solid #ccc; padding: .5em 0 1em; }}
 section p {{ margin: .3em 0; color: #555; }}
-figure {{ display: inline-block; width: 48%; margin: 0 1% 0 0; vertical-align: top; }}
-img {{ width: 100%; height: auto; }}
+section div {{ display: flex; gap: 1em; }}
+figure {{ flex: 1; min-width: 0; margin: 0; }}
+img {{ max-width: 100%; height: auto; }}
+pre {{ white-space: pre-wrap; overflow-wrap: anywhere; }}
 figcaption {{ overflow-wrap: anywhere; font-size: 13px; }}
 </style>
 <h1>Near-identical images across splits</h1>
 <p>{len(pairs):,} pair(s), {shown}. Perceptual hashes may be close by chance: judge by eye. If a pair shows the same
 scene, a score on the later split is partly memory.</p>
+<h2>What to do next</h2>
+<ol>
+<li>Pairs that only look alike (the same instrument, an empty frame, another patient) may stay as they are.</li>
+<li>Where a pair shows the same scene, move every sample of one image into the split of the other, or delete it there,
+in the files of the splits (train.json, val.json, test.json). Nothing is moved for you.</li>
+<li>Run <code>train.py --config YOUR.yaml --check</code> again: it lists the pairs that are left. Scores made before are
+of other splits, so train and evaluate again.</li>
+</ol>
 {"".join(rows)}
 {f"<h2>The next ones</h2><pre>{named}</pre>" if named else ""}
 </html>

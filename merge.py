@@ -1,7 +1,8 @@
 """python merge.py --adapter-path outputs/exp2 --out merged/exp2 [--push USER/REPO]
 
 An adapter and its base -> one plain model folder that `from_pretrained` loads, with tokenizer, image processor, greedy
-generation config and model card. The folder appears only after merged and adapted logits agreed on real inputs. --push
+generation config, model card and a few reference answers (`predict.py --verify` asks a server or a copy the same). The
+folder appears only after merged and adapted logits agreed on real inputs. --push
 uploads exactly that folder; the token comes from HF_TOKEN or `hf auth login`. Without --adapter-path, --push uploads a
 folder that was merged before.
 """
@@ -21,6 +22,7 @@ from PIL import Image, ImageDraw
 
 import model as modeling
 import publish
+import reference
 from checkpoint import load_trained
 from config import Config, load_config, to_yaml
 from dataset import EvalDataset, SampleEncoder
@@ -192,8 +194,10 @@ def merge(config: Config, folder: Path, out: Path, name: str) -> None:
         def write(temporary: Path) -> None:
             write_model(model, config, encoder.family, temporary)
             model.to("meta")  # frees it: two copies need not fit side by side
-            merged = answer_logits(load_plainly(temporary).to(device), samples, encoder, device)
+            plain = load_plainly(temporary).to(device)
+            merged = answer_logits(plain, samples, encoder, device)
             check = compare(merged, adapted, alone, what, next(model.parameters()).dtype)
+            reference.write(config, encoder, plain, temporary)
             counts, scores = publish.data_counts(config), publish.scores_of(config, folder)
             card = publish.model_card(name, config, counts, scores, check)
             (temporary / "README.md").write_text(card, encoding="utf-8")

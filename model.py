@@ -231,8 +231,16 @@ def quiet_peft():
         yield
 
 
+def quiet_bitsandbytes() -> None:
+    """To be called before the first import of peft, which imports bitsandbytes: its line about missing 4-bit kernels
+    does not matter where none are used."""
+    logging.getLogger("bitsandbytes").setLevel("ERROR")
+
+
 def attach_lora(model: nn.Module, lora: Lora, groups: list[str], seed: int) -> nn.Module:
     """Wrap the model with a fresh adapter, float32 whatever the base's type. Same seed -> same adapter on all ranks."""
+    if not getattr(model, "is_quantized", False):
+        quiet_bitsandbytes()
     from peft import LoraConfig
 
     pattern = lora_target_pattern(model, groups)
@@ -250,8 +258,6 @@ def attach_lora(model: nn.Module, lora: Lora, groups: list[str], seed: int) -> n
 
 def wrap_with_lora(model: nn.Module, peft_config) -> nn.Module:
     """The model with a place for an adapter of this `LoraConfig`, in training and inference alike."""
-    if not getattr(model, "is_quantized", False):
-        logging.getLogger("bitsandbytes").setLevel("ERROR")  # peft imports it; its missing kernels do not matter here
     from peft import get_peft_model
 
     with quiet_peft():

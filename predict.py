@@ -1,4 +1,5 @@
 """python predict.py --adapter-path outputs/exp2 --image X.png --prompt "..." [--draw OUT.png]
+python predict.py --adapter-path merged/exp2 --verify http://localhost:8000/v1
 
 One image, one prompt, one answer, on the GPU where there is one. The folder is that of a run, one of its checkpoints
 or a merged model; its config says how the image and the prompt are shown, as in training. For clicks, the point is
@@ -19,6 +20,7 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 import torch
 from PIL import Image, ImageDraw
 
+import reference
 from checkpoint import load_trained
 from classification import make_loss
 from config import load_config
@@ -36,23 +38,22 @@ RED, WHITE = "#e0352b", "#ffffff"
 
 
 def draw_point(image: Image.Image, point: tuple[float, float]) -> Image.Image:
-    """A copy of the image with a ring and a cross hair around the point (x, y), in its pixels. The rest stays as it
-    is, bit for bit."""
-    radius = max(8.0, math.hypot(*image.size) / 60)
-    margin = math.ceil(2 * radius) + 1
+    """A copy of the image with a ring around the point (x, y), in its pixels, and four ticks outside that point at its
+    centre. What the ring encloses, the target, and the rest of the image stay as they are, bit for bit."""
+    radius = max(8.0, math.hypot(*image.size) / 20)  # around a large digit, too
+    margin = math.ceil(1.4 * radius) + 1
     left, top = (math.floor(value) - margin for value in point)
     # Drawn four times too large, because Pillow's lines have no soft edges.
     mark = Image.new("RGBA", (8 * margin, 8 * margin), "#ffffff00")
     draw = ImageDraw.Draw(mark)
     x, y, radius = 4 * (point[0] - left), 4 * (point[1] - top), 4 * radius
-    for colour, width in ((WHITE, radius / 2.6), (RED, radius / 6)):  # seen on light and on dark
+    for colour, width in ((WHITE, radius / 7), (RED, radius / 16)):  # seen on light and on dark
         line = max(1, round(width))
-        draw.ellipse((x - radius, y - radius, x + radius, y + radius), outline=colour, width=line)
+        outer = radius + width / 2
+        draw.ellipse((x - outer, y - outer, x + outer, y + outer), outline=colour, width=line)
         for dx, dy in ((1, 0), (-1, 0), (0, 1), (0, -1)):
-            start, end = 0.55 * radius, 1.6 * radius + width / 2
+            start, end = radius, 1.2 * radius + width / 2
             draw.line((x + dx * start, y + dy * start, x + dx * end, y + dy * end), fill=colour, width=line)
-    dot = max(4.0, radius / 8)
-    draw.ellipse((x - dot, y - dot, x + dot, y + dot), fill=RED)
     mark = mark.resize((2 * margin, 2 * margin), Image.Resampling.BOX)
     marked = image.copy()
     marked.paste(mark, (left, top), mark)
@@ -61,19 +62,30 @@ def draw_point(image: Image.Image, point: tuple[float, float]) -> Image.Image:
 
 def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--adapter-path", required=True, type=Path, metavar="DIR",
+    parser.add_argument("--adapter-path", type=Path, metavar="DIR",
                         help="a run's output folder, a checkpoint in it, or a merged model")  # fmt: skip
     parser.add_argument("--image", type=Path, nargs="+", metavar="X.png", default=[], help="one or more images")
     parser.add_argument("--prompt", default="", help="the question or instruction; for classification, the text")
     parser.add_argument("--candidates", metavar="'A; B; C'", default="",
                         help="candidate answers, for models trained with candidate lists")  # fmt: skip
     parser.add_argument("--draw", type=Path, metavar="OUT.png", help="clicks: the image with the point marked")
+    parser.add_argument("--verify", metavar="URL|DIR",
+                        help="ask an OpenAI-compatible server of the merged model in --adapter-path, or a copy of its "
+                             "folder, for its reference answers, and say what differs")  # fmt: skip
     parser.add_argument("--config", help="the run's config, for an adapter folder that holds none")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="override any config key")
     args = parser.parse_intermixed_args(arguments)
 
     started = time.perf_counter()
     folder = args.adapter_path
+    if args.verify and not folder and "://" not in args.verify:
+        folder = Path(args.verify)
+    if not folder:
+        raise UserError("give --adapter-path: a run's output folder, or a merged model")
+    if args.verify:
+        if not reference.verify(args.verify, folder):
+            raise SystemExit(1)
+        return
     if not folder.is_dir():
         raise UserError(f"--adapter-path {folder} is no folder; give a run's output folder or a merged model")
     if args.config:

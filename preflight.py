@@ -26,7 +26,7 @@ from model import load_tokenizer, parameter_table
 from report.metrics import answer_outside_candidates
 from runlog import on_terminal
 from samples import SampleList
-from tasks import check_record, task_of
+from tasks import check_record, counted, task_of
 from templates import IGNORE, image_paths, refuse_answers
 
 SHOWN = 10  # problems printed one by one; the rest is counted
@@ -389,7 +389,7 @@ def make_plan(config: Config, samples: SampleList, encoder: SampleEncoder, world
 
 def batch_arithmetic(config: Config, plan: BatchPlan, world_size: int, pass_tokens: int | None = None) -> list[str]:
     passes = f", in passes of up to {pass_tokens:,} tokens" if pass_tokens else ""
-    warnings = []
+    warnings, unit = [], counted(config)
     if config.warmup_steps >= plan.total_steps:
         warnings.append(
             f"WARNING: warmup_steps is {config.warmup_steps} and the run has {plan.total_steps:,} steps: it ends "
@@ -397,9 +397,9 @@ def batch_arithmetic(config: Config, plan: BatchPlan, world_size: int, pass_toke
         )
     return [
         f"Batch: train_bs {config.train_bs} × grad_accum {config.grad_accum} × {world_size} ranks = {plan.batch} "
-        f"questions a step{passes}",
-        f"Steps: {plan.samples:,} questions / {plan.batch} = {plan.steps_per_epoch:,} an epoch, "
-        f"{config.num_train_epochs:g} epochs = {plan.total_steps:,} steps over {plan.total_questions:,} questions",
+        f"{unit} a step{passes}",
+        f"Steps: {plan.samples:,} {unit} / {plan.batch} = {plan.steps_per_epoch:,} an epoch, "
+        f"{config.num_train_epochs:g} epochs = {plan.total_steps:,} steps over {plan.total_questions:,} {unit}",
         *warnings,
     ]
 
@@ -418,7 +418,7 @@ def prefix_sharing(config: Config, plan: BatchPlan, samples: SampleList, encoder
     if prefixes == questions:
         return []
     per_step = [count / len(looked_at) for count in (questions, prefixes)]
-    return ["Sharing: a step's {:.0f} questions lie behind {:.1f} image prefixes".format(*per_step)]
+    return [f"Sharing: a step's {per_step[0]:.0f} {counted(config)} lie behind {per_step[1]:.1f} image prefixes"]
 
 
 def describe_images(config: Config, family: Family) -> str:

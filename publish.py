@@ -12,6 +12,7 @@ from pathlib import Path
 from config import Config, to_yaml
 from errors import UserError
 from files import read_json
+from reference import FILE as REFERENCE_FILE
 from run_folder import MERGED_CONFIG_FILE
 from samples import read_samples
 from tasks import task_of
@@ -21,6 +22,7 @@ from templates import SYSTEM_PROMPTS
 ALLOWED = (
     "README.md",
     MERGED_CONFIG_FILE,
+    REFERENCE_FILE,
     "coordinates.json",
     "config.json",
     "generation_config.json",
@@ -96,7 +98,7 @@ def scores_of(config: Config, folder: Path) -> dict:
     except UserError as error:
         print(f"The model card goes without scores: {error}")
         return {}
-    scored = Path(scores.get("checkpoint", ""))
+    scored = Path(scores.get("checkpoint") or "")
     if scored.absolute() != folder.absolute():
         print(f"The scores in {path} are of {scored}, not of {folder}: the model card goes without them")
         return {}
@@ -134,6 +136,8 @@ def model_card(name: str, config: Config, counts: dict, scores: dict, check: str
         _rows(("score", "value (95 % interval)"), _score_texts(scores)) if scores else "Not evaluated yet.",
         "## Check of the merge",
         check,
+        f"`{REFERENCE_FILE}` holds prompts and greedy answers of this folder. `predict.py --adapter-path FOLDER "
+        "--verify URL` asks a server of it the same, and says where prompt, pixels or answers differ.",
         "## Config",
         f"```yaml\n{to_yaml(public_config(config)).strip()}\n```",
         "The licences of the base model and of the training data apply.",

@@ -170,13 +170,14 @@ class Meter:
         return values, seconds
 
 
-def step_line(values: dict, total_steps: int, eta_seconds: float) -> str:
-    """The console line of an interval: the same columns each time, for `tail -f` and `grep`."""
+def step_line(values: dict, total_steps: int, eta_seconds: float, counted: str) -> str:
+    """The console line of an interval: the same columns each time, for `tail -f` and `grep`. counted: see `tasks`."""
+    unit = "QA" if counted == "questions" else counted
     width = len(str(total_steps))
     return (
         f"step {values['step']:>{width}}/{total_steps} | epoch {values['epoch']:.2f} | loss {values['loss']:.4f} | "
         f"grad_norm {values['grad_norm']:.2f} | lr {values['learning_rate']:.2e} | "
-        f"{values['seconds_per_step']:.2f} s/step | {values['qa_per_second']:.1f} QA/s | "
+        f"{values['seconds_per_step']:.2f} s/step | {values['qa_per_second']:.1f} {unit}/s | "
         f"data {values['data_share']:.0%} | mem {values['memory_gb']:.1f} GB | ETA {duration(eta_seconds)}"
     )
 

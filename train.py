@@ -59,7 +59,7 @@ from preflight import (
 from run_folder import OutputLock, find_resume, rotate
 from runlog import Meter, RunLog, git_commit, memory_gb, step_line
 from samples import SampleList, load_split
-from tasks import check_record, records
+from tasks import check_record, counted, records
 
 SAMPLES_ON_TENSORBOARD = 4
 MAX_NONFINITE_STEPS = 3  # in a row; then the run stops: it would not recover by itself
@@ -402,7 +402,7 @@ def log_interval(run: Run, meter: Meter, step: dict) -> None:
     run.state.train_seconds += seconds
     all_or_raise(run.ranks, lambda: run.log.record(values, "train"))
     eta = (run.plan.total_steps - run.state.step) * values["seconds_per_step"]
-    run.log.say(step_line(values, run.plan.total_steps, eta))
+    run.log.say(step_line(values, run.plan.total_steps, eta, counted(run.config)))
 
 
 def evaluate(run: Run) -> None:

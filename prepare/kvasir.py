@@ -1,8 +1,10 @@
 """Kvasir-VQA as published -> samples by split, stages and a report. `prepare_data.py kvasir` calls `prepare`."""
 
 import hashlib
+import itertools
 from collections import Counter, defaultdict
 from collections.abc import Mapping
+from difflib import SequenceMatcher
 from pathlib import Path
 
 import leakage
@@ -13,6 +15,7 @@ from prepare.splits import SPLITS
 
 NO_QUESTION = {"", "none", "nan", "null"}  # the published set has rows without a question
 NEAR_IDENTICAL = "near_identical.html"
+ALIKE = 0.87  # share of letters that two spellings have in common; one letter in eight may differ
 
 
 def prepare(source: str, out: str, order: str, stager: str, seed: int, split: str) -> None:
@@ -140,6 +143,24 @@ def _natural(text: str) -> tuple:
     return (not text[:1].isdecimal(), int(digits[0]) if digits and text[:1].isdecimal() else 0, text)
 
 
+def look_alikes(candidates: list[str]) -> list[tuple[str, str]]:
+    """Pairs of candidates that may be two spellings of one: equal but for case, spaces and punctuation, or but for a
+    letter or two. Where digits differ, so does the meaning."""
+
+    def letters(text: str) -> str:
+        return "".join(char for char in text.casefold() if char.isalnum())
+
+    def alike(first: str, second: str) -> bool:
+        if [char for char in first if char.isdigit()] != [char for char in second if char.isdigit()]:
+            return False
+        matcher = SequenceMatcher(None, first, second, autojunk=False)
+        return min(len(first), len(second)) >= 4 and matcher.quick_ratio() >= ALIKE and matcher.ratio() >= ALIKE
+
+    spelt = [(text, letters(text)) for text in candidates]
+    pairs = itertools.combinations(spelt, 2)
+    return [(first, second) for (first, a), (second, b) in pairs if a == b or alike(a, b)]
+
+
 def to_samples(
     rows: list[dict],
     images: Mapping[str, str],
@@ -230,6 +251,23 @@ def report(
         )
     outside = {split: sum(about["outside"][split] for about in questions.values()) for split in ("val", "test")}
     counts = counts | {f"{split} answers outside the training candidates": outside[split] for split in outside}
+    alike = [
+        [question, first, second]
+        for question, about in questions.items()
+        for first, second in look_alikes(about["candidates"])
+    ]
+    misspelt = (
+        f"""
+## Candidates that look alike
+
+Are these two spellings of one answer? The model would have to choose between them, and one is scored as wrong. Correct
+the source and run the command again; pairs that do differ may stay.
+
+{tables.markdown([["question", "candidate", "looks like"], *alike])}
+"""
+        if alike
+        else ""
+    )
     near = counts["near-identical pairs of images across splits"]
     judge = f"Near-identical images are not moved: look at {NEAR_IDENTICAL} and judge." if near else ""
     return f"""# Kvasir-VQA, prepared
@@ -252,7 +290,7 @@ Files of identical content stay in one split. Candidates come from the training 
 
 To move a question to another stage, change its number in stages.json and run the command again. An entry marked
 `"review": true` had scores too close to call: set it to `false` to settle it.
-"""
+{misspelt}"""
 
 
 def _to_review(entries: Mapping[str, object], by_hand: list[str]) -> list[str]:

@@ -1,5 +1,6 @@
 """Papers -> a folder of page images: their own, or their text drawn with Pillow and the font that comes with it."""
 
+import math
 import re
 import shutil
 import unicodedata
@@ -12,18 +13,26 @@ from files import folder_beside
 
 # In pixels. About A4, in sides that are multiples of 28; letters of 24 stay readable at a quarter of the page's pixels.
 PAGE_SIZE = (1232, 1736)
+SIDE_UNIT = 28
 MARGIN = 92
 FONT_SIZE = 24
 LINE_HEIGHT = 34
+OVERSIZE = 3  # text is drawn so much too large: at its own size, letters sit on whole pixels and words at uneven gaps
 BOX = "\U0010ffff"  # no font has it, so that it is drawn as the box for what a font lacks
 LINES_PER_PAGE = (PAGE_SIZE[1] - 2 * MARGIN) // LINE_HEIGHT
+# What stands for characters that the font lacks, and which characters LaTeX's commands are; others become their names.
+PLAIN = {"×": "x", "≤": "<=", "≥": ">=", "≠": "!=", "≈": "~", "→": "->", "∞": "infinity", "−": "-", "∈": "in"}
+LATEX = {
+    **{"times": "×", "cdot": "·", "pm": "±", "leq": "≤", "le": "≤", "geq": "≥", "ge": "≥", "neq": "≠", "approx": "≈"},
+    **{"sim": "~", "to": "→", "rightarrow": "→", "infty": "∞", "ell": "l", "ldots": "...", "dots": "...", "in": "∈"},
+}
 
 
 class Layout:
     """Texts -> the lines of their pages. `lacking` counts the characters met that the font cannot show."""
 
     def __init__(self):
-        self.font = ImageFont.load_default(FONT_SIZE)
+        self.font = ImageFont.load_default(OVERSIZE * FONT_SIZE)
         self.lacking = 0
         self._widths: dict[str, float] = {}
         self._drawn_as: dict[str, str] = {}
@@ -31,11 +40,17 @@ class Layout:
 
     def pages_of(self, text: str) -> list[list[str]]:
         """The lines of each page. A blank line ends a paragraph, a single line end, as of a PDF's text, does not."""
-        text = "".join(map(self._showable, unicodedata.normalize("NFC", text)))
+        text = "".join(map(self._showable, unicodedata.normalize("NFC", without_latex(text))))
         paragraphs = [self._wrap(paragraph.split()) for paragraph in re.split(r"\n\s*\n", text) if paragraph.strip()]
-        lines = [line for paragraph in paragraphs for line in [*paragraph, ""]][:-1]
-        starts = range(0, len(lines), LINES_PER_PAGE)
-        return [lines[start : start + LINES_PER_PAGE] for start in starts]
+        pages = [[]]
+        for paragraph in paragraphs:
+            gap = [""] if pages[-1] else []
+            for line in [*gap, *paragraph]:
+                if len(pages[-1]) == LINES_PER_PAGE:
+                    pages.append([])
+                if line or pages[-1]:
+                    pages[-1].append(line)
+        return [lines if lines[-1] else lines[:-1] for lines in pages if lines]
 
     def _wrap(self, words: list[str]) -> list[str]:
         limit = PAGE_SIZE[0] - 2 * MARGIN
@@ -64,11 +79,12 @@ class Layout:
 
     def _width(self, text: str) -> float:
         if text not in self._widths:
-            self._widths[text] = self.font.getlength(text)
+            self._widths[text] = self.font.getlength(text) / OVERSIZE
         return self._widths[text]
 
     def _showable(self, character: str) -> str:
-        """The character, or its plain form (ﬁ -> fi, é -> e) where the font has that alone; else a box, counted."""
+        """The character, or its plain form (ﬁ -> fi, é -> e, β -> beta) where the font has that alone; else a box,
+        counted."""
         if character.isspace():
             return character
         if character not in self._drawn_as:
@@ -76,6 +92,10 @@ class Layout:
             plain = "".join(part for part in parts if not unicodedata.category(part).startswith(("M", "C")))
             if unicodedata.category(character) == "Pd":  # dashes of all lengths
                 plain = "-"
+            elif unicodedata.name(character, "").startswith("GREEK"):
+                plain = unicodedata.name(character).split(" WITH ")[0].split()[-1].lower()
+                plain = plain.capitalize() if character.isupper() else plain
+            plain = PLAIN.get(character, plain)
             self._drawn_as[character] = next(filter(self._has, (character, plain)), BOX)
         self.lacking += self._drawn_as[character] == BOX
         return self._drawn_as[character]
@@ -84,14 +104,53 @@ class Layout:
         return all(bytes(self.font.getmask(character)) != self._box for character in text)
 
 
+def without_latex(text: str) -> str:
+    r"""LaTeX as a reader would type it: `\textit{so}` -> so, `$O(n^{2}\log n)$` -> O(n^2 log n), `$\beta$-VAE` ->
+    beta-VAE. A dollar that begins no formula (costs $5) stays."""
+    # As in Pandoc, no space stands inside a formula's dollars, and no digit behind them; or its signs tell.
+    text = re.sub(
+        r"(?<!\\)(\$\$?)((?! )[^$]*[^$ ](?=\1(?!\d))|(?! )[^$ ](?=\1(?!\d))|[^$]*[\\^_][^$]*)(?<!\\)\1", _formula, text
+    )
+    return re.sub(r"\\([%&_$#{} ])", r"\1", _without_commands(text))
+
+
+def _formula(match: re.Match) -> str:
+    text = _without_commands(match[2].strip())
+    text = re.sub(r"([\^_])\{(\w+)\}", r"\1\2", text)
+    text = re.sub(r"([\^_])\{([^{}]*)\}", r"\1(\2)", text)
+    return re.sub(r"(?<!\\)[{}]", "", text)
+
+
+def _without_commands(text: str) -> str:
+    text = re.sub(r"\\frac\s*\{([^{}]*)\}\s*\{([^{}]*)\}", r"\1/\2", text)
+    text = re.sub(r"(\w?)\\([a-zA-Z]+)(?![a-zA-Z]|\s*\{)(?=(.?))", _symbol, text, flags=re.DOTALL)
+    before = None
+    while before != text:  # a command with an argument is a font, an accent or a link: the argument stays
+        before, text = text, re.sub(r"\\[a-zA-Z]+\s*\{([^{}]*)\}", r"\1", text)
+    return text
+
+
+def _symbol(match: re.Match) -> str:
+    before, name, after = match.groups()
+    shown = LATEX.get(name, name.removeprefix("var"))
+    if not shown.isalpha() or len(shown) == 1:
+        return before + shown
+    return before + " " * bool(before) + shown + " " * (after.isalnum() or after == "\\")
+
+
 def draw(lines: list[str]) -> Image.Image:
-    """One page, greyscale, of `PAGE_SIZE`."""
-    page = Image.new("L", PAGE_SIZE, 255)
+    """One page, greyscale: as wide as `PAGE_SIZE`, and as high as its lines need, so that no half of it is empty."""
+    needed = 2 * MARGIN + len(lines) * LINE_HEIGHT
+    height = min(PAGE_SIZE[1], math.ceil(needed / SIDE_UNIT) * SIDE_UNIT)
+    page = Image.new("L", (OVERSIZE * PAGE_SIZE[0], OVERSIZE * height), 255)
     pen = ImageDraw.Draw(page)
-    font = ImageFont.load_default(FONT_SIZE)
+    font = ImageFont.load_default(OVERSIZE * FONT_SIZE)
     for row, line in enumerate(lines):
-        pen.text((MARGIN, MARGIN + row * LINE_HEIGHT), line, fill=0, font=font)
-    return page
+        x = OVERSIZE * MARGIN
+        for word in line.split(" "):  # as `_wrap` measured them: the font would kern a word with the space behind it
+            pen.text((x, OVERSIZE * (MARGIN + row * LINE_HEIGHT)), word, fill=0, font=font)
+            x += font.getlength(word) + font.getlength(" ")
+    return page.reduce(OVERSIZE)
 
 
 def lay_out(papers: list[dict], out: Path, report_title: str, counts: dict[str, int]) -> dict[str, Path | list[str]]:

@@ -20,7 +20,8 @@ OVERSIZE = 3
 INK, QUIET, GRID, PAPER = "#1c2024", "#5b626b", "#e3e3de", "#ffffff"
 BLUE, LIGHT_BLUE, ORANGE, SALMON = "#2456a6", "#8fb4ea", "#c4620a", "#f2b8a0"
 GREEN, RED = "#10a35a", "#e0352b"
-TILE_WIDTH, TILE_HEIGHT, CAPTION_HEIGHT, TILE_COLUMNS = 300, 300, 62, 4  # pixels of the contact sheet
+TILE_WIDTH, TILE_HEIGHT, CAPTION_HEIGHT, TILE_COLUMNS = 300, 300, 98, 4  # pixels of the contact sheet
+SHEET_HEAD = 110
 # The font that Pillow brings along has ASCII only; for other captions, whichever of these the machine has.
 WIDE_FONTS = ("NotoSansCJK-Regular.ttc", "Arial Unicode.ttf", "msyh.ttc")
 
@@ -266,24 +267,26 @@ def worst_misses(rows: Sequence[dict], count: int = 12) -> list[dict]:
     return sorted(wrong, key=off, reverse=True)[:count]
 
 
-def contact_sheet(items: Sequence[dict], path) -> None:
+def contact_sheet(items: Sequence[dict], path, title: str, score: str) -> None:
     """Tiles of clicks with gold point (green ring, the box where known) and predicted point (red cross), as PNG.
 
-    items: image (path or PIL image), point, predicted_point (or None), bbox (optional), in pixels of that image,
-    and caption, the first line below the tile.
+    items: image (path or PIL image), point, predicted_point (or None), bbox (optional), in pixels of that image, and
+    what stands below the tile: caption (what was asked), prediction (what the model said) and name (the file's).
     """
     rows = max(1, math.ceil(len(items) / TILE_COLUMNS))
     columns = max(2, min(TILE_COLUMNS, len(items)))
     pitch_x, pitch_y = TILE_WIDTH + 16, TILE_HEIGHT + CAPTION_HEIGHT + 16
-    canvas = _Canvas(16 + columns * pitch_x, 56 + rows * pitch_y)
-    canvas.ring(30, 28, 9, GREEN, 3)
-    canvas.text(48, 28, "gold point and box", 14, "lm")
-    canvas.cross(210, 28, 7, RED, 3)
-    canvas.text(226, 28, "predicted point", 14, "lm")
+    canvas = _Canvas(16 + columns * pitch_x, SHEET_HEAD + rows * pitch_y)
+    for row, (text, size) in enumerate(((title, 18), (score, 14))):
+        canvas.text(16, 14 + 28 * row, *_wrap(text, size, columns * pitch_x - 16, most=1), size)
+    canvas.ring(30, 82, 9, GREEN, 2)
+    canvas.text(48, 82, "gold point and box", 14, "lm")
+    canvas.cross(210, 82, 7, RED, 3)
+    canvas.text(226, 82, "predicted point", 14, "lm")
     if not items:
-        canvas.text(16, 90, "No click missed its target.", 16)
+        canvas.text(16, SHEET_HEAD + 34, "No click missed its target.", 16)
     for number, item in enumerate(items):
-        left, top = 16 + number % TILE_COLUMNS * pitch_x, 56 + number // TILE_COLUMNS * pitch_y
+        left, top = 16 + number % TILE_COLUMNS * pitch_x, SHEET_HEAD + number // TILE_COLUMNS * pitch_y
         image = item["image"] if isinstance(item["image"], Image.Image) else open_image(item["image"])
         scale = min(TILE_WIDTH / image.width, TILE_HEIGHT / image.height)
         width, height = image.width * scale, image.height * scale
@@ -299,20 +302,22 @@ def contact_sheet(items: Sequence[dict], path) -> None:
             canvas.box(*corners, outline=PAPER, width=3)
             canvas.box(*corners, outline=GREEN, width=1.5)
         gold = place(*item["point"])
-        canvas.ring(*gold, 10, PAPER, 5)
-        canvas.ring(*gold, 9, GREEN, 3)
+        canvas.ring(*gold, 14, PAPER, 4)  # wide and thin: what is to be clicked stays in view
+        canvas.ring(*gold, 13, GREEN, 2)
         if item["predicted_point"] is None:
-            verdict = "no point in the answer"
+            verdict = "no point in it"
         else:
             predicted = place(*item["predicted_point"])
             canvas.cross(*predicted, 8, PAPER, 6)
             canvas.cross(*predicted, 7, RED, 3)
             distance = math.dist(item["point"], item["predicted_point"])
             verdict = f"{distance:.0f} px off, {100 * distance / math.hypot(*image.size):.1f}% of the diagonal"
-        lines = _wrap(str(item.get("caption", "")), 13, TILE_WIDTH, most=2)
-        for row, text in enumerate(lines):
-            canvas.text(left, top + TILE_HEIGHT + 6 + 17 * row, text, 13)
-        canvas.text(left, top + TILE_HEIGHT + 6 + 17 * len(lines), verdict, 12, "la", QUIET)
+        lines = [(text, INK) for text in _wrap(item["caption"], 13, TILE_WIDTH, most=2)]
+        said = f"said: {item['prediction']}" if item["prediction"].strip() else "said nothing"
+        for text in (said, verdict, item["name"]):
+            lines += [(text, QUIET) for text in _wrap(text, 13, TILE_WIDTH, most=1)]
+        for row, (text, colour) in enumerate(lines):
+            canvas.text(left, top + TILE_HEIGHT + 6 + 17 * row, text, 13, "la", colour)
     canvas.save(path)
 
 

@@ -11,10 +11,12 @@ A fourth task is one more module here, a line in `TASKS`, and its name in `confi
     prompt(sample, encoder, images, placement) -> (chat messages, class label or None)
     row(sample, encoder, output) -> a line of generated_predictions.jsonl; output: (text, finished) of an answer,
         (logits, cut_tokens) of a class
+    output_of(prediction, config) -> the output for `row` of a prediction made elsewhere (evaluate.py --predictions)
     score(rows, config) -> the scores of predict_results.json; whole images, or documents, are resampled
     selection_score(values) -> what chooses the best of several evaluations on val: the greater list
     record(family, config) -> the content of RECORD_FILE; weights are never read under another one
     draw(rows, config, folder), which writes images beside the scores
+    COUNTED          what a run's log counts: questions, clicks, papers
     UNIT, CLUSTER    what is scored, and what is resampled as a whole (image, or the unit itself)
     ROW_KEYS         what a row of predictions must have; TEST_KEYS: what makes two rows of one id the same test
     correct(row), compared_scores(rows), parts(row) -> {kind: name of the part that the row belongs to}, for compare.py
@@ -32,6 +34,7 @@ from errors import UserError
 from family import Family
 from files import read_json
 from tasks import click, cls, vqa
+from templates import CONVERSATION_TEMPLATE
 
 TASKS = {"vqa": vqa, "click": click, "cls": cls}
 
@@ -39,6 +42,11 @@ TASKS = {"vqa": vqa, "click": click, "cls": cls}
 def task_of(config: Config):
     """The module of a config's task."""
     return TASKS[config.task]
+
+
+def counted(config: Config) -> str:
+    """What a run's log counts: the task's own, or whole conversations."""
+    return "conversations" if config.template == CONVERSATION_TEMPLATE else task_of(config).COUNTED
 
 
 def records(family: Family, config: Config) -> dict[str, dict]:

@@ -22,6 +22,7 @@ HAS_HEAD = False
 POINTS = True
 BEST_IS_RESULT = False
 RECORD_FILE = "coordinates.json"
+COUNTED = "clicks"
 UNIT, CLUSTER = "click", "image"
 ROW_KEYS = ("id", "point", "predicted_point", "image_size")
 TEST_KEYS = ("instruction", "point", "bbox")
@@ -46,13 +47,24 @@ def prompt(sample: dict, encoder, images: int, placement: Placement | None = Non
     return to_messages(question, encoder.config.template, encoder.image_shown), None
 
 
-def row(sample: dict, encoder, output: tuple[str, bool]) -> dict:
+def output_of(prediction, config: Config) -> tuple[str | list, bool]:
+    """A text, which speaks the coordinates of the config's model, or [x, y] in pixels of the original image. Raises:
+    `UserError`."""
+    if isinstance(prediction, list):
+        return list(_numbers({"prediction": prediction}, "prediction", 2)), True
+    return vqa.output_of(prediction, config)
+
+
+def row(sample: dict, encoder, output: tuple[str | list, bool]) -> dict:
     """A line of predictions as of `vqa`, with predicted_point, in pixels of the original image (None where the answer
-    holds none), and image_size."""
+    holds none), and image_size. output: as of `output_of`."""
     placement = encoder.placement(image_of(sample))
     messages = to_messages(as_question(sample, placement, encoder.family), encoder.config.template)
-    line = vqa.answered(sample, messages, output)
+    said, finished = output
+    line = vqa.answered(sample, messages, (str(said), finished))
     line |= predicted(line["prediction"], placement, encoder.family)
+    if not isinstance(said, str):
+        line["predicted_point"] = said
     line["correct"] = correct({**sample, **line})
     return vqa.with_other_keys(line, sample)
 
@@ -91,10 +103,13 @@ def draw(rows: list[dict], config: Config, folder: Path) -> None:
 
     root, path = config.data.image_root, folder / "worst_misses.png"
     shown = [
-        {**row, "image": image_path(root, row["images"][0]), "caption": row["question"]}
+        {**row, "image": image_path(root, row["images"][0]), "caption": row["question"], "name": row["images"][0]}
         for row in plots.worst_misses(rows)
     ]
-    plots.contact_sheet(shown, path)
+    wrong = sum(not correct(row) for row in rows)
+    score = f"{1 - wrong / len(rows):.1%} of {len(rows):,} clicks are right".replace("%", " %")
+    score += f"; {len(shown)} of the {wrong:,} misses, the farthest first" if wrong else ""
+    plots.contact_sheet(shown, path, f"{config.experiment}: worst misses", score)
     print(f"The worst misses are drawn in {path}")
 
 

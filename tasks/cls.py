@@ -19,6 +19,7 @@ HAS_HEAD = True
 POINTS = False
 BEST_IS_RESULT = True
 RECORD_FILE = None
+COUNTED = "papers"
 UNIT, CLUSTER = "sample", "sample"
 ROW_KEYS = ("id", "probabilities", "predicted_label", "true_label")
 TEST_KEYS = ("true_label",)  # one paper may be text here and pages there
@@ -57,6 +58,20 @@ def document_messages(sample: dict, template: str, images: int) -> list[dict]:
         raise UserError("key 'text' is empty or no text; fill it, or drop the sample")
     said = TEMPLATES[template] if text is None else f"{TEMPLATES[template]}\n\n{text.strip()}"
     return [{"role": "user", "content": with_images(images, said)}]
+
+
+def output_of(prediction, config: Config) -> tuple[list[float], int]:
+    """A list of probabilities, one for each label. Raises: `UserError`."""
+    numbers = prediction if isinstance(prediction, list) else []
+    right = len(numbers) == config.num_labels and all(
+        type(number) in (int, float) and 0 <= number <= 1 for number in numbers
+    )
+    if not right or abs(sum(numbers) - 1) > 1e-3:
+        raise UserError(
+            f"key 'prediction' is {str(prediction)[:60]!r} but must be a list of {config.num_labels} "
+            "probabilities, one for each label (where only the label is known: 1 for it, 0 for the others)"
+        )
+    return [math.log(max(number, 1e-12)) for number in numbers], 0
 
 
 def row(sample: dict, encoder, output: tuple[list[float], int]) -> dict:

@@ -15,6 +15,7 @@ HAS_HEAD = False
 POINTS = False
 BEST_IS_RESULT = False
 RECORD_FILE = None
+COUNTED = "questions"
 UNIT, CLUSTER = "question", "image"
 ROW_KEYS = ("id", "question", "answer", "prediction")
 TEST_KEYS = ("question", "answer")
@@ -38,6 +39,15 @@ def row(sample: dict, encoder, output: tuple[str, bool]) -> dict:
     line["correct"] = correct(line)
     line["outside_candidates"] = metrics.answer_outside_candidates({**sample, **line})
     return with_other_keys(line, sample)
+
+
+def output_of(prediction, config: Config) -> tuple[str, bool]:
+    """Raises: `UserError` where it is no text (a number is one)."""
+    if type(prediction) in (int, float):
+        prediction = str(prediction)
+    if not isinstance(prediction, str):
+        raise UserError(f"key 'prediction' is {str(prediction)[:60]!r} but must be a text")
+    return prediction.strip(), True
 
 
 def answered(sample: dict, messages: list[dict], output: tuple[str, bool]) -> dict:
@@ -108,12 +118,41 @@ def draw(rows: list[dict], config: Config, folder: Path) -> None:
 
 
 def sample_to_predict(images: list[Path], prompt: str, candidates: list[str], config: Config) -> dict:
-    """Its gold answer is a form to be filled: it never enters the prompt."""
+    """As the run was trained. Its gold answer is a form to be filled: it never enters the prompt."""
     if not images or not prompt:
         raise UserError("task 'vqa' needs both --image and --prompt")
+    if messages := _trained_conversation(len(images), prompt, config):
+        if candidates:
+            raise UserError(
+                "--candidates has no place in the conversations that this run was trained on; write them into --prompt"
+            )
+        return {"messages": messages}
     if not candidates and config.template != "plain":
         candidates = _trained_candidates(prompt, config)
     return {"question": prompt, "answer": "-", "candidates": candidates}
+
+
+def _trained_conversation(images: int, prompt: str, config: Config) -> list[dict]:
+    """Where the run's training data are whole conversations: one of their form, with the system turn and what stands
+    between image and text as in the first of them. Empty where they are questions, or not at hand."""
+    try:
+        first = next(read_samples(config.data.train))
+    except UserError:
+        return []
+    if not {"messages", "conversations"} & first.keys():
+        return []
+    trained = to_messages(first, config.template)
+    system = [message for message in trained if message["role"] == "system"][:1]
+    user = next(message["content"] for message in trained if message["role"] == "user")
+    texts = [part["text"] for part in user if part["type"] == "text"] if isinstance(user, list) else []
+    gap = "\n" if texts and texts[0].startswith("\n") else ""
+    told = f"the system turn {system[0]['content']!r}" if system else "no system turn"
+    print(f"Asked as in {config.data.train}: a conversation with {told}")
+    return [
+        *system,
+        {"role": "user", "content": "<image>" * images + gap + prompt},
+        {"role": "assistant", "content": "-"},
+    ]
 
 
 def _trained_candidates(question: str, config: Config) -> list[str]:

@@ -122,7 +122,7 @@ def test_the_six_learning_rate_experiments_run_on_real_papers_at_once_and_end_in
     (data / "papers.jsonl").write_text("\n".join(papers), encoding="utf-8")
     for folder, options in (("papers_text", []), ("papers_pages", ["--pages"])):
         out = ["--source", str(data / "papers.jsonl"), "--out", str(data / folder), "--split", "60/20/20"]
-        prepare_data.main(["papers", *out, *options])
+        prepare_data.main(["papers", *out, "--train-agreeing", *options])
     for path in (real_repo / "configs").glob("lr_*.yaml"):
         config = yaml.safe_load(path.read_text())
         config |= {"num_train_epochs": 2, "dataloader_num_workers": 0, "logging_steps": 1, "max_tokens": 512}

@@ -1,5 +1,6 @@
 """`prepare_data.py papers`: papers with decisions -> balanced samples by split, as texts or as page images."""
 
+import itertools
 import json
 import random
 import re
@@ -237,6 +238,41 @@ def test_characters_that_the_font_lacks_become_plain_ones_or_a_counted_box():
     assert layout.pages_of("nai\u0308ve – café") == [["naive - cafe"]]
     assert layout.lacking == 0
     assert layout.pages_of("漢") == [[pages.BOX]] and layout.lacking == 1
+
+
+def test_a_page_is_as_high_as_its_lines_need_and_no_higher():
+    ((lines,),) = (pages.Layout().pages_of("A short abstract. " * 60),)
+    page = pages.draw(lines)
+    assert page.width == pages.PAGE_SIZE[0] and page.height % pages.SIDE_UNIT == 0
+    bottom = ImageChops.invert(page).getbbox()[3]
+    assert pages.MARGIN <= page.height - bottom < pages.MARGIN + pages.SIDE_UNIT + pages.LINE_HEIGHT
+    assert pages.draw(["full"] * pages.LINES_PER_PAGE).size == pages.PAGE_SIZE
+
+
+def test_a_page_never_begins_or_ends_with_the_gap_between_two_paragraphs():
+    text = "\n\n".join(f"paragraph {number}" for number in range(60))  # 120 lines, every other one empty
+    for lines in (laid_out := pages.Layout().pages_of(text)):
+        assert lines[0] and lines[-1]
+    assert len(laid_out) > 2 and sum(map(bool, itertools.chain(*laid_out))) == 60
+
+
+@pytest.mark.parametrize(
+    ("written", "shown"),
+    [
+        (r"$\beta$-VAE costs $5 and $10 more", "beta-VAE costs $5 and $10 more"),
+        (r"\textit{so \textbf{much}}, 5\% of {1, 2}", "so much, 5% of {1, 2}"),
+        (r"$O(C^{\frac{3}{2}}K^{2})$ and $O(n\log n)$", "O(C^(3/2)K^2) and O(n log n)"),
+        (r"$||\beta\bf{z}||_{2}$ of $256\times256$", "||beta z||_2 of 256x256"),
+        (
+            r"$ \pm \varepsilon n$ of $i^{th}$ $\vec{p}$ and $$\ell_\infty$$",
+            "± epsilon n of i^th p and l_infinity",
+        ),
+        (r"from $5 to \$6", "from $5 to $6"),
+        ("β ≤ Θ × a", "beta <= Theta x a"),
+    ],
+)
+def test_latex_and_greek_letters_are_drawn_as_a_reader_would_type_them(written, shown):
+    assert pages.Layout().pages_of(written) == [[shown]]
 
 
 def test_a_papers_own_pages_are_shown_as_they_are(source):

@@ -1,6 +1,8 @@
 """evaluate.py leaves predictions and scores that agree with each other, and says plainly what it cannot do."""
 
 import json
+import math
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -9,13 +11,16 @@ import yaml
 from safetensors.torch import load_file, save_file
 from support.tiny_runs import REPO_ROOT, run_script, short_answers, tiny_run, vqa_samples, write_config, write_images
 
+import compare
 import evaluate
 from checkpoint import save_adapter
 from config import load_config, to_dict
 from distributed import Ranks
+from errors import UserError
 from files import file_sha256
 from inference import answer_split
 from samples import load_samples
+from tasks import click, cls, vqa
 
 
 @pytest.fixture
@@ -197,3 +202,85 @@ def test_the_usual_command_comes_first_in_the_help():
         assert code == 0 and f"{script} --config configs/exp2.yaml" in out
         first_line = (REPO_ROOT / script).read_text().splitlines()[0]
         assert first_line.startswith('"""') and f"{script} --config configs/exp2.yaml" in first_line
+
+
+# ------------------------------------------------------------------------------------------- answers of another program
+
+
+def write_predictions(path, samples, wrong=()):
+    """The gold answers, but for some ids."""
+    lines = [{"id": s["id"], "prediction": "nonsense" if s["id"] in wrong else s["answer"]} for s in samples]
+    path.write_text("".join(json.dumps(line) + "\n" for line in reversed(lines)))
+
+
+def test_answers_of_another_program_are_scored_without_a_model_and_compared_with_ours(setup, monkeypatch, capsys):
+    folder, config = setup
+    with short_answers(2):
+        run_script("evaluate.py", "--config", config)
+    monkeypatch.setattr(evaluate, "load_trained", lambda *_: pytest.fail("weights were loaded"))
+    monkeypatch.setattr(evaluate, "open_encoder", lambda *_: pytest.fail("a tokenizer was loaded"))
+    write_predictions(folder / "served.jsonl", vqa_samples(3, 2), wrong=("p0q0", "p2q1"))
+    evaluate.main(["--config", str(config), "--predictions", str(folder / "served.jsonl")])
+    rows, scores, everything = results(folder / "results_predictions_served")
+    assert [row["id"] for row in rows] == [sample["id"] for sample in vqa_samples(3, 2)]
+    assert scores["predict_accuracy"] == 4 / 6 and scores["majority_accuracy"] is not None
+    assert scores["predictions"] == str(folder / "served.jsonl") and scores["checkpoint"] is None
+    assert everything == {"history": [], "final": scores}
+    assert "made elsewhere: test, 6 samples" in capsys.readouterr().out
+    out = folder / "compared"
+    compare.main([str(folder / "results"), str(folder / "results_predictions_served"), "--out", str(out)])
+    names = [experiment["name"] for experiment in json.loads((out / "compare.json").read_text())["experiments"]]
+    assert names == ["results", "results_predictions_served"]
+    assert "results_predictions_served" in (out / "compare.md").read_text()
+
+
+def test_missing_extra_and_repeated_ids_are_refused_with_their_counts(setup):
+    folder, config = setup
+    path = folder / "served.jsonl"
+    write_predictions(path, vqa_samples(3, 2))
+    lines = path.read_text().splitlines(keepends=True)
+    path.write_text("".join([*lines[:4], lines[0], lines[1], '{"id": 7, "prediction": "red"}\n']))
+    code, _, err = run_script("evaluate.py", "--config", config, "--predictions", path)
+    assert code == 2 and err.count("\n") == 1
+    for told in ("2 id(s) have no line (p0q0, p0q1)", "1 id(s) are no sample's (7)",
+                 "2 id(s) are there more than once (p2q1, p2q0)"):  # fmt: skip
+        assert told in err
+    assert not (folder / "results_predictions_served").exists()
+
+
+@pytest.mark.parametrize(
+    ("line", "told"),
+    [
+        ('{"id": "p0q0"}', "line 1: no object with 'id' and 'prediction'"),
+        ('{"id": "p0q0", "prediction": null}', "line 1 (id p0q0): key 'prediction' is 'None' but must be a text"),
+        ("[1]", "line 1: no object"),
+    ],
+)
+def test_a_prediction_that_is_none_is_named_by_file_and_line(setup, line, told):
+    folder, config = setup
+    (folder / "served.jsonl").write_text(line + "\n")
+    code, _, err = run_script("evaluate.py", "--config", config, "--predictions", folder / "served.jsonl")
+    assert code == 2 and f"served.jsonl {told}" in err
+
+
+def test_every_task_takes_predictions_in_the_forms_that_it_knows(tiny_models):
+    config = replace(tiny_run(tiny_models, "qwen3_vl").config, num_labels=2)
+    assert vqa.output_of(" polyp; ulcer\n", config) == ("polyp; ulcer", True)
+    assert vqa.output_of(3, config) == ("3", True)
+    assert click.output_of([3, 4.5], config) == ([3, 4.5], True)
+    assert click.output_of("[3, 4]", config) == ("[3, 4]", True)
+    logits, cut = cls.output_of([0.25, 0.75], config)
+    assert [math.exp(value) for value in logits] == pytest.approx([0.25, 0.75]) and cut == 0
+    bad = [(vqa, [1]), (click, [1, 2, 3]), (cls, 1), (cls, [0.5, 0.2]), (cls, [-1, 2]), (cls, [0.2, 0.3, 0.5])]
+    for task, prediction in bad:
+        with pytest.raises(UserError, match="key 'prediction' is"):
+            task.output_of(prediction, config)
+
+
+def test_a_click_in_pixels_and_one_in_words_are_the_same_click(tiny_models):
+    run = tiny_run(tiny_models, "qwen3_vl")
+    sample = {"id": "a", "image": "0.png", "instruction": "tap", "point": [30, 20]}  # 60 × 45 pixels
+    encoder = run.encoder(task="click", resize="native", image_size=None, max_pixels=64 * 64, template="plain")
+    words = click.row(sample, encoder, click.output_of("[500, 400]", encoder.config))
+    pixels = click.row(sample, encoder, click.output_of(words["predicted_point"], encoder.config))
+    assert pixels["predicted_point"] == words["predicted_point"] and pixels["correct"] == words["correct"]

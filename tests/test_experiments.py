@@ -3,6 +3,7 @@ never sees gold answers, and QLoRA on 4-bit weights that do not change."""
 
 import itertools
 import json
+import re
 
 import pytest
 import torch
@@ -59,6 +60,22 @@ def test_each_of_exp2s_kin_differs_from_it_in_one_thing_alone(name, changed):
     assert differing == {"experiment": second["experiment"], **folders, **changed}
     jobs = [(REPO / "slurm" / f"train_{one}_2gpu.slurm").read_text().splitlines()[4:] for one in ("exp2", name)]
     assert [line.replace(f"exp2{name[4:]}", "exp2") for line in jobs[1]] == jobs[0]
+
+
+@pytest.mark.parametrize("job", sorted((REPO / "slurm").glob("train_*.slurm")), ids=lambda job: job.stem)
+def test_a_job_asks_for_a_cpu_per_worker_and_its_config_says_the_batch_of_the_jobs_gpus(job):
+    text = job.read_text()
+    asked = dict(re.findall(r"^#SBATCH --([\w-]+)=(\S+)", text, re.M))
+    gpus, cpus = int(asked["gres"].removeprefix("gpu:")), int(asked["cpus-per-task"])
+    names = re.findall(r"^train_run (\S+)", text, re.M)
+    for name in names:
+        config = load_config(REPO / name)
+        assert gpus * (1 + config.dataloader_num_workers) <= cpus
+        product = f"# {config.train_bs} × {config.grad_accum} × {gpus} GPU{'s' * (gpus > 1)} = "
+        assert product + str(config.train_bs * config.grad_accum * gpus) in (REPO / name).read_text()
+    if not names:  # chains, a GPU and an equal share of the CPUs each
+        (workers,) = re.findall(r"dataloader_num_workers=(\d+)", text)
+        assert gpus * (1 + int(workers)) <= cpus and gpus == text.count("\nchain ")
 
 
 def test_exp2_trains_stages_in_order_over_all_ranks_in_every_epoch_and_exp1_does_not(data, tiny_models, tmp_path):

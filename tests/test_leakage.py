@@ -164,6 +164,7 @@ def test_the_page_is_self_contained_and_shows_both_images_of_the_nearest_pairs(t
     assert page.count("<section>") == 2 and "3 pair(s), the nearest 2 with" in page
     assert page.count('src="data:image/jpeg;base64,') == page.count("<img") == 4
     assert not re.search(r"""(src|href)=["'](?!data:)|url\(|<script""", page)
+    assert "What to do next" in page and "move every sample of one image into the split of the other" in page
     assert "4 bits: train a&lt;b&gt;.png – test a&lt;b&gt;.png" in page and "a<b>" not in page
 
 

@@ -156,7 +156,8 @@ def test_the_folder_holds_what_others_expect_and_the_bases_own_small_files_word_
     names = {path.name for path in folder.iterdir()}
     same = {"config.json", "tokenizer.json", "tokenizer_config.json", "vocab.json", "merges.txt", "chat_template.jinja",
             "preprocessor_config.json", "video_preprocessor_config.json"}  # fmt: skip
-    own = {"README.md", "finetune_config.yaml", "coordinates.json", "generation_config.json", "model.safetensors"}
+    own = {"README.md", "finetune_config.yaml", "coordinates.json", "generation_config.json", "model.safetensors",
+           "reference_answers.jsonl"}  # fmt: skip
     assert names == same | own
     assert all((folder / name).read_bytes() == (base / name).read_bytes() for name in same)
     generation = json.loads((folder / "generation_config.json").read_text())

@@ -2,11 +2,14 @@
 
 import json
 import shutil
+import subprocess
+import sys
 from dataclasses import replace
 
 import pytest
 import torch
 import torch.nn.functional as F
+from conftest import REPO_ROOT
 from safetensors.torch import load_file, save_file
 from support.tiny_runs import (
     FAMILIES,
@@ -375,3 +378,25 @@ def test_code_that_lies_in_a_model_folder_is_never_run(copied):
     (copied / "config.json").write_text(json.dumps(settings))
     load_base(str(copied), torch.float32)
     assert not (copied / "ran").exists()
+
+
+@pytest.mark.slow  # a process each, which imports torch and peft
+@pytest.mark.parametrize(
+    "command",
+    [
+        "from model import attach_lora; from config import Lora\n"
+        "class Stop(Exception): pass\n"
+        "import model\n"
+        "def stop(*_): raise Stop\n"
+        "model.lora_target_pattern = stop\n"
+        "try: attach_lora(object(), Lora(), [], 0)\n"
+        "except Stop: pass",
+        "import checkpoint, errors, pathlib\n"
+        "try: checkpoint._read_adapter_config(pathlib.Path('nowhere'))\n"
+        "except errors.UserError: pass",
+    ],
+    ids=["training", "loading"],
+)
+def test_no_line_about_4_bit_kernels_where_none_are_used(command):
+    run = subprocess.run([sys.executable, "-c", command], cwd=REPO_ROOT, capture_output=True, text=True, check=True)
+    assert (run.stdout, run.stderr) == ("", "")

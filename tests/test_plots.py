@@ -107,11 +107,31 @@ def test_ticks_are_round_and_enclose_the_values():
         assert ticks[0] <= low and ticks[-1] >= high and len(ticks) >= 2
 
 
+WORDS = {"caption": "press ok", "prediction": "[150, 450]", "name": "a/shot.png"}
+
+
+def test_contact_sheet_says_the_run_its_score_and_of_each_miss_what_was_asked_what_was_said_and_the_file(
+    tmp_path, monkeypatch
+):
+    written = []
+    draw_text = plots._Canvas.text
+    monkeypatch.setattr(plots._Canvas, "text", lambda *a, **k: written.append(a[3]) or draw_text(*a, **k))
+    items = [{"image": Image.new("RGB", (90, 90)), "point": (9, 9), "predicted_point": (39, 49), **WORDS}]
+    items.append({**items[0], "predicted_point": None, "prediction": " "})
+    contact_sheet(items, tmp_path / "sheet.png", "EXP: worst misses", "40 % of 5 clicks are right")
+    said = ("said: [150, 450]", "50 px off, 39.3% of the diagonal", "said nothing", "no point in it")
+    for text in ("EXP: worst misses", "40 % of 5 clicks are right", *said):
+        assert written.count(text) == 1, text
+    assert written.count("press ok") == written.count("a/shot.png") == 2
+
+
 def test_contact_sheet_marks_gold_and_predicted_points_where_they_are(tmp_path):
     Image.new("RGB", (600, 600), "black").save(tmp_path / "shot.png")
-    item = {"image": tmp_path / "shot.png", "point": (450, 150), "predicted_point": (150, 450), "caption": "press ok"}
-    contact_sheet([item], tmp_path / "sheet.png")
-    sheet = np.asarray(Image.open(tmp_path / "sheet.png").convert("RGB")).astype(int)[56:356, 16:316]  # the tile
+    item = {"image": tmp_path / "shot.png", "point": (450, 150), "predicted_point": (150, 450), **WORDS}
+    contact_sheet([item], tmp_path / "sheet.png", "title", "score")
+    sheet = np.asarray(Image.open(tmp_path / "sheet.png").convert("RGB")).astype(int)[plots.SHEET_HEAD :][
+        :300, 16:316
+    ]  # the tile
     red, green = (np.argwhere((sheet[..., c] > 130) & (sheet.sum(axis=2) - sheet[..., c] < 170)) for c in (0, 1))
     assert red.mean(axis=0) == pytest.approx([225, 75], abs=2)  # (y, x), at half size
     assert green.mean(axis=0) == pytest.approx([75, 225], abs=2)
@@ -119,9 +139,10 @@ def test_contact_sheet_marks_gold_and_predicted_points_where_they_are(tmp_path):
 
 def test_contact_sheet_takes_unparsable_answers_any_script_and_no_items_at_all(tmp_path):
     image = Image.new("RGB", (40, 900), "white")
-    item = {"image": image, "point": (5, 5), "predicted_point": None, "bbox": (0, 0, 9, 9), "caption": "按钮 " * 90}
-    contact_sheet([item] * 5, tmp_path / "sheet.png")
-    contact_sheet([], tmp_path / "none.png")
+    item = {"image": image, "point": (5, 5), "predicted_point": None, "bbox": (0, 0, 9, 9), **WORDS}
+    item["caption"] = "按钮 " * 90
+    contact_sheet([item] * 5, tmp_path / "sheet.png", "title", "score")
+    contact_sheet([], tmp_path / "none.png", "按钮 " * 90, "score")
     assert Image.open(tmp_path / "sheet.png").height > Image.open(tmp_path / "none.png").height
 
 

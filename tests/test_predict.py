@@ -5,6 +5,7 @@ import hashlib
 import json
 import re
 import shutil
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -128,6 +129,26 @@ def test_a_model_of_conversations_answers_a_single_question(tiny_models, capsys,
     assert "\nAnswer: " in ask(capsys, *arguments)
 
 
+@pytest.mark.parametrize("system", [None, "Answer in one word."])
+@pytest.mark.parametrize("gap", ["", "\n"])
+def test_a_run_on_conversations_is_asked_with_their_system_turn_and_layout(tiny_models, capsys, tmp_path, system, gap):
+    run = tiny_runs.tiny_run(tiny_models, "qwen3_vl")
+    turns = [{"from": "human", "value": f"<image>{gap}What is it?"}, {"from": "gpt", "value": "a polyp"}]
+    trained = {"id": "a", "image": "0.png", "conversations": turns, **({"system": system} if system else {})}
+    (tmp_path / "train.json").write_text(json.dumps([trained]))
+    data = replace(run.config.data, train=str(tmp_path / "train.json"))
+    config = replace(run.config, template="ultra_condensed", data=data)
+    asked = {"id": "b", "image": "0.png"}
+    asked |= tasks.vqa.sample_to_predict([run.folder / "0.png"], "What is it?", [], config)
+    encoder = run.encoder(template="ultra_condensed")
+    images = [encoder.load_image("0.png")]
+    prompts = [encoder.encode(sample, images, generation=True).input_ids.tolist() for sample in (trained, asked)]
+    assert prompts[0] == prompts[1]
+    assert (repr(system) if system else "no system turn") in capsys.readouterr().out
+    with pytest.raises(UserError, match="--candidates has no place"):
+        tasks.vqa.sample_to_predict([run.folder / "0.png"], "What is it?", ["a"], config)
+
+
 # --------------------------------------------------------------------------------------------------------------- marks
 
 
@@ -141,7 +162,7 @@ def test_draw_marks_the_point_and_leaves_the_rest_of_the_image(run, capsys, tmp_
     assert before.shape == after.shape
     rows, columns = np.nonzero((before != after).any(-1))
     assert abs(columns.mean() - x) < 2 and abs(rows.mean() - y) < 2  # the mark is centred on the point
-    assert np.ptp(columns) < 40 and np.ptp(rows) < 40
+    assert np.ptp(columns) < 60 and np.ptp(rows) < 60
 
 
 @pytest.mark.parametrize("point", [(0, 0), (299.99, 0), (300, 200), (150, 100)])
@@ -151,6 +172,15 @@ def test_a_mark_is_visible_on_any_background_and_at_any_edge(background, point):
     after = predict.draw_point(before, point)
     assert after.size == before.size
     assert (np.abs(np.asarray(before).astype(int) - np.asarray(after)).sum(-1) > 150).sum() > 20
+
+
+def test_the_ring_leaves_its_target_free():
+    before = Image.effect_noise((720, 1280), 90).convert("RGB")
+    x, y = 300.4, 700.7
+    after = predict.draw_point(before, (x, y))
+    changed = np.argwhere((np.asarray(before) != np.asarray(after)).any(-1))  # (row, column)
+    distances = np.hypot(changed[:, 0] + 0.5 - y, changed[:, 1] + 0.5 - x)
+    assert 60 < distances.min() < 75 and distances.max() < 120
 
 
 @pytest.mark.parametrize(("point", "pixel"), [([300.0, 200.0], "299, 199"), ([0.0, 99.99], "0, 99")])
@@ -245,14 +275,15 @@ def test_bad_points_are_found_before_training_and_named_by_file_and_row(run, tin
 
 
 @pytest.mark.parametrize("rank", [16, 32, 64])
-def test_the_click_experiments_take_16_clicks_a_step_with_alpha_twice_the_rank_and_else_differ_in_length_alone(rank):
+def test_the_click_experiments_take_64_clicks_a_step_with_alpha_twice_the_rank_and_else_differ_in_length_alone(rank):
     config = load_config(tiny_runs.REPO_ROOT / f"configs/click_rank{rank}.yaml")
     assert (config.lora.r, config.lora.alpha) == (rank, 2 * rank)
-    length = ("num_train_epochs", "train_bs", "grad_accum")
-    assert [getattr(config, key) for key in length] == ([2.5, 2, 4] if rank == 64 else [1, 4, 2])
+    length = ("num_train_epochs", "train_bs", "grad_accum", "save_steps", "max_samples")
+    expected = [2.5, 2, 4, 500, 100_000] if rank == 64 else [1, 4, 2, 200, None]
+    assert [getattr(config, key) for key in length] == expected
     reference = load_config(
         tiny_runs.REPO_ROOT / "configs/click_rank16.yaml",
-        [f"{key}={getattr(config, key)}" for key in ("output_dir", "results_dir", *length)]
+        [f"{key}={getattr(config, key) or ''}" for key in ("output_dir", "results_dir", *length)]
         + [f"experiment='{config.experiment}'", f"lora.r={rank}", f"lora.alpha={2 * rank}"],
     )
     assert config == reference
@@ -313,6 +344,6 @@ def test_forty_real_screenshots_are_learnt_by_heart_and_the_mark_sits_on_the_rig
     before = np.asarray(Image.open(folder / row["image"]).convert("RGB")).astype(int)
     ys, xs = np.nonzero((before != np.asarray(Image.open(drawn))).any(-1))
     left, top, rightmost, bottom = cards[row["answer_index"]]
-    assert left <= xs.min() and xs.max() <= rightmost and top <= ys.min() and ys.max() <= bottom
+    assert left <= xs.mean() <= rightmost and top <= ys.mean() <= bottom
     x, y, *_ = map(int, POINT.search(printed).groups())
     assert abs(xs.mean() - x) < 3 and abs(ys.mean() - y) < 3

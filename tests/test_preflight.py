@@ -36,7 +36,9 @@ from preflight import (
     prefix_sharing,
     survey,
 )
+from runlog import step_line
 from samples import SampleList
+from tasks import counted
 from templates import as_conversations
 from train import find_start
 
@@ -377,6 +379,14 @@ def test_a_warmup_that_the_run_does_not_reach_the_end_of_is_said(tiny_models):
     assert line.startswith("WARNING: warmup_steps is 500 and the run has 10 steps")
 
 
+@pytest.mark.parametrize(("task", "rate"), [("vqa", "2.0 QA/s"), ("click", "2.0 clicks/s"), ("cls", "2.0 papers/s")])
+def test_a_log_line_counts_what_the_task_counts(tiny_models, task, rate):
+    config = replace(tiny_run(tiny_models, "qwen3_vl").config, task=task)
+    values = dict.fromkeys(("epoch", "loss", "grad_norm", "learning_rate", "seconds_per_step", "data_share"), 1.0)
+    line = step_line({**values, "step": 1, "qa_per_second": 2, "memory_gb": 1}, 10, 60, counted(config))
+    assert f" | {rate} | data " in line
+
+
 def test_the_plan_takes_batch_order_and_seed_from_the_config(tiny_models):
     run = tiny_run(tiny_models, "qwen3_vl")
     samples = SampleList(vqa_samples(3, 4)[::-1], "s")
@@ -396,6 +406,9 @@ def test_the_log_says_behind_how_many_prefixes_a_step_lies_however_it_is_cut(tin
         encoder = run.encoder(**changes)
         return prefix_sharing(config, make_plan(config, samples, encoder, 1), samples, encoder)
 
+    assert batch_arithmetic(replace(run.config, template="sequential_cot"), BatchPlan(9, 3, 1, "random", 0), 1)[1] == (
+        "Steps: 9 conversations / 3 = 3 an epoch, 1 epochs = 3 steps over 9 conversations"
+    )
     said = "Sharing: a step's 8 questions lie behind {} image prefixes"
     assert line() == line(train_bs=8, grad_accum=1) == line(num_train_epochs=0.3) == [said.format("1.0")]
     assert line(share_prefix=False) == line(image="none") == line(train_bs=1, grad_accum=1) == []

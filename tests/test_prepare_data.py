@@ -16,7 +16,7 @@ from PIL import Image
 import files
 import prepare_data
 from errors import UserError
-from prepare import kvasir_source, splits
+from prepare import kvasir, kvasir_source, splits
 
 SPLITS = ("train", "val", "test")
 QUESTIONS = ("Is there text?", "How many polyps are in the image?", "Have all polyps been removed?")
@@ -271,6 +271,26 @@ def test_repeats_are_dropped_contradictions_kept_and_rows_without_question_dropp
     assert "| exact repeats, dropped | 1 |" in report
     assert "| image-question pairs with different answers, all kept | 2 |" in report
     assert "| ... of which only the order of the items differs | 1 |" in report
+
+
+def test_candidates_that_look_like_misspellings_of_each_other_are_shown_in_the_report(tmp_path):
+    assert kvasir.look_alikes(["cecum", "caecum", "Cecum", "ileum"]) == [
+        ("cecum", "caecum"), ("cecum", "Cecum"), ("caecum", "Cecum")]  # fmt: skip
+    assert kvasir.look_alikes(["5-10mm", "11-20mm", "upper-left", "upper-right", "type 1 polyp", "type 2 polyp"]) == []
+    raw = small_raw(tmp_path / "raw", images=30)
+    assert "look alike" not in report_of(raw, tmp_path / "first")
+    path = raw / "metadata.csv"
+    lines = path.read_text().splitlines(keepends=True)
+    lines = [line.replace(",no,", f",{'ulcerative ' + 'colitis' * (n % 2) or 'x'},") for n, line in enumerate(lines)]
+    path.write_text("".join(lines).replace("ulcerative ,", "ulcerative collitis,"))
+    report = report_of(raw, tmp_path / "second")
+    assert "## Candidates that look alike" in report
+    assert f"| {QUESTIONS[2]} | ulcerative colitis | ulcerative collitis |" in report
+
+
+def report_of(raw, out):
+    prepare(raw, out)
+    return (out / "report.md").read_text()
 
 
 def test_stages_edited_by_hand_are_kept_and_used_on_the_next_run(tmp_path, capsys):
