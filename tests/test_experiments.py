@@ -67,7 +67,7 @@ def test_a_job_asks_for_a_cpu_per_worker_and_its_config_says_the_batch_of_the_jo
     text = job.read_text()
     asked = dict(re.findall(r"^#SBATCH --([\w-]+)=(\S+)", text, re.M))
     gpus, cpus = int(asked["gres"].removeprefix("gpu:")), int(asked["cpus-per-task"])
-    names = re.findall(r"^train_run (\S+)", text, re.M)
+    names = re.findall(r"^train_(?:run|and_evaluate) (\S+)", text, re.M)
     for name in names:
         config = load_config(REPO / name)
         assert gpus * (1 + config.dataloader_num_workers) <= cpus
