@@ -28,7 +28,7 @@ from classification import make_loss
 from config import Config, check_data_files, load_config, to_dict
 from distributed import all_or_raise, in_turns, run_command, start_ranks, stop_ranks
 from errors import UserError, first_names
-from files import file_sha256, read_json_lines, refuse_unusable_folder, write_json, write_text
+from files import file_sha256, full_disk_is_said, read_json_lines, refuse_unusable_folder, write_json, write_text
 from inference import predict_split
 from preflight import check_samples, open_encoder
 from report.free_form import INSTALL
@@ -137,17 +137,25 @@ def table(scores: dict) -> list[str]:
     return lines
 
 
-def write_results(results: Path, rows: list[dict], scores: dict, history: list[dict]) -> None:
-    results.mkdir(parents=True, exist_ok=True)
-    lines = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
-    write_text(results / "generated_predictions.jsonl", lines)
-    write_json(results / "all_results.json", {"history": history, "final": scores})
-    write_json(results / "predict_results.json", scores)
+def write_predictions(results: Path, rows: list[dict]) -> None:
+    """Before they are scored: whatever goes wrong then, hours of answers are kept. Scores of earlier answers go."""
+    with full_disk_is_said(results, "evaluate again"):
+        results.mkdir(parents=True, exist_ok=True)
+        for name in ("all_results.json", "predict_results.json"):
+            (results / name).unlink(missing_ok=True)
+        lines = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+        write_text(results / "generated_predictions.jsonl", lines)
+
+
+def write_scores(results: Path, scores: dict, history: list[dict]) -> None:
+    with full_disk_is_said(results, "evaluate again"):
+        write_json(results / "all_results.json", {"history": history, "final": scores})
+        write_json(results / "predict_results.json", scores)
 
 
 def evaluate(config: Config, checkpoint: str | None, split: str, source: str, answers: str = "auto") -> dict:
-    """Scores of a split, written to the results folder. All ranks take part; every one returns them. answers: whether
-    they are scored as `sentences` or as `short`; auto: as the samples say, or else as they look."""
+    """Scores of a split, written to the results folder. All ranks take part; the first returns them, the others {}.
+    answers: whether they are scored as `sentences` or as `short`; auto: as the samples say, or else as they look."""
     splits = dict.fromkeys([split, *(["train"] if config.data.train else [])])
     check_data_files(config, splits)
     folder = Path(checkpoint or config.output_dir)
@@ -173,25 +181,31 @@ def evaluate(config: Config, checkpoint: str | None, split: str, source: str, an
     seconds = time.perf_counter() - loaded
     if answers != "auto":
         rows = [{**row, "free_form": answers == "sentences"} for row in rows]
-    scores = task.score(rows, config) | {
-        "cut_off": sum(row.get("cut_off", False) for row in rows),
-        "experiment": config.experiment,
-        "task": config.task,
-        "checkpoint": str(checkpoint or folder),
-        "split": split,
-        "split_is_training_file": is_training_file,
-        "image": config.image,
-        "image_root": config.data.image_root,
-        "load_seconds": loaded - started,
-        "predict_seconds": seconds,
-        "predict_samples_per_second": len(rows) / seconds,
-        **(provenance(config, trained, hashes) if ranks.is_first else {}),
-    }
-    if config.data.shared_images == "allowed" and "train" in splits:
-        shown = {path for sample in load_split(config, "train").one_of_each_image() for path in image_paths(sample)}
-        scores["samples_on_training_images"] = sum(not shown.isdisjoint(row["images"]) for row in rows)
+
+    def score() -> dict:
+        write_predictions(results, rows)
+        scores = task.score(rows, config) | {
+            "cut_off": sum(row.get("cut_off", False) for row in rows),
+            "experiment": config.experiment,
+            "task": config.task,
+            "checkpoint": str(checkpoint or folder),
+            "split": split,
+            "split_is_training_file": is_training_file,
+            "image": config.image,
+            "image_root": config.data.image_root,
+            "load_seconds": loaded - started,
+            "predict_seconds": seconds,
+            "predict_samples_per_second": len(rows) / seconds,
+            **provenance(config, trained, hashes),
+        }
+        if config.data.shared_images == "allowed" and "train" in splits:
+            shown = {path for sample in load_split(config, "train").one_of_each_image() for path in image_paths(sample)}
+            scores["samples_on_training_images"] = sum(not shown.isdisjoint(row["images"]) for row in rows)
+        write_scores(results, scores, run_history(config.output_dir))
+        return scores
+
+    scores = all_or_raise(ranks, lambda: score() if ranks.is_first else {})
     if ranks.is_first:
-        write_results(results, rows, scores, run_history(config.output_dir))
         print("\n".join([f"{config.experiment}: {split}, {len(rows):,} samples, {seconds:.1f} s", *table(scores)]))
         task.draw(rows, config, results)
         draw_curves(config, task, trained, results)
@@ -258,6 +272,7 @@ def score_predictions(config: Config, path: Path, split: str, source: str, answe
     if answers != "auto":
         rows = [{**row, "free_form": answers == "sentences"} for row in rows]
     hashes = {name: file_sha256(getattr(config.data, name)) for name in splits}
+    write_predictions(results, rows)
     scores = task.score(rows, config) | {
         "experiment": config.experiment,
         "task": config.task,
@@ -270,7 +285,7 @@ def score_predictions(config: Config, path: Path, split: str, source: str, answe
         "image": config.image,
         "image_root": config.data.image_root,
     }
-    write_results(results, rows, scores, [])
+    write_scores(results, scores, [])
     print("\n".join([f"Answers in {path}, made elsewhere: {split}, {len(rows):,} samples", *table(scores)]))
     task.draw(rows, replace(config, output_dir=str(results)), results)
     print(f"Predictions and scores are in {results}", flush=True)

@@ -41,6 +41,21 @@ def results(folder: Path) -> tuple[list[dict], dict, dict]:
     return rows, *(json.loads((folder / name).read_text()) for name in ("predict_results.json", "all_results.json"))
 
 
+def test_answers_are_kept_where_scoring_fails_and_no_older_scores_stand_beside_them(setup, monkeypatch):
+    folder, config = setup
+    (folder / "results").mkdir()
+    (folder / "results" / "predict_results.json").write_text("{}")
+
+    def fail(*_):
+        raise UserError("a stage file is being written")
+
+    monkeypatch.setattr(vqa, "score", fail)
+    with short_answers(), pytest.raises(UserError, match="being written"):
+        evaluate.main(["--config", str(config)])
+    assert (folder / "results" / "generated_predictions.jsonl").read_text().count("\n") == 6
+    assert not (folder / "results" / "predict_results.json").exists()
+
+
 def test_predictions_scores_and_history_are_written_and_agree(setup):
     folder, config = setup
     history = [{"step": 2, "loss": 3.0}, {"step": 2, "eval_loss": 2.5}, {"step": 4, "eval_loss": 2.25}]
