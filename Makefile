@@ -3,7 +3,7 @@
 # make lint    ruff and shellcheck
 # make clean   remove what the demo made (make distclean: .venv too)
 #
-# Only python3 (3.10 or newer, another with PYTHON=...) and make have to be there; the rest goes into .venv.
+# Only python3 (3.11 or newer, another with PYTHON=...) and make have to be there; the rest goes into .venv.
 
 SHELL := /bin/bash
 PYTHON ?= python3
@@ -18,8 +18,8 @@ export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
 # The stamps make .venv anew exactly when a requirements file changes.
 .venv/requirements.stamp: requirements.txt
-	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' || \
-		{ echo "error: $(PYTHON) is older than 3.10; name a newer one: make PYTHON=python3.12 $(MAKECMDGOALS)" >&2; exit 2; }
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
+		{ echo "error: $(PYTHON) is older than 3.11; name a newer one: make PYTHON=python3.12 $(MAKECMDGOALS)" >&2; exit 2; }
 	@echo "Installing requirements.txt into .venv (a minute or two)"
 	@rm -rf .venv
 	@$(PYTHON) -m venv .venv

@@ -85,7 +85,8 @@ def evaluation_rows(samples: SampleList, config: Config) -> list[int]:
         return list(range(len(samples)))
     _, image, counts = np.unique(samples.image_keys, return_inverse=True, return_counts=True)
     chosen, total = [], 0
-    for group in np.random.default_rng(config.seed).permutation(len(counts)):
+    # As the plan's order: of numpy's streams, only RandomState's is promised never to change.
+    for group in np.random.RandomState([config.seed & 0xFFFFFFFF, config.seed >> 32]).permutation(len(counts)):
         if not chosen or total + counts[group] <= config.eval_max_samples:
             chosen.append(group)
             total += counts[group]

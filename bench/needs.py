@@ -34,8 +34,8 @@ CONFIGS = Path(__file__).resolve().parent.parent / "configs"
 # config, GPUs of its job file, stage of its training file (0: all)
 SHIPPED = [
     ("exp1", 1, 0), ("exp1_qwen3_4gpu", 4, 0), ("exp2", 2, 0), ("exp3_stage1", 1, 1), ("exp3_stage2", 1, 2),
-    ("exp3_stage3", 1, 3), ("exp5_sequential_cot", 1, 0), ("click_rank16", 2, 0), ("click_rank32", 2, 0),
-    ("click_rank64", 2, 0), ("lr_text_2e5", 2, 0), ("lr_vision_2e5", 2, 0),
+    ("exp3_stage3", 1, 3), ("exp5_sequential_cot", 1, 0), ("click_rank16", 8, 0), ("click_rank32", 8, 0),
+    ("click_rank64", 8, 0), ("lr_text_2e5", 2, 0), ("lr_vision_2e5", 2, 0),
 ]  # fmt: skip
 CARDS = (24, 40, 48, 80, 141)  # GB
 SIZES = {"vqa": (1856, 1600), "click": (1920, 1080), "cls": (1240, 1754)}  # of an image, in pixels
