@@ -516,7 +516,9 @@ def evaluation_share(
         scored = times * sum(len(splits[name]) for name in ("val", "test") if name in splits)
         told = f"{times} times all of {' and '.join(name for name in ('val', 'test') if name in splits)}"
     else:
-        scored = ((times - 1) * len(subset) + len(val)) * (2 if config.eval_max_samples else 1)
+        # The loss once; answers once, too, and in a conversation once a turn, each after the prefix again.
+        turns = sum(len(val[row].get("turns", [0])) for row in looked_at) / len(looked_at)
+        scored = ((times - 1) * len(subset) + len(val)) * (1 + turns * bool(config.eval_max_samples))
         told = f"all {len(val):,} of val's {counted(config)} at the end"
         told = f"{times - 1} times {len(subset):,} and {told}" if times > 1 else told
     work = FORWARD[config.finetuning] * scored * tokens
@@ -561,12 +563,17 @@ def forecast(
         "copies to compute with": held["copies"],
         f"pass of {wanted:,} tokens, images and logits included": memory.bytes(wanted),
     }
+    # FSDP puts the whole model on every GPU while it is evaluated, when no pass is held.
+    whole = dtype.itemsize * sum(p.numel() for p in loss.model.parameters()) if config.parallel == "fsdp" else 0
+    evaluated = whole if config.eval_steps else 0
+    lines["the whole model, instead of a pass, while it is evaluated"] = evaluated
     table = [f"  {name:<56}{value / 1e9:7.1f} GB" for name, value in lines.items() if value]
     for card in CARDS:
         room = USABLE * card * 1e9 - sum(held.values())
         tokens = config.pass_tokens or memory.fitting(room)
-        need = (sum(held.values()) + memory.bytes(tokens)) / 1e9
-        fits = f"fits, in passes of {tokens:,} tokens" if memory.bytes(tokens) <= room else "does not fit"
+        beside = max(memory.bytes(tokens), evaluated)
+        need = (sum(held.values()) + beside) / 1e9
+        fits = f"fits, in passes of {tokens:,} tokens" if beside <= room else "does not fit"
         table.append(f"  {f'a card of {card} GB: {fits}':<56}{need:7.1f} GB")
     step = counts["operations"] / counts["steps"]
     balance = counts["tokens"] / (world_size * counts["slowest"])

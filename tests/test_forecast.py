@@ -18,6 +18,7 @@ from forecast import Operations, PassMemory, count_step, evaluation_share, held_
 from model import load_base, load_tokenizer, optimizer_groups, prepare_training, trainable_parameters
 from preflight import make_plan
 from samples import SampleList, load_samples
+from templates import as_conversations
 
 CPU = torch.float32  # what a run computes in there
 VARIANTS = {
@@ -172,6 +173,9 @@ def test_the_share_of_the_evaluations_is_their_tokens_over_those_of_the_run(tiny
         "counted in tokens laid out"  # fmt: skip
     assert share(eval_max_samples=0)[0] == pytest.approx(18 / (18 + 24)), "the loss alone, each time of all"
     assert share(eval_max_samples=7, finetuning="full")[0] == pytest.approx((40 / 3) / (40 / 3 + 24))
+    splits["val"] = SampleList(as_conversations(vqa_samples(3, 4)), "s")
+    loss, both = (share(eval_steps=6, eval_max_samples=most)[0] for most in (0, 7))
+    assert both / (1 - both) == pytest.approx((1 + 4) * loss / (1 - loss)), "four answers a conversation, one loss"
 
 
 def test_check_says_what_the_run_needs_and_which_card_holds_it(tiny_models):
@@ -186,5 +190,9 @@ def test_check_says_what_the_run_needs_and_which_card_holds_it(tiny_models):
     for part in ("a card of 48 GB: fits", "a card of 80 GB: fits", "TFLOP", "questions per prefix", "Evaluation: ",
                  "if each GPU reaches 400 TFLOP/s (a stated rate: --tflops)"):  # fmt: skip
         assert part in said
+    sharded = replace(config, parallel="fsdp", finetuning="full")
+    for steps, said in ((1, True), (None, False)):
+        lines = forecast.forecast(replace(sharded, eval_steps=steps), splits, 0, encoder, plan, 2, 400)
+        assert any("the whole model, instead of a pass, while it is evaluated" in line for line in lines) == said
     crowded = replace(config, pass_tokens=10**9)
     assert "a card of 80 GB: does not fit" in "\n".join(forecast.forecast(crowded, splits, 0, encoder, plan, 2, 400))
