@@ -38,7 +38,7 @@ from templates import cut_text, encode, image_paths, split_answer
 
 SIZES_KEPT = 65_536  # images whose size a worker remembers
 EVAL_TOKENS = 16_384  # of an evaluation batch: 2.4 GB of keys and values for an 8B, and work enough for a large GPU
-CHARACTERS_OF_A_TOKEN = 4
+BYTES_OF_A_TOKEN = 4
 
 
 # ---------------------------------------------------------------------------------------------------- one sample
@@ -214,9 +214,9 @@ class StepDataset(_Batches):
 
 
 class EvalDataset(_Batches):
-    """Index: a batch of the split, of about `EVAL_TOKENS` tokens and at most eval_bs questions. With shared prefixes it
-    holds the questions of an image together, so that the image is read once. Batches do not depend on the number of
-    ranks, so predictions do not either."""
+    """Index: a batch of the split, of about `EVAL_TOKENS` tokens with padding and at most eval_bs questions. With
+    shared prefixes it holds the questions of an image together, so that the image is read once. Batches do not depend
+    on the number of ranks, so predictions do not either."""
 
     def __init__(
         self, samples, encoder, share_prefix, eval_bs: int | None, generation: bool, rows: Sequence[int] | None = None
@@ -227,22 +227,29 @@ class EvalDataset(_Batches):
         for row in range(len(samples)) if rows is None else rows:
             images = encoder.images_of(samples[row])
             groups.setdefault((images if share_prefix and images else row, images), []).append(row)
-        most, tokens = eval_bs or len(samples), 0
+        most, count, longest = eval_bs or len(samples), 0, 0  # rows of the last batch, tokens of its longest
         self.batches: list[list[int]] = [[]]
         for (_, images), group in groups.items():
-            prefix, texts = self._image_tokens(images), [self._text_tokens(row) for row in group]
-            full = len(self.batches[-1]) + len(group) > most or tokens + prefix + sum(texts) > EVAL_TOKENS
-            if self.batches[-1] and full:
-                self.batches.append([])  # an image is cut only where it has more questions than a batch
-                tokens = 0
-            tokens += prefix
-            for row, text in zip(group, texts, strict=True):
-                if self.batches[-1] and (len(self.batches[-1]) == most or tokens + text > EVAL_TOKENS):
+            for members, tokens in self._rows_of(group, self._image_tokens(images), most):
+                padded = (count + 1) * max(longest, tokens)
+                if self.batches[-1] and (len(self.batches[-1]) + len(members) > most or padded > EVAL_TOKENS):
                     self.batches.append([])
-                    tokens = prefix
-                self.batches[-1].append(row)
-                tokens += text
+                    count, longest = 0, 0
+                self.batches[-1] += members
+                count, longest = count + 1, max(longest, tokens)
         self.batches = [batch for batch in self.batches if batch]
+
+    def _rows_of(self, group: list[int], prefix: int, most: int) -> list[tuple[list[int], int]]:
+        """(questions, tokens) of each row that an image's questions take: more than one only where they are more than a
+        batch holds. prefix: tokens of the image."""
+        parts: list[tuple[list[int], int]] = []
+        for row in group:
+            text = self._text_tokens(row)
+            if parts and len(parts[-1][0]) < most and parts[-1][1] + text <= EVAL_TOKENS:
+                parts[-1] = ([*parts[-1][0], row], parts[-1][1] + text)
+            else:
+                parts.append(([row], prefix + text))
+        return parts
 
     def _image_tokens(self, images: Sequence[str]) -> int:
         with contextlib.suppress(UserError):  # a worker names the row of an image that cannot be read
@@ -252,7 +259,8 @@ class EvalDataset(_Batches):
 
     def _text_tokens(self, row: int) -> int:
         """About as many as the sample's text has, without tokenising a whole split here."""
-        return len(json.dumps(self.samples[row], ensure_ascii=False)) // CHARACTERS_OF_A_TOKEN
+        size = len(json.dumps(self.samples[row], ensure_ascii=False).encode(errors="replace"))
+        return min(size // BYTES_OF_A_TOKEN, self.encoder.config.max_tokens)
 
     def __len__(self) -> int:
         return len(self.batches)

@@ -28,7 +28,15 @@ from classification import make_loss
 from config import Config, check_data_files, load_config, to_dict
 from distributed import all_or_raise, in_turns, run_command, start_ranks, stop_ranks
 from errors import UserError, first_names
-from files import file_sha256, full_disk_is_said, read_json_lines, refuse_unusable_folder, write_json, write_text
+from files import (
+    file_sha256,
+    full_disk_is_said,
+    read_json,
+    read_json_lines,
+    refuse_unusable_folder,
+    write_json,
+    write_text,
+)
 from inference import predict_split
 from preflight import check_samples, open_encoder
 from report.free_form import INSTALL
@@ -62,11 +70,36 @@ def provenance(config: Config, folder: Path | None, hashes: dict[str, str]) -> d
     return {
         "seed": trained["seed"] if trained else None,
         "adapter_sha256": weights,
-        "data_sha256": hashes,
+        "data_sha256": {**hashes, "train": trained_on(trained)},
         "questions_per_step": questions_per_step,
         "trained_config": trained,
         "config": to_dict(config),
     }
+
+
+def trained_on(config: dict | None) -> str | None:
+    """SHA-256 of the file that a run of this config was trained on, whatever the config that asks it; None: unknown."""
+    path = Path((config or {}).get("data", {}).get("train") or "")
+    return file_sha256(path) if path.is_file() else None
+
+
+def say_what_is_replaced(results: Path, by: str, of: str) -> None:
+    """of: the key of predict_results.json that names whose answers they are."""
+    path = results / "predict_results.json"
+    before = read_json(path, "delete it").get(of) if path.is_file() else by
+    if before != by:
+        print(f"Replacing the results of {before} in {results}; results_dir=... would keep both", flush=True)
+
+
+def on_training_images(rows: list[dict], config: Config) -> dict:
+    """samples_on_training_images, where a config allows some: those whose image, by its group where one is given, is
+    shown in training too."""
+    if config.data.shared_images != "allowed" or not config.data.train:
+        return {}
+    train = load_split(config, "train")
+    shown = {sample.get("group") for sample in train} | {path for sample in train for path in image_paths(sample)}
+    return {"samples_on_training_images": sum(not shown.isdisjoint([row.get("group"), *row["images"]]) for row in rows
+                                              if row.get("group") or row["images"])}  # fmt: skip
 
 
 def draw_curves(config: Config, task, folder: Path | None, results: Path) -> None:
@@ -175,6 +208,7 @@ def evaluate(config: Config, checkpoint: str | None, split: str, source: str, an
     if ranks.is_first:
         if is_training_file and split != "train":
             print(f"WARNING: {split} is the file that training reads: these scores measure memory, not skill")
+        say_what_is_replaced(results, str(checkpoint or folder), "checkpoint")
         print(f"Answering {len(samples):,} samples of {samples.source} with {checkpoint or folder}", flush=True)
     loaded = time.perf_counter()
     rows = predict_split(make_loss(model, family, config), samples, encoder, ranks)
@@ -198,9 +232,7 @@ def evaluate(config: Config, checkpoint: str | None, split: str, source: str, an
             "predict_samples_per_second": len(rows) / seconds,
             **provenance(config, trained, hashes),
         }
-        if config.data.shared_images == "allowed" and "train" in splits:
-            shown = {path for sample in load_split(config, "train").one_of_each_image() for path in image_paths(sample)}
-            scores["samples_on_training_images"] = sum(not shown.isdisjoint(row["images"]) for row in rows)
+        scores |= on_training_images(rows, config)
         write_scores(results, scores, run_history(config.output_dir))
         return scores
 
@@ -260,6 +292,7 @@ def score_predictions(config: Config, path: Path, split: str, source: str, answe
     samples = list(load_split(config, split))
     if config.template == CONVERSATION_TEMPLATE:
         samples = [turn for conversation in samples for turn in conversation["turns"]]
+    say_what_is_replaced(results, str(path), "predictions")
     found = read_predictions(path, [sample["id"] for sample in samples], config)
     # Points are read as the config's model speaks them; words need no model, not even its tokenizer.
     encoder = open_encoder(config, source) if task.POINTS else SimpleNamespace(config=config)
@@ -284,6 +317,7 @@ def score_predictions(config: Config, path: Path, split: str, source: str, answe
         "data_sha256": hashes,
         "image": config.image,
         "image_root": config.data.image_root,
+        **on_training_images(rows, config),
     }
     write_scores(results, scores, [])
     print("\n".join([f"Answers in {path}, made elsewhere: {split}, {len(rows):,} samples", *table(scores)]))

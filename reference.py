@@ -5,7 +5,9 @@ that the run's own preparation of images leaves as it is; so must whatever serve
 """
 
 import base64
+import contextlib
 import hashlib
+import http.client
 import io
 import json
 import os
@@ -180,16 +182,20 @@ class Server:
         self.url = url.rstrip("/").removesuffix("/chat/completions").removesuffix("/v1") + "/v1"
         models = self._call("models").get("data") or [{}]
         self.model = models[0].get("id", "default")
+        if len(models) > 1:
+            print(f"{self.url} serves {len(models)} models; asked is the first, {self.model}")
 
     def ask(self, messages: list[dict], max_tokens: int = MAX_NEW_TOKENS) -> dict:
         """answer, logprobs (empty where the server tells none) and prompt_tokens (None likewise). Raises:
         `UserError`."""
         body = {"model": self.model, "messages": messages, "temperature": 0, "max_tokens": max_tokens}
-        try:
-            told = self._call(
-                "chat/completions", {**body, "logprobs": True, "chat_template_kwargs": {"enable_thinking": False}}
-            )
-        except UserError:  # some refuse what OpenAI's own does not know, or to tell probabilities
+        probabilities, no_thinking = {"logprobs": True}, {"chat_template_kwargs": {"enable_thinking": False}}
+        # Some refuse what OpenAI's own does not know, or to tell probabilities.
+        for extras in (probabilities | no_thinking, no_thinking, probabilities):
+            with contextlib.suppress(UserError):
+                told = self._call("chat/completions", body | extras)
+                break
+        else:
             told = self._call("chat/completions", body)
         try:
             choice = told["choices"][0]
@@ -214,7 +220,7 @@ class Server:
         except urllib.error.HTTPError as error:
             reason = " ".join(error.read(500).decode(errors="replace").split())
             raise UserError(f"{self.url}/{path} answers {error.code}: {reason or error.reason}") from None
-        except (OSError, ValueError) as error:
+        except (OSError, ValueError, http.client.HTTPException) as error:
             raise UserError(f"--verify {self.url}: no answer from an OpenAI-compatible server ({error})") from None
         if not isinstance(told, dict):
             raise UserError(f"{self.url}/{path} gives no object: {str(told)[:200]}")

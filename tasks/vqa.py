@@ -136,7 +136,7 @@ def _trained_conversation(images: int, prompt: str, config: Config) -> list[dict
     """Where the run's training data are whole conversations: one of their form, with the system turn and what stands
     between image and text as in the first of them. Empty where they are questions, or not at hand."""
     try:
-        first = next(read_samples(config.data.train))
+        first = next(read_samples(config.data.train)) if config.data.train else {}
     except UserError:
         return []
     if not {"messages", "conversations"} & first.keys():
@@ -159,8 +159,10 @@ def _trained_candidates(question: str, config: Config) -> list[str]:
     """The candidates that the run's training data gives this question, with a line that says so, or warns."""
     try:
         train = config.data.train
-        asked = (s for s in (read_samples(train) if train else ()) if s.get("question") == question)
+        asked = [s for s in (read_samples(train) if train else ()) if s.get("question") == question]
         candidates = next((sample["candidates"] for sample in asked if sample.get("candidates")), [])
+        if asked and not candidates:
+            return []  # as it was trained
         where = f"{config.data.train} asks no such question with candidates"
     except UserError as error:
         candidates, where = [], str(error)

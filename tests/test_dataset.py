@@ -287,3 +287,16 @@ def test_an_evaluation_batch_holds_as_many_questions_as_the_tokens_allow(tiny_mo
     assert sizes(2 * one + 40) == [12, 6] and sizes(one + 40) == [6, 6, 6]
     assert sizes(1) == [1] * 18, "a question alone goes in whatever it has"
     assert len(sizes(one + 40, share_prefix=False)) > 3, "alone, each question has its image's tokens"
+
+
+def test_one_large_image_among_small_ones_does_not_pad_an_evaluation_batch_beyond_its_tokens(tiny_models, monkeypatch):
+    run = tiny_run(tiny_models, "qwen3_vl")
+    samples = SampleList(vqa_samples(9, 1), "s")
+    encoder = run.encoder()
+    tokens_of = {path: 2_000 if path == "4.png" else 50 for path in (f"{n}.png" for n in range(9))}
+    monkeypatch.setattr(EvalDataset, "_image_tokens", lambda self, images: tokens_of[images[0]])
+    monkeypatch.setattr(dataset_module, "EVAL_TOKENS", 4_500)
+    batches = EvalDataset(samples, encoder, True, None, True).batches
+    assert [len(batch) for batch in batches] == [4, 2, 3]
+    padded = [len(batch) * max(tokens_of[f"{row}.png"] for row in batch) for batch in batches]
+    assert max(padded) <= 4_500
