@@ -142,7 +142,8 @@ def differing_keys(first: Results, second: Results) -> list[dict] | None:
     """[{key, first, second, matters}, ...] of two runs' recipes; None where they are not recorded.
 
     Another seed is another draw of the same recipe, and an image size that is the nearest to fit another model comes
-    with that model: they are listed, and do not matter."""
+    with that model: they are listed, and do not matter. Training data that one of two trained runs did not record may
+    be the same or not: it is listed with recorded False."""
     one, two = first.recipe, second.recipe
     if one is None or two is None:
         return None
@@ -153,13 +154,23 @@ def differing_keys(first: Results, second: Results) -> list[dict] | None:
         of_answers = ("trained", "model_name", *EVALUATION_KEYS)
         keys = [key for key in keys if key.removesuffix(" at evaluation") in of_answers]
     found = []
+    if one["trained"] and two["trained"] and any(_unknown(recipe["training data"]) for recipe in (one, two)):
+        keys = [key for key in keys if key != "training data"]
+        values = {"first": one["training data"], "second": two["training data"]}
+        found = [{"key": "training data", **values, "matters": False, "follows_model": False, "recorded": False}]
     for key in keys:
         values = [recipe.get(key) for recipe in (one, two)]
         sizes = key == "image_size" and "model_name" in keys and all(isinstance(value, int) for value in values)
         follows = sizes and abs(values[0] - values[1]) < LARGEST_FACTOR
         entry = {"key": key, "first": values[0], "second": values[1]}
-        found.append(entry | {"matters": key != "seed" and not follows, "follows_model": follows})
+        matters = key != "seed" and not follows
+        found.append(entry | {"matters": matters, "follows_model": follows, "recorded": True})
     return found
+
+
+def _unknown(value) -> bool:
+    """Whether a value, or that of one of the joined parts of a test set, is not recorded."""
+    return value is None or (isinstance(value, tuple) and None in value)
 
 
 def _read_folder(folder: Path) -> tuple[dict[str, dict], dict]:

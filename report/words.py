@@ -111,13 +111,19 @@ def recipe_sentence(pair: dict) -> str:
         return "In which keys their configs differ is not recorded: run evaluate.py again."
 
     told = [
-        f"{entry['key']} ({_value(entry['first'])} / {_value(entry['second'])}"
-        + (", the nearest that fits the model)" if entry["follows_model"] else ")")
+        f"{entry['key']} ({_values(entry)}" + (", the nearest that fits the model)" if entry["follows_model"] else ")")
         for entry in keys
-        if entry["key"] != "seed" or pair["runs"] == [1, 1]
+        if entry["recorded"] and (entry["key"] != "seed" or pair["runs"] == [1, 1])
     ]
+    unknown = any(not entry["recorded"] for entry in keys)
     mattering = [entry["key"] for entry in keys if entry["matters"]]
     listed = f" Keys that differ: {', '.join(told)}." if told else ""
+    if unknown:
+        known = f"differ in {', '.join(mattering)}" if mattering else "are the same in all that is recorded of them"
+        return (
+            f"The recipes of {pair['first']} and {pair['second']} {known}; training data not recorded, which may "
+            f"differ as well.{listed}"
+        )
     if not mattering:
         return f"The recipes of {pair['first']} and {pair['second']} are the same.{listed}"
     if len(mattering) == 1:
@@ -126,6 +132,13 @@ def recipe_sentence(pair: dict) -> str:
         f"{pair['first']} and {pair['second']} differ in {len(mattering)} things that matter, so no difference "
         f"between them can be ascribed to any one of these.{listed}"
     )
+
+
+def _values(entry: dict) -> str:
+    """The two values of one of a pair's differing keys."""
+    if not entry["recorded"]:
+        return " / ".join("not recorded" if entry[of] is None else _value(entry[of]) for of in ("first", "second"))
+    return f"{_value(entry['first'])} / {_value(entry['second'])}"
 
 
 def _value(value) -> str:
@@ -165,7 +178,17 @@ def statements(report: dict) -> list[str]:
     if any(min(pair["runs"]) == 1 for pair in pairs):
         said.append("Where a pair has a single run, this speaks of the trained models, not of their recipes.")
     known = [pair for pair in pairs if pair["differing_keys"] is not None]
-    one_key = [pair for pair in known if sum(entry["matters"] for entry in pair["differing_keys"]) == 1]
+    one_key = [
+        pair
+        for pair in known
+        if sum(entry["matters"] for entry in pair["differing_keys"]) == 1
+        and all(entry["recorded"] for entry in pair["differing_keys"])
+    ]
+    if unrecorded := [p for p in known if not all(entry["recorded"] for entry in p["differing_keys"])]:
+        said.append(
+            f"{len(unrecorded)} of {len(pairs)} pairs: training data not recorded, which may differ: "
+            f"{_names(unrecorded)}."
+        )
     if known:
         said.append(
             f"{len(one_key)} of {len(pairs)} pairs differ in one key alone"
@@ -293,7 +316,7 @@ def tables(report: dict) -> list[tuple[str, list[str], list[list[str]]]]:
         keys = list(dict.fromkeys(entry["key"] for pair in report["pairs"] for entry in pair["differing_keys"] or []))
         rows = []
         for pair in report["pairs"]:
-            found = {e["key"]: f"{_value(e['first'])} / {_value(e['second'])}" for e in pair["differing_keys"] or []}
+            found = {entry["key"]: _values(entry) for entry in pair["differing_keys"] or []}
             rows.append([f"{pair['first']} − {pair['second']}", *(found.get(key, "") for key in keys)])
         out.append(("Keys that differ", ["pair", *keys], rows))
     planned = [(pair, row) for pair in report["pairs"] for row in (pair.get("plan") or {}).get("rows", [])]

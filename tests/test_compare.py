@@ -313,6 +313,40 @@ def test_what_only_the_evaluation_changed_is_a_difference_too(tmp_path):
     assert "differ in trained alone" in recipe_of(tmp_path / "base", recorded("exp2"), base)["recipe"]
 
 
+@pytest.mark.parametrize("known", [(None, None), (None, "0" * 64), ("0" * 64, None)])
+def test_training_data_that_a_run_did_not_record_are_never_called_the_same(tmp_path, known):
+    first, second = (recorded("exp2", seed) | {"data_sha256": {"train": k}} for seed, k in enumerate(known))
+    pair = recipe_of(tmp_path, first, second)
+    assert pair["recipe"] == (
+        "The recipes of one and two are the same in all that is recorded of them; training data not recorded, which "
+        "may differ as well. Keys that differ: seed (0 / 1)."
+    )
+    assert "not recorded" in (tmp_path / "out" / "compare.md").read_text().split("## Keys that differ")[1]
+    other = recorded("exp2_random_order") | {"data_sha256": {"train": known[1]}}
+    text = recipe_of(tmp_path / "order", recorded("exp2") | {"data_sha256": {"train": known[0]}}, other)["recipe"]
+    assert "differ in order; training data not recorded, which may differ as well." in text and "alone" not in text
+
+
+def test_an_untrained_model_has_no_training_data_to_record(tmp_path):
+    base = recorded("exp2") | {"checkpoint": "base", "trained_config": None, "adapter_sha256": None}
+    base["data_sha256"] = {"train": None, "test": "1" * 64}
+    pair = recipe_of(tmp_path, recorded("exp2"), base)
+    assert "differ in trained alone" in pair["recipe"] and "not recorded" not in pair["recipe"]
+
+
+def test_among_many_pairs_those_with_unrecorded_training_data_are_named(tmp_path):
+    folders = []
+    for seed in range(4):
+        record = recorded("exp2", seed) | ({"data_sha256": {"test": "1" * 64}} if seed == 3 else {})
+        folders.append(write_results(tmp_path / f"exp{seed}", vqa_rows(0.6, seed), **record))
+    run(*folders, out=tmp_path / "out")
+    named = "exp0 and exp3; exp1 and exp3; exp2 and exp3."
+    assert (
+        f"3 of 6 pairs: training data not recorded, which may differ: {named}"
+        in (tmp_path / "out" / "compare.md").read_text()
+    )
+
+
 @pytest.fixture
 def seeds(tmp_path):
     """Two experiments of three runs each, NAME=FOLDER,FOLDER,FOLDER."""
