@@ -90,7 +90,13 @@ def test_results_record_what_they_were_made_with(setup):
     scores = results(folder / "results")[1]
     assert scores["trained_config"] == trained and scores["config"] == evaluated and scores["seed"] == 7
     assert scores["questions_per_step"] == 64
-    assert scores["data_sha256"] == {name: file_sha256(folder / f"{name}.json") for name in ("train", "test")}
+    hashes = {name: file_sha256(folder / f"{name}.json") for name in ("train", "test")}
+    assert scores["data_sha256"] == hashes
+    with short_answers(2):
+        code, out, _ = run_script(
+            "evaluate.py", "--config", config, "data.train=null", f"results_dir={folder / 'only'}"
+        )
+    assert code == 0 and results(folder / "only")[1]["data_sha256"] == hashes, "of the run, not of the config that asks"
     before = scores["adapter_sha256"]
     weights = folder / "out" / "adapter_model.safetensors"
     changed = {name: tensor + 1 for name, tensor in load_file(weights).items()}
@@ -101,6 +107,7 @@ def test_results_record_what_they_were_made_with(setup):
     scores = results(folder / "results")[1]
     assert len(before) == 64 and scores["adapter_sha256"] != before
     assert scores["trained_config"] is None and scores["seed"] is None, "weights that came from elsewhere"
+    assert scores["data_sha256"]["train"] is None
 
 
 def test_the_baseline_and_other_splits_have_results_folders_of_their_own(setup):
@@ -136,8 +143,9 @@ def test_the_base_a_checkpoint_and_the_final_adapter_can_be_evaluated_and_differ
     predictions = {}
     with short_answers():
         for name, arguments in {"base": ["base"], "adapter": [folder / "checkpoint-7"]}.items():
-            code, _, err = run_script("evaluate.py", "--config", config, "--checkpoint", *arguments)
+            code, out, err = run_script("evaluate.py", "--config", config, "--checkpoint", *arguments)
             assert code == 0, err
+            assert ("Replacing the results of base in" in out) == (name == "adapter")
             predictions[name] = [row["prediction"] for row in results(folder / "results")[0]]
     assert predictions["base"] != predictions["adapter"]
 
