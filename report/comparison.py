@@ -90,6 +90,7 @@ def compare(experiments: list[Experiment], margin: float | None = None, wanted: 
         if wanted is not None:
             pair["plan"] = _plan(estimate, min(runs_each), wanted, ALPHA / len(pairs))
         pair["differing_keys"] = differing_keys(experiments[a].runs[0], experiments[b].runs[0])
+        pair["made_elsewhere"] = [experiments[n].name for n in (a, b) if experiments[n].made_elsewhere]
         pair["sentence"] = sentence(pair, accuracy, task.UNIT, task.CLUSTER)
         pair["recipe"] = recipe_sentence(pair)
     baselines = _majority_baselines(experiments)
@@ -185,6 +186,7 @@ def _scores(experiment: Experiment, ids: list[str], keys: list) -> dict:
         "name": experiment.name,
         "folder": ",".join(run.folder for run in experiment.runs),
         "baseline": "question only" if experiment.without_images else None,
+        "made_elsewhere": experiment.made_elsewhere,
         "runs": [
             {"folder": run.folder, "seed": run.seed, "accuracy": one["predict_accuracy"]}
             for run, one in zip(experiment.runs, of_runs, strict=True)

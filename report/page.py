@@ -13,7 +13,7 @@ from statistics import mean
 
 from errors import UserError
 from images import image_path, open_image
-from report.words import statements
+from report.words import statements, tags
 from tasks import TASKS
 from templates import image_paths
 
@@ -292,7 +292,7 @@ def _chart(report: dict) -> str:
         seeds = [f'<span class="seed" style="left:{place(run["accuracy"])}"></span>' for run in runs] * (len(runs) > 1)
         dot = f'<span class="dot" style="left:{place(value)}"></span>'
         track = f'<div class="track">{chance}{bar}{dot}{"".join(seeds)}</div>'
-        label = f'<span class="tag">baseline: {escape(scores["baseline"])}</span>' if scores["baseline"] else ""
+        label = "".join(f'<span class="tag">{escape(tag)}</span>' for tag in tags(scores))
         label += f'<span class="tag">{len(runs)} seeds</span>' if len(runs) > 1 else ""
         name = _breakable(scores["name"])
         css = ' class="baseline"' if scores["baseline"] else ""

@@ -39,6 +39,7 @@ class Results:
     seed: object  # of the training; None: not known
     weights: str | None  # SHA-256
     output_dir: str | None
+    predictions: str | None = None  # the file of answers that another program gave (evaluate.py --predictions)
 
 
 @dataclass
@@ -51,6 +52,11 @@ class Experiment:
     @property
     def without_images(self) -> bool:
         return all(run.without_images for run in self.runs)
+
+    @property
+    def made_elsewhere(self) -> bool:
+        """Whether another program gave the answers, so that no config tells what made them."""
+        return any(run.predictions for run in self.runs)
 
 
 def read_experiment(argument: str) -> Experiment:
@@ -110,6 +116,7 @@ def read_run(folders: str) -> Results:
         seed=_joined([score.get("seed") for score in scores]),
         weights=_joined([score.get("adapter_sha256") for score in scores]),
         output_dir=(only.get("config") or {}).get("output_dir"),
+        predictions=next((score["predictions"] for score in scores if score.get("predictions")), None),
     )
 
 

@@ -92,10 +92,11 @@ def _scope(pair: dict) -> str:
     """Whether the sentence speaks of recipes or of trained models alone."""
     if min(pair["runs"]) > 1:
         return ""
+    spoken_of = "answers alone" if pair["made_elsewhere"] else "trained models, not of their recipes"
     if max(pair["runs"]) == 1:
-        return " With one run each, this speaks of these two trained models, not of their recipes."
+        return f" With one run each, this speaks of these {'' if pair['made_elsewhere'] else 'two '}{spoken_of}."
     single = pair["first"] if pair["runs"][0] == 1 else pair["second"]
-    return f" With a single run of {single}, this speaks of these trained models, not of their recipes."
+    return f" With a single run of {single}, this speaks of these {spoken_of}."
 
 
 def _power(pair: dict) -> str:
@@ -107,6 +108,8 @@ def _power(pair: dict) -> str:
 def recipe_sentence(pair: dict) -> str:
     """In what the recipes of a pair differ, and whether a difference can be ascribed to it."""
     keys = pair["differing_keys"]
+    if pair["made_elsewhere"]:
+        return _made_elsewhere(pair["made_elsewhere"])
     if keys is None:
         return "In which keys their configs differ is not recorded: run evaluate.py again."
 
@@ -132,6 +135,12 @@ def recipe_sentence(pair: dict) -> str:
         f"{pair['first']} and {pair['second']} differ in {len(mattering)} things that matter, so no difference "
         f"between them can be ascribed to any one of these.{listed}"
     )
+
+
+def _made_elsewhere(names: list[str]) -> str:
+    if len(names) == 1:
+        return f"{names[0]}'s answers were made elsewhere; what made them is not known."
+    return f"The answers of {', '.join(names[:-1])} and {names[-1]} were made elsewhere; what made them is not known."
 
 
 def _values(entry: dict) -> str:
@@ -175,9 +184,11 @@ def statements(report: dict) -> list[str]:
             f"{len(ends['undecided'])} of {len(pairs)} pairs are not told apart by these numbers, nor shown equal: "
             f"{_names(ends['undecided'])}.{power if least else ''}"
         )
-    if any(min(pair["runs"]) == 1 for pair in pairs):
+    if elsewhere := list(dict.fromkeys(name for pair in pairs for name in pair["made_elsewhere"])):
+        said.append(_made_elsewhere(elsewhere))
+    if any(min(pair["runs"]) == 1 and len(pair["made_elsewhere"]) < 2 for pair in pairs):
         said.append("Where a pair has a single run, this speaks of the trained models, not of their recipes.")
-    known = [pair for pair in pairs if pair["differing_keys"] is not None]
+    known = [pair for pair in pairs if pair["differing_keys"] is not None and not pair["made_elsewhere"]]
     one_key = [
         pair
         for pair in known
@@ -235,7 +246,7 @@ def notes(task: str, scores: list[dict], baselines: list[dict]) -> list[str]:
         + (", in a table of parts for every pair in every part." if unit != cluster else ".")
     )
     lines += [_seeds_note(one) for one in scores if len(one["runs"]) > 1]
-    if single:
+    if any(len(one["runs"]) == 1 and not one["made_elsewhere"] for one in scores):
         lines.append(
             "Another training seed may move a score as well. To speak of recipes, train 3 seeds of each, and 5 where "
             "they spread by about a point: sbatch --array=1-3 FILE.slurm."
@@ -276,11 +287,17 @@ def _cell(scores: dict, name: str) -> str:
     return shown(value) + (f" [{low}, {high}]" if interval else "")
 
 
+def tags(scores: dict) -> list[str]:
+    """What an experiment or a baseline is marked with, beside its name."""
+    marks = [f"baseline: {scores['baseline']}"] if scores["baseline"] else []
+    return marks + ["answers made elsewhere"] * bool(scores.get("made_elsewhere"))
+
+
 def tables(report: dict) -> list[tuple[str, list[str], list[list[str]]]]:
     """The report as (title, header, rows) of text cells: scores, pairs, then a table per kind of part."""
     everyone = report["experiments"] + report["majority_baselines"]
     shown = [name for name in HEADINGS if any(scores.get(name) is not None for scores in everyone)]
-    named = [s["name"] + (f" (baseline: {s['baseline']})" if s["baseline"] else "") for s in everyone]
+    named = [s["name"] + "".join(f" ({tag})" for tag in tags(s)) for s in everyone]
     out = [
         (
             "Scores",

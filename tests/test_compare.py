@@ -347,6 +347,26 @@ def test_among_many_pairs_those_with_unrecorded_training_data_are_named(tmp_path
     )
 
 
+def test_answers_of_another_program_are_marked_and_get_no_cure_that_cannot_help(two, tmp_path):
+    api = write_results(tmp_path / "api", vqa_rows(0.6, 3), predictions="api.jsonl", predictions_sha256="3" * 64)
+    pair = run(two[0], api, out=tmp_path / "out")["pairs"][0]
+    assert pair["recipe"] == "api's answers were made elsewhere; what made them is not known."
+    assert "trained models" not in pair["sentence"] and pair["sentence"].endswith("of these answers alone.")
+    text = (tmp_path / "out" / "compare.md").read_text()
+    page = (tmp_path / "out" / "compare.html").read_text()
+    assert "api (answers made elsewhere)" in text and "exp1 (answers" not in text
+    assert '<span class="tag">answers made elsewhere</span>' in page
+    assert "run evaluate.py again" not in text + page
+    assert "train 3 seeds" in text, "exp1 was trained"
+    gpt = write_results(tmp_path / "gpt", vqa_rows(0.7, 4), predictions="gpt.jsonl", predictions_sha256="4" * 64)
+    pair = run(api, gpt, out=tmp_path / "both")["pairs"][0]
+    assert pair["recipe"] == "The answers of api and gpt were made elsewhere; what made them is not known."
+    assert "train 3 seeds" not in (tmp_path / "both" / "compare.md").read_text()
+    run(*two, api, gpt, out=tmp_path / "many")
+    head = (tmp_path / "many" / "compare.md").read_text().split("## ")[0]
+    assert "The answers of api and gpt were made elsewhere; what made them is not known." in head
+
+
 @pytest.fixture
 def seeds(tmp_path):
     """Two experiments of three runs each, NAME=FOLDER,FOLDER,FOLDER."""
