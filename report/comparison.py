@@ -158,8 +158,8 @@ def _parts(task, rows: list[dict]) -> list[tuple[str, str, np.ndarray]]:
     """(kind, name, members (samples,) bool) of the whole test set, then of its parts, such as stages and questions."""
     found = [("all", "all", np.ones(len(rows), dtype=bool))]
     parts_of = [task.parts(row) for row in rows]
-    for kind in parts_of[0]:
-        of_row = np.array([parts[kind] for parts in parts_of], dtype=object)
+    for kind in dict.fromkeys(kind for parts in parts_of for kind in parts):  # a row may state what another does not
+        of_row = np.array([parts.get(kind) for parts in parts_of], dtype=object)
         names = sorted({name for name in of_row if name is not None}, key=str)
         if 1 < len(names) <= MOST_QUESTIONS:
             found += [(kind, str(name), of_row == name) for name in names]
@@ -178,8 +178,15 @@ def _scores(experiment: Experiment, ids: list[str], keys: list) -> dict:
                 f"{run.folder}: rows that cannot be scored ({type(error).__name__}: {error}); run evaluate.py again"
             ) from None
     scores = of_runs[0]
+    sentences = ["free_form" in one for one in of_runs]
+    if len(set(sentences)) > 1:
+        as_sentences, as_words = (experiment.runs[sentences.index(kind)].folder for kind in (True, False))
+        raise UserError(
+            f"{experiment.name}: the answers of {as_sentences} are scored as sentences, those of {as_words} as words; "
+            "run evaluate.py again with the same test file and the same --answers for both"
+        )
     if len(of_runs) > 1:
-        numbers = [key for key in scores if all(isinstance(one[key], int | float) for one in of_runs)]
+        numbers = [key for key in scores if all(isinstance(one.get(key), int | float) for one in of_runs)]
         means = {key: np.mean([one[key] for one in of_runs]) for key in numbers}
         scores = {key: round(mean) if isinstance(scores[key], int) else float(mean) for key, mean in means.items()}
     return {

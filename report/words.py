@@ -263,6 +263,8 @@ def notes(task: str, scores: list[dict], baselines: list[dict]) -> list[str]:
 
 def _seeds_note(one: dict) -> str:
     spread, runs = one["seed_spread"], len(one["runs"])
+    if spread is None:
+        return f"{one['name']}: {runs} runs; a single image tells nothing of their spread from seed to seed."
     wanted = 5 if spread >= 0.0075 else 3
     advice = f"{wanted} seeds are recommended at such a spread" + (", as there are" if runs >= wanted else "")
     return f"{one['name']}: {runs} runs, spread from seed to seed {100 * spread:.2f} points; {advice}."

@@ -197,6 +197,23 @@ def test_clicks_are_compared_by_hits_and_by_target_size(tmp_path):
     assert report["experiments"][0]["unparsable"] == 1 and report["pairs"][0]["p"] < 0.001
 
 
+@pytest.mark.parametrize("stated_first", [True, False])
+def test_a_group_that_only_some_clicks_state_is_a_part_of_those(tmp_path, stated_first):
+    def rows(seed):
+        generator = np.random.default_rng(seed)
+        made = [
+            {"id": str(n), "images": [f"{n}.png"], "instruction": "click", "point": [50, 50], "image_size": [100, 100]}
+            | {"bbox": [40, 40, 60, 60], "predicted_point": generator.normal(50, 10, 2).tolist()}
+            | ({"platform": ("web", "mobile")[n % 2]} if n >= 10 else {})
+            for n in range(40)
+        ]
+        return made[::-1] if stated_first else made
+
+    folders = [write_results(tmp_path / f"click{n}", rows(n)) for n in range(2)]
+    parts = run(*folders, out=tmp_path / "out")["parts"]
+    assert [(p["name"], p["samples"]) for p in parts if p["kind"] == "platform"] == [("mobile", 15), ("web", 15)]
+
+
 # --- the words --------------------------------------------------------------------------------------------------------
 
 
@@ -425,6 +442,30 @@ def test_a_name_is_taken_from_the_seeds_and_one_run_given_as_three_is_refused(se
         f"a={folders[0]},{other}", seeds[1], out=out
     )
     assert "need a name" in refused(f"{folders[0]},{other}", seeds[1], out=out)
+
+
+@pytest.mark.parametrize("first_is_words", [True, False])
+def test_seeds_scored_as_sentences_and_as_words_are_refused_with_the_cure(two, tmp_path, first_is_words):
+    runs = [
+        write_results(tmp_path / f"x_seed{n}", [{**row, "free_form": free} for row in vqa_rows(0.6, n)])
+        for n, free in ((1, not first_is_words), (2, first_is_words))
+    ]
+    message = refused(f"x={','.join(runs)}", two[0], out=tmp_path / "out")
+    sentences, words = runs[first_is_words], runs[not first_is_words]
+    assert f"x: the answers of {sentences} are scored as sentences, those of {words} as words; run" in message
+    assert "--answers" in message
+
+
+def test_seeds_on_one_image_are_compared_and_their_spread_is_said_to_be_unknown(tmp_path):
+    arguments = []
+    for name in ("a", "b"):
+        runs = [
+            write_results(tmp_path / f"{name}{n}", vqa_rows(0.5, 10 * n + ord(name), images=1, questions=12))
+            for n in (1, 2)
+        ]
+        arguments.append(f"{name}={','.join(runs)}")
+    report = run(*arguments, "--plan", "2", "--margin", "1", out=tmp_path / "out")
+    assert "a: 2 runs; a single image tells nothing of their spread from seed to seed." in report["notes"]
 
 
 # --- power and equivalence --------------------------------------------------------------------------------------------
