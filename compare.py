@@ -55,9 +55,8 @@ def main(argv: list[str] | None = None) -> None:
     write_text(arguments.out / "compare.html", page)
 
     for title, header, rows in tables(report):
-        if title in ("Scores", "Pairs", "Accuracy % by stage") or title.startswith(
-            "Plan"
-        ):  # the long tables are in the files
+        short = title in ("Scores", "Pairs", "Accuracy % by stage") or title.startswith("Plan")
+        if short:  # the long tables are in the files
             print(f"\n{title}\n{console_table(header, rows)}")
     print("", *statements(report), "", *report["notes"], "", images, sep="\n")
     print(f"All tables: {arguments.out / 'compare.md'}; with images: {arguments.out / 'compare.html'}")

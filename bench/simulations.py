@@ -1,6 +1,6 @@
 """python bench/simulations.py [--comparisons 1000] [--seed 0]
 
-What compare.py's intervals and tests do on simulated answers whose truth is known: false findings under one recipe,
+What compare.py's intervals and tests do on simulated answers whose truth is known: false positives under one recipe,
 coverage of the interval of an accuracy, power against the closed form, and the size of the test of equivalence.
 
 Answers: a question has an ease (the sum of its image's and its own), a run has luck on each image and a seed that moves
@@ -82,7 +82,7 @@ def percent(share: float) -> str:
     return f"{100 * share:.1f} %"
 
 
-def false_findings(generator, comparisons: int) -> None:
+def false_positives(generator, comparisons: int) -> None:
     print("Two experiments of the same recipe: how often a difference is found (p < 0.05)\n")
     answers, asked = Answers(generator), np.full(IMAGES, QUESTIONS)
     rows = []
@@ -158,7 +158,7 @@ def main() -> None:
     print(f"{arguments.comparisons} comparisons a cell, seed {arguments.seed}; accuracy of a run about "
           f"{np.mean(pairs) / QUESTIONS:.1%}\n")  # fmt: skip
     coverage(generator, 2 * arguments.comparisons)
-    false_findings(generator, arguments.comparisons)
+    false_positives(generator, arguments.comparisons)
     power(generator, arguments.comparisons)
     equivalence(generator, arguments.comparisons)
 

@@ -110,7 +110,7 @@ def smallest_p_value(differences: Sequence[int] | np.ndarray) -> float:
 def holm(p_values: Sequence[float]) -> list[float]:
     """p-values of one family -> p-values adjusted by Holm's step-down method, in the same order.
 
-    Rejecting where the adjusted value is below 0.05 keeps the chance of any false finding in the family below 5 %.
+    Rejecting where the adjusted value is below 0.05 keeps the chance of any false positive in the family below 5 %.
     """
     adjusted, running = [0.0] * len(p_values), 0.0
     for rank, index in enumerate(sorted(range(len(p_values)), key=p_values.__getitem__)):

@@ -161,9 +161,13 @@ def statements(report: dict) -> list[str]:
     if len(pairs) < MANY_PAIRS:
         return [f"{pair['sentence']} {pair['recipe']}" for pair in pairs]
     cluster = TASKS[report["task"]].CLUSTER
-    ends: dict[str, list[dict]] = {"better": [], "equal": [], "undecided": []}
+    unit = TASKS[report["task"]].UNIT
+    ends: dict[str, list[dict]] = {"same": [], "better": [], "equal": [], "undecided": []}
     for pair in pairs:
-        ends["better" if pair["p_holm"] < ALPHA else "equal" if is_equal(pair) else "undecided"].append(pair)
+        if pair["only_first_right"] == pair["only_second_right"] == 0:
+            ends["same"].append(pair)
+        else:
+            ends["better" if pair["p_holm"] < ALPHA else "equal" if is_equal(pair) else "undecided"].append(pair)
     said = []
     if ends["better"]:
         several = " and of seeds" if min(min(pair["runs"]) for pair in ends["better"]) > 1 else ""
@@ -177,9 +181,16 @@ def statements(report: dict) -> list[str]:
         said.append(
             f"{len(ends['equal'])} of {len(pairs)} pairs are shown equal within {margin}: {_names(ends['equal'])}."
         )
+    if ends["same"]:
+        said.append(
+            f"{len(ends['same'])} of {len(pairs)} pairs are right and wrong on exactly the same {unit}s: "
+            f"{_names(ends['same'])}."
+        )
     if ends["undecided"]:
         least = [100 * p["detectable_difference"] for p in ends["undecided"] if p["detectable_difference"] is not None]
-        power = f" True differences of {min(least):.2f} to {max(least):.2f} points would be found in 80 % of cases."
+        sizes = list(dict.fromkeys(f"{size:.2f}" for size in (min(least), max(least)))) if least else []
+        differences = "A true difference" if len(least) == 1 else "True differences"
+        power = f" {differences} of {' to '.join(sizes)} points would be found in 80 % of cases."
         said.append(
             f"{len(ends['undecided'])} of {len(pairs)} pairs are not told apart by these numbers, nor shown equal: "
             f"{_names(ends['undecided'])}.{power if least else ''}"
@@ -236,8 +247,8 @@ def notes(task: str, scores: list[dict], baselines: list[dict]) -> list[str]:
     if single:
         lines.append(
             f"p of single runs: two-sided sign-flip permutation test over {cluster}s, exact where differences are "
-            "symmetric. Below 100 it can be wrong: with skewed differences it rejected 7 to 27 % of true nulls in "
-            "simulations."
+            "symmetric. Below 100 it can be wrong: with skewed differences simulations gave 7 to 27 % false "
+            "positives."
         )
     if several:
         lines.append("p of several runs each: t test on the two-way variance of seeds and images (Satterthwaite).")

@@ -522,6 +522,27 @@ def test_many_pairs_that_end_alike_share_one_statement(tmp_path):
     assert len(report["pairs"]) == 10
 
 
+def test_one_undecided_pair_has_one_detectable_difference_and_no_range(tmp_path):
+    skills = {"exp0": 0.6, "exp1": 0.6, "exp2": 0.0, "exp3": 2.0}
+    folders = [write_results(tmp_path / name, vqa_rows(skill, 5 + n)) for n, (name, skill) in enumerate(skills.items())]
+    report = run(*folders, out=tmp_path / "out")
+    text = (tmp_path / "out" / "compare.md").read_text()
+    size = f"{100 * report['pairs'][0]['detectable_difference']:.2f}"
+    assert "1 of 6 pairs are not told apart" in text
+    assert f" A true difference of {size} points would be found in 80 % of cases." in text
+
+
+def test_among_many_pairs_those_right_on_the_same_questions_are_not_called_undecided(tmp_path):
+    folders = [
+        write_results(tmp_path / name, vqa_rows(0.6, seed))
+        for name, seed in (("exp0", 1), ("same", 1), ("exp1", 2), ("exp2", 3))
+    ]
+    run(*folders, out=tmp_path / "out")
+    text = (tmp_path / "out" / "compare.md").read_text()
+    assert "1 of 6 pairs are right and wrong on exactly the same questions: exp0 and same." in text
+    assert "nor shown equal: exp0 and exp1; " in text
+
+
 # --- what it refuses --------------------------------------------------------------------------------------------------
 
 
