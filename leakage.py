@@ -193,8 +193,18 @@ def pairs_text(pairs: Sequence[NearPair], kept_together: Iterable[tuple[str, str
     return "[\n" + ",\n".join(json.dumps(line, ensure_ascii=False) for line in lines) + "\n]\n"
 
 
-def side_by_side(pairs: Sequence[NearPair], image_root) -> str:
-    """One self-contained HTML page with the two images of each pair beside each other, the nearest pairs first."""
+def side_by_side(pairs: Sequence[NearPair], image_root, how_to_keep: str | None = None) -> str:
+    """One self-contained HTML page with the two images of each pair beside each other, the nearest pairs first.
+
+    how_to_keep: what keeps a pair in one split, where a command does it; None: the files are edited by hand."""
+    by_hand = (
+        "Where a pair shows the same scene, move every sample of one image into the split of the other, or delete it "
+        "there, in the files of the splits (train.json, val.json, test.json). Nothing is moved for you."
+    )
+    by_command = (
+        f"Where a pair shows the same scene, both images belong in one split. {html.escape(how_to_keep or '')}. "
+        "What is moved by hand in the files of the splits is undone when they are prepared again."
+    )
     rows = []
     for pair in pairs[:PAIRS_SHOWN]:
         cells = "".join(
@@ -228,8 +238,7 @@ scene, a score on the later split is partly memory.</p>
 <h2>What to do next</h2>
 <ol>
 <li>Pairs that only look alike (the same instrument, an empty frame, another patient) may stay as they are.</li>
-<li>Where a pair shows the same scene, move every sample of one image into the split of the other, or delete it there,
-in the files of the splits (train.json, val.json, test.json). Nothing is moved for you.</li>
+<li>{by_command if how_to_keep else by_hand}</li>
 <li>Run <code>train.py --config YOUR.yaml --check</code> again: it lists the pairs that are left. Scores made before are
 of other splits, so train and evaluate again.</li>
 </ol>

@@ -11,7 +11,7 @@ import leakage
 from errors import UserError, first_names
 from images import image_path, upright_size
 from prepare import splits, starting_config, tables
-from prepare.rows import REFUSED, RowProblems, read_rows, refuse_lone_surrogates, source_files
+from prepare.rows import REFUSED, RowProblems, read_rows, refuse_lone_surrogates, refuse_overwriting, source_files
 from prepare.splits import SPLITS
 from report.metrics import CLICK_GROUPS, target_size
 from tasks import click
@@ -50,7 +50,9 @@ def prepare(
     source, out = Path(source), Path(out)
     image_root = Path(image_root) if image_root else source if source.is_dir() else source.parent
     problems, targets, counts, rows_read = RowProblems(source, out, drop_refused), [], Counter(), 0
-    for file in source_files(source, (".json", ".jsonl")):
+    sources = source_files(source, (".json", ".jsonl"))
+    refuse_overwriting(sources, out)
+    for file in sources:
         rows = read_rows(file)
         rows_read += len(rows)
         refuse_unstated_boxes(rows, boxes, file)

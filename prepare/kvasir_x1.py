@@ -16,7 +16,7 @@ from images import upright_size
 from prepare import splits, starting_config, tables
 from prepare.kvasir import items
 from prepare.kvasir_source import INSTALL
-from prepare.rows import REFUSED, RowProblems
+from prepare.rows import REFUSED, RowProblems, refuse_overwriting
 from prepare.splits import SPLITS
 from report.free_form import are_sentences
 
@@ -42,6 +42,7 @@ def prepare(
     percents = None if split == OFFICIAL else splits.parse_split(split, without_train=True)
     factor = starting_config.size_factor(model_name)
     out, folder = Path(out), Path(images)
+    refuse_overwriting([Path(source)], out)
     named = find_images(folder)
     problems, samples, row_of, rows_read = RowProblems(Path(source), out, drop_refused), {}, {}, 0
     for file, number, published, row in read_source(source):

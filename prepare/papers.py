@@ -11,7 +11,7 @@ from errors import UserError, first_names
 from images import image_path, open_image
 from prepare import pages, splits, tables
 from prepare.giveaways import STAMP, uneven_forms, without_stamps
-from prepare.rows import RowProblems, read_rows, refuse_lone_surrogates
+from prepare.rows import RowProblems, read_rows, refuse_lone_surrogates, refuse_overwriting
 from prepare.splits import SPLITS
 from templates import image_paths
 
@@ -26,6 +26,7 @@ def prepare(source: str, out: str, train_agreeing: bool, as_pages: bool, seed: i
     """Read, check, split, write, and print the table. See `prepare_data.py papers --help`. Raises: `UserError`."""
     percents = splits.parse_split(split)
     source, out = Path(source), Path(out)
+    refuse_overwriting([source], out)
     papers, counts = read_papers(read_rows(source), source, as_pages)
     split_of_group = assign(papers, percents, seed, source)
     counts["distinct papers (by title and text)"] = len(split_of_group)

@@ -3,7 +3,7 @@
 import contextlib
 import csv
 import json
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 from errors import UserError, first_names
@@ -11,6 +11,7 @@ from files import read_json, read_json_lines, write_text
 
 REFUSED = "refused_rows.jsonl"
 SUFFIXES = (".json", ".jsonl", ".csv")
+WRITTEN = ("train.json", "val.json", "test.json", "report.md", REFUSED)  # by every kind of source
 
 
 def read_rows(source: Path) -> list[dict]:
@@ -61,6 +62,15 @@ def source_files(source: Path, suffixes: tuple[str, ...] = SUFFIXES) -> list[Pat
             f"--source {source}: no {', '.join(suffixes)} file in this folder; give the file, or its folder"
         )
     return found
+
+
+def refuse_overwriting(sources: Iterable[Path], out: Path, more: Iterable[str] = ()) -> None:
+    """Raises: `UserError` where a file of the source is one that would be written, or removed, in `out`, under whatever
+    path. more: names of such files beside `WRITTEN`."""
+    written = {(out / name).resolve() for name in (*WRITTEN, *more)}
+    for source in sources:
+        if source.resolve() in written:
+            raise UserError(f"--source {source} is a file that --out {out} would overwrite; give another --out")
 
 
 class RowProblems:

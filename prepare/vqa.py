@@ -13,7 +13,15 @@ from files import read_json
 from images import image_path, upright_size
 from prepare import splits, starting_config, tables
 from prepare.kvasir import describe_questions, items
-from prepare.rows import REFUSED, RowProblems, read_rows, read_table, refuse_lone_surrogates, source_files
+from prepare.rows import (
+    REFUSED,
+    RowProblems,
+    read_rows,
+    read_table,
+    refuse_lone_surrogates,
+    refuse_overwriting,
+    source_files,
+)
 from prepare.splits import SPLITS
 from report.free_form import are_sentences, is_sentence
 from templates import image_paths, to_messages
@@ -45,8 +53,9 @@ def prepare(
     percents = splits.parse_split(split, without_train=True)
     factor = starting_config.size_factor(model_name)
     source, out = Path(source), Path(out)
-    if source.is_dir() and out.absolute() == source.absolute():
+    if source.is_dir() and out.resolve() == source.resolve():
         raise UserError(f"--out {out} is the source's own folder, whose files would be read again; give another place")
+    refuse_overwriting(source_files(source), out, (PAGE, PAIRS))
     image_root = Path(image_root) if image_root else source if source.is_dir() else source.parent
     kept_pairs = [pair for path in keep_together for pair in read_pairs(Path(path))]
 
@@ -116,12 +125,15 @@ def prepare(
     table = tables.split_table("answers", by_split, kind_of, {kind: KINDS[kind] for kind in KINDS if kinds[kind]})
     settings = [f"seed {seed}", f"split {split}", f"answers {answers}", *(f"keep-together {p}" for p in keep_together)]
     files = {f"{name}.json": splits.json_list(by_split[name]) for name in SPLITS}
-    files[PAGE] = leakage.side_by_side(pairs, image_root) if pairs else None
-    files[PAIRS] = leakage.pairs_text(near, kept_pairs) if pairs else None
+    is_sorted = any(Path(path).resolve() == (out / PAIRS).resolve() for path in keep_together)
+    files[PAGE] = leakage.side_by_side(pairs, image_root, how_to_keep(out, is_sorted)) if pairs else None
+    if not is_sorted:  # the file that --keep-together gives stays as it was sorted, for the next run
+        files[PAIRS] = leakage.pairs_text(near if pairs else (), kept_pairs) if pairs or kept_pairs else None
     files[REFUSED] = problems.list_text()
     files["report.md"] = report(source, settings, table, counts, questions, free_form, answers, bool(percents[0]))
     splits.write_whole(out, files)
-    tables.print_summary(table, counts, notes(free_form, pairs, out), out, [n for n in files if files[n]], image_root)
+    written = [name for name in files if files[name]]
+    tables.print_summary(table, counts, notes(free_form, pairs, out, is_sorted), out, written, image_root)
     largest = max((side for path in prints for side in upright_size(image_path(image_root, path))), default=0)
     starting_config.write(
         Path(config or f"configs/{out.absolute().name}.yaml"),
@@ -307,15 +319,25 @@ def name_samples(samples: list[dict]) -> None:
 # ------------------------------------------------------------------------------------------------------- the report
 
 
-def notes(free_form: bool, pairs: list, out: Path) -> list[str]:
+def how_to_keep(out: Path, is_sorted: bool) -> str:
+    """What to do about nearly identical images across splits. is_sorted: their file is the one of --keep-together."""
+    if is_sorted:
+        return (
+            f'Add those that show the same scene to {out / PAIRS} (a line {{"images": ["a.jpg", "b.jpg"]}} each), and '
+            "run the same command again; the other pairs may stay"
+        )
+    return f"Take out of {out / PAIRS} those that differ, and run again with --keep-together {out / PAIRS}"
+
+
+def notes(free_form: bool, pairs: list, out: Path, is_sorted: bool) -> list[str]:
     found = []
     if free_form:
         found.append("The answers are sentences: evaluate.py adds token F1, BLEU, ROUGE and METEOR to exact match "
                      "(pip install -r requirements-extra.txt)")  # fmt: skip
     if pairs:
         found.append(
-            f"{len(pairs):,} pair(s) of images across splits look nearly alike: {out / PAGE} shows them. Take out of "
-            f"{out / PAIRS} those that differ, and run again with --keep-together {out / PAIRS}"
+            f"{len(pairs):,} pair(s) of images across splits look nearly alike: {out / PAGE} shows them. "
+            f"{how_to_keep(out, is_sorted)}"
         )
     return found
 

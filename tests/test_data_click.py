@@ -262,6 +262,16 @@ def test_every_refused_row_is_listed_with_its_image_and_dropped_on_request(sourc
     assert (written.task, written.data.train, written.resize) == ("click", None, "native")
 
 
+@pytest.mark.parametrize("whole_folder", [False, True])
+def test_a_source_file_that_would_be_overwritten_is_refused_and_stays(source, whole_folder):
+    path = source([row(number) for number in range(10)], "train.json")
+    before = path.read_bytes()
+    with pytest.raises(UserError, match=r"train\.json is a file that --out .* would overwrite; give another --out"):
+        given = path.parent if whole_folder else path
+        prepare_data.main(["click", "--source", str(given), "--out", str(path.parent)])
+    assert path.read_bytes() == before
+
+
 def test_the_help_shows_the_usual_command_and_the_names_it_understands(capsys):
     with pytest.raises(SystemExit):
         prepare_data.main(["click", "--help"])

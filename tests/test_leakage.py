@@ -165,6 +165,8 @@ def test_the_page_is_self_contained_and_shows_both_images_of_the_nearest_pairs(t
     assert page.count('src="data:image/jpeg;base64,') == page.count("<img") == 4
     assert not re.search(r"""(src|href)=["'](?!data:)|url\(|<script""", page)
     assert "What to do next" in page and "move every sample of one image into the split of the other" in page
+    page_of_command = leakage.side_by_side(pairs, tmp_path, "Run it with --keep-together <pairs>")
+    assert "--keep-together &lt;pairs&gt;." in page_of_command and "move every sample" not in page_of_command
     assert "4 bits: train a&lt;b&gt;.png – test a&lt;b&gt;.png" in page and "a<b>" not in page
 
 
