@@ -5,12 +5,17 @@ import re
 from collections.abc import Mapping
 from pathlib import Path
 
+import yaml
+
 from errors import UserError
 from files import refuse_unusable_folder, write_text
 
 MODEL = "Qwen/Qwen3-VL-8B-Instruct"
 LARGEST_SIDE = 768  # pixels; larger images are shrunk to it
-SMALLEST_TOKENS = 7  # a side: smaller images are enlarged to it
+# Pixels a side of one image token -> the fewest tokens a side, to which smaller images are enlarged. The published
+# image processors of Qwen3-VL and Qwen3.5 enlarge any image of fewer than 65,536 pixels (256 × 256) themselves.
+SMALLEST_TOKENS = {28: 7, 32: 8}
+MIXTURE = re.compile(r"-a\d+(\.\d+)?b(-|$)")  # in the name of a mixture of experts, such as Qwen3-VL-30B-A3B
 FACTORS = {r"qwen2(\.5)?-vl": 28, r"qwen3-vl|qwen3\.5": 32}  # model name -> pixels a side of one image token
 GPUS = 2  # of the README's command
 TRAIN_BS = 4
@@ -26,16 +31,19 @@ def size_factor(model_name: str) -> int:
         if factor := load_family(model_name).factor:
             return factor
         raise UserError(f"--model-name {model_name} is a text model; give one that sees images")
+    if MIXTURE.search(model_name.lower()):
+        raise UserError(f"--model-name {model_name} is a mixture of experts, which this repo does not train; give a "
+                        f"dense model, such as {MODEL}")  # fmt: skip
     found = next((factor for name, factor in FACTORS.items() if re.search(name, model_name.lower())), None)
     if found is None:
         raise UserError(f"--model-name {model_name}: no folder here, and no name of a family that this repo trains "
-                        f"(Qwen2-VL, Qwen2.5-VL, Qwen3-VL)")  # fmt: skip
+                        f"(Qwen2-VL, Qwen2.5-VL, Qwen3-VL, Qwen3.5)")  # fmt: skip
     return found
 
 
 def fitting_size(largest_side: int, factor: int) -> int:
     """The side of the letterbox, a multiple of the factor that holds the largest image, within bounds."""
-    return max(SMALLEST_TOKENS, min(-(-largest_side // factor), LARGEST_SIDE // factor)) * factor
+    return max(SMALLEST_TOKENS.get(factor, 8), min(-(-largest_side // factor), LARGEST_SIDE // factor)) * factor
 
 
 def write(
@@ -53,6 +61,10 @@ def write(
     image_size: for letterbox; None: native resolution, as small targets need. shared_images: train and test have some
     in common, on purpose."""
     refuse_unusable_folder(path.parent, "--config")
+    if path.exists() and (other := _other_data(path, data)):
+        print(f"\n{path} is there already, stays as it is, and is about other data ({other}); run again with --config "
+              f"and another name, to have one about {data}")  # fmt: skip
+        return
     if path.exists():
         print(f"\n{path} is there already and stays as it is; remove it to have a fresh one")
     else:
@@ -65,6 +77,17 @@ def write(
     if samples["test"]:
         base = "" if samples["train"] else " --checkpoint base"
         print(f"  python evaluate.py --config {path}{base}")
+
+
+def _other_data(path: Path, data: Path) -> str | None:
+    """A split's file that the config of this path names, where none that it names lies in `data`."""
+    try:
+        found = yaml.safe_load(path.read_text(encoding="utf-8"))["data"]
+        named = [found[split] for split in ("train", "val", "test") if isinstance(found.get(split), str)]
+    except (OSError, ValueError, yaml.YAMLError, TypeError, KeyError, AttributeError):
+        return None  # `--check` says what is wrong with it
+    in_data = any(Path(name).resolve().parent == data.resolve() for name in named)
+    return named[0] if named and not in_data else None
 
 
 def text(path: Path, data, image_root, samples, model_name, image_size, task, template, shared_images) -> str:
@@ -148,10 +171,10 @@ TEMPLATES = {
 
 
 def _quoted(text) -> str:
-    """A path as YAML has it."""
-    return (
-        str(text) if re.fullmatch(r"[\w./-]*[A-Za-z][\w./-]*", str(text)) else json.dumps(str(text), ensure_ascii=False)
-    )
+    """A path as YAML has it: in quotes where it could be read as anything but this text (no, null, 1e5)."""
+    text = str(text)
+    is_plain = re.fullmatch(r"[A-Za-z_./][\w./-]*", text) and yaml.safe_load(text) == text
+    return text if is_plain else json.dumps(text, ensure_ascii=False)
 
 
 def steps_an_epoch(train: int) -> tuple[int, int]:

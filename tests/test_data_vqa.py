@@ -165,6 +165,31 @@ def test_near_identical_images_are_shown_and_on_request_kept_together_under_any_
     assert not Path("data/mine/near_identical.html").exists()
 
 
+@pytest.mark.parametrize("removed", [0, 2])
+def test_the_command_with_the_sorted_pairs_of_its_own_folder_works_twice_and_leaves_them(tmp_path, removed):
+    from PIL import Image
+
+    names = own_images(tmp_path, 15, size=(96, 64))
+    for name in names:
+        Image.open(tmp_path / name).save(tmp_path / f"like-{name[:2]}.jpg", quality=80)
+    source = write(tmp_path / "s.jsonl", rows_about([*names, *(f"like-{n[:2]}.jpg" for n in names)]))
+    prepare(source)
+    kept, page = Path("data/mine/near_identical.json"), Path("data/mine/near_identical.html")
+    assert f"Take out of {kept} those that differ, and run again with --keep-together {kept}" in page.read_text()
+    assert "by hand in the files of the splits is undone" in page.read_text()
+    kept.write_text(json.dumps(json.loads(kept.read_text())[removed:]))
+    by_eye = kept.read_text()
+    first = prepare(source, "--keep-together", kept)
+    assert kept.read_text() == by_eye
+    assert prepare(source, "--keep-together", kept) == first and kept.read_text() == by_eye
+    if page.exists():  # for the pairs that were taken out
+        assert removed and f"Add those that show the same scene to {kept}" in page.read_text()
+    if not removed:
+        kept.rename("pairs.json")
+        prepare(source, "--keep-together", "pairs.json")
+        assert [pair["images"] for pair in json.loads(kept.read_text())] == [p["images"] for p in json.loads(by_eye)]
+
+
 def test_check_writes_the_pairs_that_keep_together_takes(tmp_path, monkeypatch):
     import leakage
     from preflight import check_leakage
@@ -208,7 +233,8 @@ def test_refused_rows_are_all_listed_with_their_images_and_dropped_on_request(tm
         ([{"file": "00.png", "question": "?", "answer": "a"}], [], "name it 'image' .* found file, question, answer"),
         (rows_about(["00.png"]), ["--split", "50/50/50"], "or 0/0/100"),
         (rows_about(["00.png"]), [], "cannot fill 3 splits"),
-        (rows_about(["00.png"]), ["--model-name", "org/other"], "no name of a family"),
+        (rows_about(["00.png"]), ["--model-name", "org/other"], r"no name of a family .*Qwen3\.5\)"),
+        (rows_about(["00.png"]), ["--model-name", "Qwen/Qwen3.5-35B-A3B"], "mixture of experts.* give a dense model"),
         (rows_about(["00.png"]), ["--keep-together", "none.json"], "give --keep-together a near_identical.json"),
     ],
 )
@@ -225,7 +251,7 @@ def test_the_config_fits_family_data_and_a_set_without_training(tmp_path):
     for model, size in (("Qwen/Qwen3-VL-4B-Instruct", 768), ("Qwen/Qwen2.5-VL-7B-Instruct", 756)):
         prepare(source, "--model-name", model, "--config", f"{size}.yaml")
         assert load_config(f"{size}.yaml").image_size == size
-    assert [starting_config.fitting_size(side, 32) for side in (10, 200, 225, 4000)] == [224, 224, 256, 768]
+    assert [starting_config.fitting_size(side, 32) for side in (10, 200, 257, 4000)] == [256, 256, 288, 768]
     prepare(source, "--split", "0/0/100", "--config", "test.yaml")
     written = load_config("test.yaml")
     assert (written.data.train, written.data.val, written.data.test) == (None, None, "data/mine/test.json")
@@ -273,6 +299,36 @@ def test_an_out_that_is_the_source_is_refused(tmp_path):
     write(tmp_path / "s.jsonl", rows_about(own_images(tmp_path, 4)))
     with pytest.raises(UserError, match="is the source's own folder"):
         prepare(tmp_path, out=tmp_path)
+
+
+@pytest.mark.parametrize("name", ["train.json", "refused_rows.jsonl", "near_identical.json", "link.json"])
+def test_a_source_file_that_would_be_overwritten_is_refused_and_stays(tmp_path, name):
+    rows = rows_about(own_images(tmp_path / "mine", 12))
+    source = tmp_path / "mine" / ("train.json" if name == "link.json" else name)
+    source.write_text(json.dumps(rows) if source.suffix == ".json" else "".join(json.dumps(r) + "\n" for r in rows))
+    if name == "link.json":
+        Path("link.json").symlink_to(source)
+    before = source.read_bytes()
+    with pytest.raises(UserError, match=rf"{name} is a file that --out mine would overwrite; give another --out"):
+        prepare(name if name == "link.json" else source, "--image-root", "mine", out="mine")
+    assert source.read_bytes() == before
+
+
+def test_paths_that_yaml_reads_as_something_else_stay_text(tmp_path):
+    for number, root in enumerate(("no", "true", "null", "0x1f", "1e5", "plain")):
+        source = write(tmp_path / "s.jsonl", rows_about(own_images(tmp_path / root, 4)))
+        prepare(source, "--image-root", root, "--config", f"{number}.yaml")
+        assert load_config(f"{number}.yaml").data.image_root == root
+
+
+def test_a_config_about_other_data_is_not_the_next_thing_to_train(tmp_path, capsys):
+    source = write(tmp_path / "s.jsonl", rows_about(own_images(tmp_path, 6)))
+    (tmp_path / "configs").mkdir()
+    shutil.copy(REPO_ROOT / "configs/exp2.yaml", "configs/exp2.yaml")
+    prepare(source, out="data/exp2")
+    told = capsys.readouterr().out
+    assert "configs/exp2.yaml is there already, stays as it is, and is about other data" in told
+    assert "--config and another name" in told and "torchrun" not in told
 
 
 def test_help_names_the_forms_and_the_flags():
