@@ -107,9 +107,13 @@ class Layout:
 def without_latex(text: str) -> str:
     r"""LaTeX as a reader would type it: `\textit{so}` -> so, `$O(n^{2}\log n)$` -> O(n^2 log n), `$\beta$-VAE` ->
     beta-VAE. A dollar that begins no formula (costs $5) stays."""
-    # As in Pandoc, no space stands inside a formula's dollars, and no digit behind them; or its signs tell.
+    # As in Pandoc, no space stands inside a formula's dollars, and no digit behind them; or its signs tell. In
+    # prices ($5 per item_x, at 10\%, and $6) they do not: an underscore beside spaces, and a backslash before a sign.
     text = re.sub(
-        r"(?<!\\)(\$\$?)((?! )[^$]*[^$ ](?=\1(?!\d))|(?! )[^$ ](?=\1(?!\d))|[^$]*[\\^_][^$]*)(?<!\\)\1", _formula, text
+        r"(?<!\\)(\$\$?)((?! )[^$]*[^$ ](?=\1(?!\d))|(?! )[^$ ](?=\1(?!\d))"
+        r"|[^$]*(?:\\[^%&#_$]|\^)[^$]*|[^$\s]*_[^$\s]*)(?<!\\)\1",
+        _formula,
+        text,
     )
     return re.sub(r"\\([%&_$#{} ])", r"\1", _without_commands(text))
 

@@ -268,11 +268,22 @@ def test_a_page_never_begins_or_ends_with_the_gap_between_two_paragraphs():
             "± epsilon n of i^th p and l_infinity",
         ),
         (r"from $5 to \$6", "from $5 to $6"),
+        ("costs $5 to $10 per item_x and $20", "costs $5 to $10 per item_x and $20"),
+        (r"costs $5 at 10\% and $20", "costs $5 at 10% and $20"),
         ("β ≤ Θ × a", "beta <= Theta x a"),
     ],
 )
 def test_latex_and_greek_letters_are_drawn_as_a_reader_would_type_them(written, shown):
     assert pages.Layout().pages_of(written) == [[shown]]
+
+
+def test_a_source_file_that_would_be_overwritten_is_refused_and_stays(source):
+    path = source([paper(n) for n in range(40)])
+    path = path.rename(path.with_name("refused_rows.jsonl"))
+    before = path.read_bytes()
+    with pytest.raises(UserError, match=r"is a file that --out .* would overwrite; give another --out"):
+        prepare(path, out=".")
+    assert path.read_bytes() == before
 
 
 def test_a_papers_own_pages_are_shown_as_they_are(source):
