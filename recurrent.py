@@ -7,12 +7,14 @@ token, and the gradients of all questions flow back through the copies into the 
 between read the same rows under the mask of `attention.py`.
 
 On CUDA, transformers takes the kernels of flash-linear-attention and causal-conv1d where they are installed (not
-measured here); without them, its own rule in PyTorch, in chunks of at most 64 tokens.
+measured here); without them, and on every other device, its own rule in PyTorch, in chunks of at most 64 tokens.
 """
 
 import functools
 import importlib
+import inspect
 import types
+from collections.abc import Callable
 from dataclasses import dataclass
 from itertools import accumulate, pairwise
 
@@ -22,9 +24,16 @@ import torch.nn.functional as F
 from torch import nn
 from transformers.utils.generic import maybe_autocast
 
+from errors import UserError
 from family import Family
 
 CHUNK = 64  # tokens that the rule takes at once; a longer chunk gains nothing
+FUNCTIONS = (  # of transformers; each is a kernel where its package is installed
+    "causal_conv1d_fn",
+    "causal_conv1d_update",
+    "torch_chunk_gated_delta_rule",
+    "torch_recurrent_gated_delta_rule",
+)
 KERNELS = {"fla": "flash-linear-attention", "causal_conv1d": "causal-conv1d"}  # module -> package
 
 
@@ -136,9 +145,8 @@ class ForkedRows:
     def select(self, rows: torch.Tensor, columns: torch.Tensor) -> None:
         """Go on with the answers of these rows alone, and of each with these slots: (rows,), (rows, slots)."""
         slots = (rows[:, None] * self.slots + columns).flatten()
-        self.states = {
-            layer: tuple(state.index_select(0, slots) for state in states) for layer, states in self.states.items()
-        }
+        for layer, states in self.states.items():  # one by one: all copies at once would take the memory twice
+            self.states[layer] = tuple(state.index_select(0, slots) for state in states)
         self.slots = columns.shape[1]
 
 
@@ -155,6 +163,26 @@ def transformers_rules():
     from transformers.models.qwen3_5 import modeling_qwen3_5
 
     return modeling_qwen3_5
+
+
+def choose_by_device() -> None:
+    """Let transformers' own functions take what is not on CUDA. It chooses kernels once, at import, and calls them with
+    tensors of any device; those of a CPU or of the meta device (`--check`, and the counts before a run) break them."""
+    rules = transformers_rules()
+    for name in FUNCTIONS:
+        if not hasattr(getattr(rules, name), "chooses_by_device"):
+            setattr(rules, name, _by_device(getattr(rules, name)))
+
+
+def _by_device(chosen: Callable) -> Callable:
+    own = inspect.unwrap(chosen)
+
+    @functools.wraps(own)
+    def run(first: torch.Tensor, *others, **options):
+        return (chosen if first.is_cuda else own)(first, *others, **options)
+
+    run.chooses_by_device = True
+    return run
 
 
 def last_tokens(tokens: np.ndarray, count: int) -> np.ndarray:
@@ -183,7 +211,8 @@ def run_rows(layer: nn.Module, rows: ForkedRows, mixed, decay, beta) -> torch.Te
         # Where decay (a logarithm) and beta are zero, the state stays as it is: padding never enters it.
         gates = [_zeroed(gate, group.padding) for gate in gates]
         start = prefix_state.index_select(0, group.rows)
-        output, state = _rule(layer, own, *gates, start=start, chunk=group.chunk, bounds=group.bounds)
+        options = {"keep_state": rows.keep_states, "start": start, "chunk": group.chunk, "bounds": group.bounds}
+        output, state = _rule(layer, own, *gates, **options)
         outputs.append(output.flatten(0, 1))
         states.append(state)
     if rows.keep_states:
@@ -229,22 +258,34 @@ def _heads(layer: nn.Module, mixed: torch.Tensor):
     return *(x.unflatten(-1, (-1, layer.head_k_dim)) for x in (query, key)), value.unflatten(-1, (-1, layer.head_v_dim))
 
 
-def _rule(layer: nn.Module, mixed, decay, beta, start=None, chunk=CHUNK, bounds=types.MappingProxyType({})):
-    """Outputs (N, L, value heads, value size), and the state at each sequence's end, float32."""
-    with maybe_autocast(mixed.device.type, enabled=False):  # the rule keeps float32 inside, and so do the states
+def _rule(
+    layer: nn.Module, mixed, decay, beta, keep_state=True, start=None, chunk=CHUNK, bounds=types.MappingProxyType({})
+):
+    """Outputs (N, L, value heads, value size), and the state at each sequence's end, float32; without `keep_state`,
+    None. Numbers inside are float32, too; on GPUs TF32 rounds the factors of the matrix products in PyTorch's rule."""
+    with maybe_autocast(mixed.device.type, enabled=False):
         return transformers_rules().torch_chunk_gated_delta_rule(
-            *_heads(layer, mixed), g=decay, beta=beta, chunk_size=chunk, initial_state=start, output_final_state=True,
-            use_qk_l2norm_in_kernel=True, **bounds,
+            *_heads(layer, mixed), g=decay, beta=beta, chunk_size=chunk, initial_state=start,
+            output_final_state=keep_state, use_qk_l2norm_in_kernel=True, **bounds,
         )  # fmt: skip
 
 
 def install_forks(model: nn.Module) -> None:
-    """Let the recurrent layers of a transformers Qwen3.5 run `forked_rows`; without them they run as they are."""
+    """Let the recurrent layers of a transformers Qwen3.5 run `forked_rows`; without them they run as they are, but for
+    `choose_by_device`.
+
+    Raises: `UserError` on a GPU under `deterministic: true`."""
+    layers = [module for module in model.modules() if type(module).__name__ == "Qwen3_5GatedDeltaNet"]
+    if not layers:
+        return
+    if torch.are_deterministic_algorithms_enabled() and torch.cuda.is_available():
+        # PyTorch has no deterministic cumulative sum on CUDA, and the kernels of other packages promise nothing.
+        raise UserError("deterministic: true cannot be kept with Qwen3.5's recurrent layers on GPUs; set it to false")
+    choose_by_device()
     from transformers.utils import logging as transformers_logging
 
     transformers_logging.get_logger("transformers.integrations.hub_kernels").setLevel("ERROR")  # see `notes`
 
-    @torch.compiler.disable  # where layers are compiled: loops over chunks, of other numbers in every batch
     def forward(self, hidden_states, cache_params=None, attention_mask=None, forked_rows=None, **others):
         if forked_rows is None:
             return type(self).forward(self, hidden_states, cache_params, attention_mask, **others)
@@ -257,9 +298,8 @@ def install_forks(model: nn.Module) -> None:
         output = self.norm(output.reshape(-1, self.head_v_dim), gate.reshape(-1, self.head_v_dim))
         return self.out_proj(output.view(*hidden_states.shape[:2], -1))
 
-    for module in model.modules():
-        if type(module).__name__ == "Qwen3_5GatedDeltaNet":
-            module.forward = types.MethodType(forward, module)
+    for layer in layers:
+        layer.forward = types.MethodType(forward, layer)
 
 
 # ----------------------------------------------------------------------------------------------------------- kernels
@@ -288,6 +328,6 @@ def notes(family: Family, device: torch.device) -> list[str]:
         return []
     return [
         f"Gated DeltaNet runs in PyTorch's own operations, as {' and '.join(missing_kernels())} cannot be imported: "
-        "the same results, from some 240 small kernels a layer and pass, in float32 (of the 9B, 0.4 MB a token while "
-        "a layer runs); requirements-extra.txt says how to get them"
+        "the same results but for rounding, from many small kernels and with more memory (not measured on a GPU yet); "
+        "requirements-extra.txt says how to get them"
     ]

@@ -1,13 +1,20 @@
 """Questions behind one prefix run through recurrent layers as each would alone, from copies of the prefix's state."""
 
+import functools
+import inspect
+import weakref
 from itertools import pairwise
 
 import pytest
 import torch
-from support.tiny_runs import in_float64
+from support.tiny_runs import build_items, in_float64, tiny_run, vqa_samples
+from torch.overrides import TorchFunctionMode
 
 import recurrent
+from batches import collate
+from errors import UserError
 from family import Family
+from forecast import meta_loss, pass_bytes
 from model import load_base
 from recurrent import ForkedRows, last_tokens
 
@@ -84,12 +91,26 @@ def test_all_gradients_flow_back_through_the_copies_into_the_prefix(layer):
     assert all(found[0][row, : ROWS[row][0]].abs().max() > 1e-3 for row in range(len(ROWS)))
 
 
-def test_in_float32_it_is_as_close_to_whole_sequences_as_another_chunk_size_is(tiny_models):
+def test_in_float32_outputs_and_gradients_are_within_four_times_what_chunks_of_48_tokens_change(
+    tiny_models, monkeypatch
+):
+    """Rounding alone: the chunks of a shared row end elsewhere, as those of another size do."""
     layer = load_base(str(tiny_models["qwen3_5"]), torch.float32).model.language_model.layers[1].linear_attn
-    hidden = hidden_states().float()
-    real = real_tokens()
-    expected = alone(layer, hidden)
-    assert (forked(layer, hidden)[real] - expected[real]).abs().max() < 1e-6 * expected.abs().max().clamp_min(1)
+    layer.requires_grad_(True)
+    hidden, real, rules = hidden_states().float(), real_tokens(), recurrent.transformers_rules()
+
+    def results(give):
+        return [give(layer, hidden)[real].detach(), *gradients(layer, hidden, give)]
+
+    def distances(found):
+        return torch.stack([(a - b).norm() / b.norm() for a, b in zip(found, expected, strict=True)])
+
+    expected, shared = results(alone), results(forked)
+    in_48 = functools.partial(rules.torch_chunk_gated_delta_rule, chunk_size=48)
+    monkeypatch.setattr(rules, "torch_chunk_gated_delta_rule", in_48)
+    of_48, of_shared = distances(results(alone)), distances(shared)
+    assert of_48.max() > 1e-8, "another chunk size changes nothing here"
+    assert of_shared.max() < 4 * of_48.max()
 
 
 def test_with_kernels_that_take_packed_sequences_the_outputs_and_gradients_are_the_same(layer, monkeypatch):
@@ -109,7 +130,7 @@ def test_with_kernels_that_take_packed_sequences_the_outputs_and_gradients_are_t
             output, state = own_rule(*parts, g=g[:, begin:end], beta=beta[:, begin:end], initial_state=start, **options)
             outputs.append(output)
             states.append(state)
-        return torch.cat(outputs, dim=1), torch.cat(states)
+        return torch.cat(outputs, dim=1), torch.cat(states) if options["output_final_state"] else None
 
     hidden, real = hidden_states(), real_tokens()
     expected = forked(layer, hidden)
@@ -210,7 +231,83 @@ def test_without_forked_rows_a_layer_runs_as_transformers_own(tiny_models):
     assert "forward" in vars(layer) and torch.equal(layer(hidden), type(layer).forward(layer, hidden))
 
 
+def test_slots_are_selected_one_layer_at_a_time_so_that_the_memory_is_never_twice_the_states():
+    layout = ForkedRows(ROWS, WIDTH, torch.device("cpu"), keep_states=True)
+    layout.states = {layer: (torch.randn(12, 4), torch.randn(12, 2, 2)) for layer in range(4)}
+    old = [weakref.ref(state) for states in layout.states.values() for state in states]
+    alive = []
+
+    class Count(TorchFunctionMode):
+        def __torch_function__(self, function, kinds, values=(), options=None):
+            if "index_select" in function.__name__:
+                alive.append(sum(state() is not None for state in old))
+            return function(*values, **(options or {}))
+
+    with Count():
+        layout.select(torch.tensor([0, 1, 2]), torch.arange(4).expand(3, 4))
+    assert len(alive) == 8 and alive[-1] <= 2, "the layers before have let go of theirs"
+
+
+def test_training_asks_the_rule_for_no_states_of_questions(layer, monkeypatch):
+    rules, asked = recurrent.transformers_rules(), []
+    own_rule = rules.torch_chunk_gated_delta_rule
+
+    def rule(*inputs, **options):
+        if options["initial_state"] is not None:
+            asked.append(options["output_final_state"])
+        return own_rule(*inputs, **options)
+
+    monkeypatch.setattr(rules, "torch_chunk_gated_delta_rule", rule)
+    forked(layer, hidden_states())
+    assert asked and not any(asked)
+    asked.clear()
+    forked(layer, hidden_states(), keep_states=True)
+    assert asked and all(asked)
+
+
 # ------------------------------------------------------------------------------------------------------------- kernels
+
+
+@pytest.fixture
+def kernels_for_cuda_alone(monkeypatch):
+    """As with flash-linear-attention and causal-conv1d installed: transformers has taken them, whatever the device."""
+    rules = recurrent.transformers_rules()
+    for name in recurrent.FUNCTIONS:
+        own = getattr(rules, name)
+
+        def kernel(first, *others, own=own, **options):
+            raise RuntimeError(f"a kernel for CUDA was given a tensor on {first.device}")
+
+        kernel.__wrapped__ = inspect.unwrap(own)
+        monkeypatch.setattr(rules, name, kernel)
+
+
+@pytest.mark.parametrize("share_prefix", [True, False], ids=["shared", "plain"])
+def test_with_kernels_installed_a_pass_is_still_counted_on_the_meta_device(
+    tiny_models, kernels_for_cuda_alone, share_prefix
+):
+    run = tiny_run(tiny_models, "qwen3_5")
+    encoder = run.encoder()
+    items, images = build_items(encoder, vqa_samples(1, 2))
+    batch = collate(items, images, share_prefix, encoder.tokenizer.pad_token_id)
+    assert pass_bytes(meta_loss(run.config, run.family, torch.bfloat16), batch) > 0
+
+
+def test_with_kernels_installed_a_cpu_takes_pytorchs_own_functions(tiny_models, kernels_for_cuda_alone):
+    layer = load_base(str(tiny_models["qwen3_5"]), torch.float32).model.language_model.layers[0].linear_attn
+    hidden = hidden_states().float()
+    layout = ForkedRows(ROWS, WIDTH, hidden.device, keep_states=True)
+    assert layer(hidden).shape == layer(hidden, forked_rows=layout).shape
+    assert layer(torch.randn(3, 4, 64), forked_rows=layout).shape == (3, 4, 64)
+
+
+def test_deterministic_on_a_gpu_is_refused_for_recurrent_layers_alone(tiny_models, monkeypatch):
+    monkeypatch.setattr(torch, "are_deterministic_algorithms_enabled", lambda: True)
+    load_base(str(tiny_models["qwen3_5"]), torch.float32)  # on a CPU it holds
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    with pytest.raises(UserError, match=r"^deterministic: true cannot be kept .* on GPUs; set it to false$"):
+        load_base(str(tiny_models["qwen3_5"]), torch.float32)
+    load_base(str(tiny_models["qwen3_vl"]), torch.float32)
 
 
 def test_one_line_says_what_missing_kernels_cost_and_how_to_get_them(monkeypatch):
