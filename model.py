@@ -309,10 +309,10 @@ def prepare_training(model: nn.Module, config: Config) -> nn.Module:
 
 
 def compile_layers(model: nn.Module, config: Config, device: torch.device) -> str:
-    """Compile each decoder layer for any shape, where the config and the machine allow it, and say in one line what was
-    done. What stands around a layer's matrix products (norms, rotary embedding, LoRA's dropout, residuals) then takes a
-    quarter of the memory traffic. A layer has at most six forms: the first layer or another × one row, several, or
-    several without a mask.
+    """Compile each decoder layer that attends, for any shape, where the config and the machine allow it, and say in one
+    line what was done. What stands around a layer's matrix products (norms, rotary embedding, LoRA's dropout,
+    residuals) then takes a quarter of the memory traffic. A layer has at most six forms: the first layer or another ×
+    one row, several, or several without a mask.
 
     Raises: `UserError` where `compile: true` cannot be done."""
     unfit = {
@@ -331,15 +331,23 @@ def compile_layers(model: nn.Module, config: Config, device: torch.device) -> st
             )
         return f"Decoder layers run uncompiled (no compiler works here: {reason})"
     torch._dynamo.config.suppress_errors = not config.compile  # by default, what cannot be compiled runs as it is
-    for layer in text_layers(model):
+    layers = text_layers(model)
+    for layer in layers:
         layer.compile(dynamic=True)
-    return "Decoder layers are compiled, each form at its first use"
+    count = len(all_text_layers(model))
+    others = "" if len(layers) == count else ", the recurrent ones are not"
+    return f"{len(layers)} of {count} decoder layers are compiled, each form at its first use{others}"
+
+
+def all_text_layers(model: nn.Module) -> nn.ModuleList:
+    """The decoder layers of the language model."""
+    inner = base_of(model).model
+    return getattr(inner, "language_model", inner).layers
 
 
 def text_layers(model: nn.Module) -> list[nn.Module]:
-    """The decoder layers of the language model that attend."""
-    inner = base_of(model).model
-    return [layer for layer in getattr(inner, "language_model", inner).layers if hasattr(layer, "self_attn")]
+    """Those that attend; the recurrent layers of Qwen3.5 loop over chunks, other numbers of them in every batch."""
+    return [layer for layer in all_text_layers(model) if hasattr(layer, "self_attn")]
 
 
 def _compiler_fails(device: torch.device) -> str | None:

@@ -118,6 +118,27 @@ def test_a_compiler_that_fails_is_an_error_where_compilation_is_asked_for_and_el
 
 
 @pytest.mark.parametrize(
+    ("name", "said"),
+    [
+        ("qwen3_vl", "{all} of {all} decoder layers are compiled, each form at its first use"),
+        (
+            "qwen3_5",
+            "{some} of {all} decoder layers are compiled, each form at its first use, the recurrent ones are not",
+        ),
+    ],
+)
+def test_the_log_says_how_many_of_the_layers_are_compiled(tiny_models, monkeypatch, name, said):
+    monkeypatch.setattr(modeling, "_compiler_fails", lambda device: None)
+    run = tiny_run(tiny_models, name)
+    model = run.fresh_model(torch.float32)
+    layers = modeling.all_text_layers(model)
+    some = sum(hasattr(layer, "self_attn") for layer in layers)
+    assert compile_layers(model, run.config, torch.device("cuda")) == said.format(all=len(layers), some=some)
+    assert sum(layer._compiled_call_impl is not None for layer in layers) == some
+    assert (some < len(layers)) == (name == "qwen3_5")
+
+
+@pytest.mark.parametrize(
     ("changes", "message"),
     [
         ({"deterministic": True}, "compile: true cannot be deterministic: true; remove one"),
