@@ -295,7 +295,7 @@ def _pass(machine: Machine, loss: AnswerLoss, title: str, image_tokens: int, bud
         torch.cuda.reset_peak_memory_stats()
     seconds = machine.seconds(lambda: forward_backward(loss, batch))
     peak = torch.cuda.max_memory_allocated() / 1e9 if machine.on_gpu else 0.0
-    rate, tflops = batch["tokens"] / seconds, machine.useful(batch) / seconds / 1e12
+    rate, tflops = batch["input_ids"].numel() / seconds, machine.useful(batch) / seconds / 1e12
     share = tflops / PEAK_TFLOPS
     aimed = machine.kind and "compiled" in title and budget == 4096
     measured = f"{rate:,.0f} tokens/s, {tflops:.3g} TFLOP/s ({share:.0%}), peak {peak:.1f} GB"
