@@ -93,9 +93,7 @@ def test_results_record_what_they_were_made_with(setup):
     hashes = {name: file_sha256(folder / f"{name}.json") for name in ("train", "test")}
     assert scores["data_sha256"] == hashes
     with short_answers(2):
-        code, _, _ = run_script(
-            "evaluate.py", "--config", config, "data.train=null", f"results_dir={folder / 'only'}"
-        )
+        code, _, _ = run_script("evaluate.py", "--config", config, "data.train=null", f"results_dir={folder / 'only'}")
     assert code == 0 and results(folder / "only")[1]["data_sha256"] == hashes, "of the run, not of the config that asks"
     before = scores["adapter_sha256"]
     weights = folder / "out" / "adapter_model.safetensors"
