@@ -326,7 +326,7 @@ def test_forty_real_screenshots_are_learnt_by_heart_and_the_mark_sits_on_the_rig
     model = tiny_models.build(family, hidden_size=128, intermediate_size=256)
     data = dict.fromkeys(("train", "val", "test"), str(tmp_path / "data" / "train.json")) | {"image_root": str(folder)}
     config = click_runs.write_config(tmp_path, model, family, data=data, lora={"r": 64, "alpha": 128, "dropout": 0.0},
-                                     learning_rate=3e-3, num_train_epochs=60, train_bs=20, order="random",
+                                     learning_rate=3e-3, num_train_epochs=90, train_bs=20, order="random",
                                      warmup_steps=5, **resize)  # fmt: skip
     train.main(["--config", str(config)])
     evaluate.main(["--config", str(config)])
