@@ -199,6 +199,6 @@ def test_two_ranks_start_from_a_cache_as_from_memory_and_in_the_same_order():
 def test_needs_counts_a_shipped_config_for_a_stated_model(tiny_models):
     model = f"Qwen/Qwen3-VL-8B-Instruct={tiny_models['qwen3_vl']}"
     table = columns(run("bench/needs.py", "--only", "exp2", "click_rank32", "--model", model))
-    for name in ("exp2", "click_rank32"):
-        assert table[name][:2] == ["Qwen3-VL-8B-Instruct", "2"] and table[name][4] == "24 GB", table
+    for name, gpus in (("exp2", "2"), ("click_rank32", "8")):
+        assert table[name][:2] == ["Qwen3-VL-8B-Instruct", gpus] and table[name][4] == "24 GB", table
     assert float(table["click_rank32"][6]) >= float(table["exp2"][6]), "twice the rank, twice the checkpoint"
