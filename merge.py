@@ -21,14 +21,13 @@ import torch
 from PIL import Image, ImageDraw
 
 import model as modeling
-import publish
-import reference
 from checkpoint import load_trained
 from config import Config, load_config, to_yaml
 from dataset import EvalDataset, SampleEncoder
 from errors import UserError, exit_on_user_error
 from family import Family
 from files import read_json, refuse_unusable_folder, save_atomically, write_json
+from merged import publish, reference
 from preflight import open_encoder
 from run_folder import MERGED_CONFIG_FILE, config_of, with_own_model
 from samples import SampleList, load_samples

@@ -20,7 +20,6 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 import torch
 from PIL import Image, ImageDraw
 
-import reference
 from checkpoint import load_trained
 from classification import make_loss
 from config import load_config
@@ -29,6 +28,7 @@ from errors import UserError, exit_on_user_error
 from files import refuse_unusable_folder
 from images import open_image
 from inference import predict_split
+from merged import reference
 from preflight import check_samples, open_encoder
 from run_folder import config_of, with_own_model
 from samples import SampleList

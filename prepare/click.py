@@ -112,8 +112,7 @@ def prepare(
     splits.write_whole(out, files)
     tables.print_summary(table, counted, (), out, [name for name in files if files[name]], image_root)
     if config:
-        numbers = {name: len(by_split[name]) for name in SPLITS}
-        starting_config.write(Path(config), out, image_root, numbers, model_name, None, task="click")
+        starting_config.write(config, out, image_root, by_split, model_name, None, task="click")
 
 
 # ------------------------------------------------------------------------------------------------------ the source

@@ -101,10 +101,10 @@ def prepare(
     tables.print_summary(table, counts, notes, out, [name for name in files if files[name]], folder)
     largest = max(side for path in prints for side in upright_size(path))
     starting_config.write(
-        Path(config or f"configs/{out.absolute().name}.yaml"),
+        config,
         out,
         folder,
-        {name: len(by_split[name]) for name in SPLITS},
+        by_split,
         model_name,
         starting_config.fitting_size(largest, factor),
         shared_images=bool(shared),

@@ -2,7 +2,7 @@
 
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sized
 from pathlib import Path
 
 import yaml
@@ -47,19 +47,21 @@ def fitting_size(largest_side: int, factor: int) -> int:
 
 
 def write(
-    path: Path,
+    config: str | None,
     data: Path,
     image_root: Path,
-    samples: Mapping[str, int],
+    by_split: Mapping[str, Sized],
     model_name: str,
     image_size: int | None,
     task: str = "vqa",
     template: str = "plain",
     shared_images: bool = False,
 ) -> None:
-    """Write the config of a prepared set, unless there is one; then say what to type next. samples: split -> how many.
-    image_size: for letterbox; None: native resolution, as small targets need. shared_images: train and test have some
-    in common, on purpose."""
+    """Write the config of a prepared set, unless there is one; then say what to type next. config: where; None: to
+    configs/, under the name of the data's folder. by_split: the samples. image_size: for letterbox; None: native
+    resolution, as small targets need. shared_images: train and test have some in common, on purpose."""
+    path = Path(config or f"configs/{data.absolute().name}.yaml")
+    samples = {split: len(of_split) for split, of_split in by_split.items()}
     refuse_unusable_folder(path.parent, "--config")
     if path.exists() and (other := _other_data(path, data)):
         print(f"\n{path} is there already, stays as it is, and is about other data ({other}); run again with --config "

@@ -136,10 +136,10 @@ def prepare(
     tables.print_summary(table, counts, notes(free_form, pairs, out, is_sorted), out, written, image_root)
     largest = max((side for path in prints for side in upright_size(image_path(image_root, path))), default=0)
     starting_config.write(
-        Path(config or f"configs/{out.absolute().name}.yaml"),
+        config,
         out,
         image_root,
-        {name: len(by_split[name]) for name in SPLITS},
+        by_split,
         model_name,
         starting_config.fitting_size(largest, factor) if prints else None,
         template="candidates" if kinds["single"] or kinds["multi"] else "plain",

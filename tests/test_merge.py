@@ -16,12 +16,12 @@ from support.tiny_runs import run_script
 
 import merge
 import predict
-import publish
 import train
 from checkpoint import load_trained
 from config import load_config
 from errors import UserError
 from images import letterbox, open_image
+from merged import publish
 from run_folder import config_of
 
 FAMILIES = tiny_runs.FAMILIES

@@ -1,4 +1,4 @@
-"""reference.py: what a merged folder promises is asked of a server and of a copy, and what differs is named."""
+"""merged/reference.py: what a merged folder promises is asked of a server and of a copy, and what differs is named."""
 
 import json
 import shutil
@@ -11,10 +11,10 @@ from support.stand_in_server import Served, serve
 
 import merge
 import predict
-import reference
 from checkpoint import save_adapter
 from config import load_config, to_yaml
 from errors import UserError
+from merged import reference
 from preflight import open_encoder
 
 

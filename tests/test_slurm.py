@@ -12,6 +12,8 @@ from conftest import REPO_ROOT
 from support.run_helpers import log_rows, weights, write_samples
 from support.slurm_cluster import SlurmCluster, why_unavailable
 
+from run_folder import step_of
+
 JOB_FILES = sorted((REPO_ROOT / "slurm").glob("*.slurm"))
 
 
@@ -55,7 +57,7 @@ def repo(tmp_path, monkeypatch):
 def real_repo(tmp_path, monkeypatch):
     """A copy of the repo's scripts, job files and configs, to submit from."""
     copy_repo(tmp_path, monkeypatch, [path.name for path in REPO_ROOT.glob("*.py")])
-    for name in ("configs", "prepare", "report", "tasks", "toy"):
+    for name in ("configs", "merged", "prepare", "report", "tasks", "toy"):
         shutil.copytree(REPO_ROOT / name, tmp_path / name, ignore=shutil.ignore_patterns("__pycache__"))
     return tmp_path
 
@@ -354,18 +356,19 @@ def test_four_chains_share_a_job_fail_alone_stop_together_and_go_on_where_they_w
 @pytest.mark.slow
 @pytest.mark.slurm
 def test_exp2_preempted_twice_on_slurm_ends_with_the_adapter_of_an_undisturbed_job(slurm, real_repo, tiny_models):
+    """And so does a job that starts from a checkpoint of another run, which a requeued one must not go back to."""
     write_samples(real_repo / "data")
     data = [f"data.{split}=data/samples.json" for split in ("train", "val", "test")]
     small = "image_size=64 train_bs=2 grad_accum=2 num_train_epochs=20 logging_steps=1 eval_steps= save_steps=1000"
     overrides = [f"model_name={tiny_models['qwen3_vl']}", *data, "data.image_root=data", "dataloader_num_workers=0"]
     overrides += small.split()
 
-    def submit(name):
+    def submit(name, *more):
         folders = (f"output_dir=outputs/{name}", f"results_dir=results/{name}")
-        return slurm.run_job("slurm/train_exp2_2gpu.slurm", *overrides, *folders, cwd=real_repo)
+        return slurm.run_job("slurm/train_exp2_2gpu.slurm", *overrides, *folders, *more, cwd=real_repo)
 
-    def steps():
-        return [row["step"] for row in log_rows(real_repo / "outputs/disturbed")]
+    def steps(name="disturbed"):
+        return [row["step"] for row in log_rows(real_repo / "outputs" / name)]
 
     job = submit("disturbed")
     for restart, step in enumerate((4, 14), start=1):
@@ -379,3 +382,12 @@ def test_exp2_preempted_twice_on_slurm_ends_with_the_adapter_of_an_undisturbed_j
     assert weights(real_repo / "outputs/disturbed") == weights(real_repo / "outputs/undisturbed")
     answers = [real_repo / "results" / name / "generated_predictions.jsonl" for name in ("disturbed", "undisturbed")]
     assert answers[0].read_text() == answers[1].read_text()
+
+    start = min((real_repo / "outputs/disturbed").glob("checkpoint-*"), key=step_of)
+    job = submit("branched", f"resume={start}")
+    job.wait_for(lambda: len(steps("branched")) >= 4, "has not trained four steps", seconds=120)
+    job.preempt()
+    job.wait_for_restart(1)
+    job.wait_for_state("COMPLETED", seconds=120)
+    assert steps("branched") == list(range(step_of(start) + 1, 41)) and step_of(start) < 36
+    assert weights(real_repo / "outputs/branched") == weights(real_repo / "outputs/undisturbed")

@@ -12,7 +12,7 @@ from pathlib import Path
 from config import Config, to_yaml
 from errors import UserError
 from files import read_json
-from reference import FILE as REFERENCE_FILE
+from merged.reference import FILE as REFERENCE_FILE
 from run_folder import MERGED_CONFIG_FILE
 from samples import read_samples
 from tasks import task_of
