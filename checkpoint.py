@@ -6,7 +6,6 @@ disk and renamed, so that a crash at any moment leaves the previous one in place
 
 import contextlib
 import copy
-import hashlib
 import json
 import os
 import shutil
@@ -25,7 +24,7 @@ from config import Config
 from distributed import Ranks, all_or_raise
 from errors import UserError
 from family import fingerprint
-from files import flush, full_disk_is_said, read_json, save_atomically, write_json
+from files import file_sha256, flush, full_disk_is_said, read_json, save_atomically, write_json
 from model import (
     HEAD,
     base_of,
@@ -95,17 +94,10 @@ def whats_wrong(folder: Path, content: bool = False) -> str | None:
 
 def hash_files(folder: Path, paths: Iterable[Path]) -> dict[str, str]:
     """Path within the folder -> SHA-256 of the content, of several files at once: large ones take seconds."""
-
-    def sha256(path: Path) -> str:
-        digest = hashlib.sha256()
-        with open(path, "rb") as file:
-            while block := file.read(2**20):
-                digest.update(block)
-        return digest.hexdigest()
-
     paths = list(paths)
     with ThreadPoolExecutor() as threads:
-        return dict(zip((str(path.relative_to(folder)) for path in paths), threads.map(sha256, paths), strict=True))
+        names = (str(path.relative_to(folder)) for path in paths)
+        return dict(zip(names, threads.map(file_sha256, paths), strict=True))
 
 
 def read_state(folder: Path) -> TrainerState:

@@ -20,7 +20,7 @@ LONGEST_TOKEN = 16  # characters of JSON's longest one that is no text, such as 
 
 _WHITE_SPACE = re.compile(r"[ \t\n\r]*")
 
-RESUME = "start again: the run resumes from the checkpoint before"
+RESUME = "start again: the run resumes from its newest checkpoint"
 
 
 def save_atomically(folder: Path, write, then: str = RESUME) -> tuple[int, float]:
@@ -52,21 +52,21 @@ def save_atomically(folder: Path, write, then: str = RESUME) -> tuple[int, float
 
 
 @contextlib.contextmanager
-def full_disk_is_said(folder: Path, then: str = RESUME):
+def full_disk_is_said(path: Path, then: str = RESUME):
     """Raises: `UserError` with path and free space. torch and safetensors report a full disk in words of their own.
 
-    then: what to do when there is space again."""
+    path: the file or folder that is written. then: what to do when there is space again."""
     try:
         yield
     except Exception as error:
         told = " ".join(str(error).split())
         if "No space left" in told or "unexpected pos" in told or "quota exceeded" in told:
-            free = shutil.disk_usage(_nearest(folder.absolute().parent)).free
+            free = shutil.disk_usage(_nearest(path.absolute().parent)).free
             raise UserError(
-                f"cannot save {folder} ({told}); {free / 1e9:.2f} GB are free there. Free some space and {then}"
+                f"cannot save {path} ({told}); {free / 1e9:.2f} GB are free there. Free some space and {then}"
             ) from None
         if isinstance(error, OSError):
-            raise UserError(f"cannot save {folder} ({told}); mend this, or choose another place") from None
+            raise UserError(f"cannot save {path} ({told}); mend this, or choose another place") from None
         raise
 
 
@@ -155,6 +155,13 @@ def file_sha256(path) -> str:
         while part := file.read(CHUNK_BYTES):
             digest.update(part)
     return digest.hexdigest()
+
+
+def complete_json_lines(path: Path) -> Iterator:
+    """The values of a file of JSON lines, none where there is no file; the last line of a killed run may be cut."""
+    for line in path.read_text(encoding="utf-8").split("\n") if path.exists() else []:
+        with contextlib.suppress(ValueError):
+            yield json.loads(line)
 
 
 def read_json(path: Path, what_to_do: str, nan_allowed: bool = False):

@@ -7,7 +7,6 @@ Functions"): 32×32 grey pixels, the 8×8 lowest frequencies, one bit each for a
 import html
 import json
 import os
-import warnings
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -72,9 +71,7 @@ def fingerprint(paths: Sequence[Path]) -> tuple[dict[Path, Fingerprint], dict[Pa
     Returns: path -> fingerprint, and path -> what is wrong for the files that cannot be read as an image.
     """
     paths = list(dict.fromkeys(Path(path) for path in paths))
-    with warnings.catch_warnings(), ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
-        # open_image sets this filter for each call, which is not safe among threads; set around them all, it is
-        warnings.simplefilter("error", Image.DecompressionBombWarning)
+    with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
         digests = dict(zip(paths, pool.map(_try(file_sha256), paths), strict=True))
         first = {}  # digest -> the file that is decoded for all of its copies
         for path, (digest, _) in digests.items():

@@ -4,7 +4,6 @@ import contextlib
 import json
 import os
 import resource
-import shutil
 import sys
 import time
 from pathlib import Path
@@ -13,8 +12,7 @@ import torch
 
 from config import Config, to_yaml
 from distributed import Ranks
-from errors import UserError
-from files import write_text
+from files import complete_json_lines, full_disk_is_said, write_text
 
 
 def memory_gb(device: torch.device) -> float:
@@ -57,7 +55,7 @@ class RunLog:
         """One line in log.jsonl, and its numbers as TensorBoard curves `prefix/key` (eval_ keys: `eval/key`)."""
         if not self.active:
             return
-        with _disk_full_is_said(self._log):
+        with full_disk_is_said(Path(self._log.name)):
             self._log.write(json.dumps(values) + "\n")
             self._log.flush()
             for key, value in values.items():
@@ -74,7 +72,7 @@ class RunLog:
         for step, places in trained:
             by_step.setdefault(step, []).extend(places)
         lines = ([step, [sample_id for _, sample_id in sorted(places)]] for step, places in sorted(by_step.items()))
-        with _disk_full_is_said(self._order):
+        with full_disk_is_said(Path(self._order.name)):
             self._order.writelines(json.dumps(line, ensure_ascii=False) + "\n" for line in lines)
             self._order.flush()
 
@@ -92,31 +90,14 @@ class RunLog:
             self._tensorboard.close()
 
 
-@contextlib.contextmanager
-def _disk_full_is_said(file):
-    """Raises: `UserError` with path and free space where a line cannot be written."""
-    try:
-        yield
-    except OSError as error:
-        free = shutil.disk_usage(Path(file.name).parent).free
-        raise UserError(
-            f"cannot write {file.name} ({error.strerror or error}); {free / 1e9:.2f} GB are free there. "
-            "Free some space and start again: the run resumes from its newest checkpoint"
-        ) from None
-
-
 def _continue_lines(path: Path, resumed_step: int, evaluation_due: bool = False):
     """A file of JSON lines open for appending, after those that will be written again are dropped."""
     kept = []
-    for line in path.read_text(encoding="utf-8").split("\n") if path.exists() else []:
-        try:
-            entry = json.loads(line)
-            step = entry["step"] if isinstance(entry, dict) else entry[0]
-        except (ValueError, KeyError, IndexError, TypeError):
-            continue  # the last line of a killed run may be cut
+    for entry in complete_json_lines(path):
+        step = entry["step"] if isinstance(entry, dict) else entry[0]
         repeated = evaluation_due and step == resumed_step and "eval_loss" in entry
         if step <= resumed_step and not repeated:
-            kept.append(line + "\n")
+            kept.append(json.dumps(entry, ensure_ascii=False) + "\n")
     write_text(path, "".join(kept))
     return open(path, "a", encoding="utf-8")
 
@@ -155,8 +136,8 @@ class Meter:
     def has_loss(self) -> bool:
         return bool(self.sums["answer_tokens"])
 
-    def interval(self) -> tuple[dict[str, float], float]:
-        """(values for the log line, seconds of training) since the last call, which starts the next interval."""
+    def interval(self) -> dict[str, float]:
+        """Values for the log line, of the time since the last call, which starts the next interval."""
         seconds = time.perf_counter() - self._started - self._paused
         values = {
             "loss": self.sums["nll"] / self.sums["answer_tokens"],
@@ -167,7 +148,7 @@ class Meter:
         }
         self.sums = dict.fromkeys(self.sums, 0)
         self._reset()
-        return values, seconds
+        return values
 
 
 def step_line(values: dict, total_steps: int, eta_seconds: float, counted: str) -> str:

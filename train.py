@@ -387,8 +387,7 @@ def report_nonfinite(run: Run, step: dict, passes: list[dict]) -> None:
 
 def log_interval(run: Run, meter: Meter, step: dict) -> None:
     """All ranks: contains an all_gather."""
-    interval, seconds = meter.interval()
-    rates = step["learning_rates"]
+    interval, rates = meter.interval(), step["learning_rates"]
     values = {
         "step": run.state.step,
         "epoch": run.plan.epoch_at(run.state.step),
@@ -399,7 +398,6 @@ def log_interval(run: Run, meter: Meter, step: dict) -> None:
         **interval,
         "memory_gb": memory_gb(run.ranks.device),
     }
-    run.state.train_seconds += seconds
     all_or_raise(run.ranks, lambda: run.log.record(values, "train"))
     eta = (run.plan.total_steps - run.state.step) * values["seconds_per_step"]
     run.log.say(step_line(values, run.plan.total_steps, eta, counted(run.config)))
@@ -483,6 +481,7 @@ def train(config: Config, source: str) -> None:
             if config.parallel == "fsdp":
                 passes = sharding.pad_passes(passes, ranks)
             step = training_step(run, passes, loaded["answer_tokens"], waited)
+            state.train_seconds += time.perf_counter() - began
             trained.append([state.step, loaded["sample_ids"]])
             meter.add(step, len(plan.questions(state.step - 1)))
             if state.step == first_step and (forms := modeling.compiled_so_far())[0]:

@@ -159,13 +159,13 @@ def targets_of(row: dict, boxes: str, counts: Counter) -> Iterator[dict]:
         hint = "; for [x, y, width, height] add --boxes xywh" if boxes == "xyxy" else ""
         raise UserError(f"no point and no box; give {_either(POINT_KEYS)} or {_either(BOX_KEYS[boxes])}{hint}")
     if box is not None:
-        box = _numbers(box, box_key, 4)
+        box = click.numbers(box, box_key, 4)
         if boxes == "xywh":
             box = (box[0], box[1], box[0] + box[2], box[1] + box[3])
     yield {
         "image": image,
         "instruction": _without_placeholder(instruction),
-        "numbers": None if point is None else _numbers(point, point_key, 2),
+        "numbers": None if point is None else click.numbers(point, point_key, 2),
         "box": box,
         "rest": {key: value for key, value in row.items() if key not in used},
     }
@@ -210,12 +210,6 @@ def _either(keys: tuple[str, ...]) -> str:
 
 def _without_placeholder(text: str) -> str:
     return text.replace("<image>", "").strip()
-
-
-def _numbers(values: object, key: str, count: int) -> tuple[float, ...]:
-    if not isinstance(values, list) or len(values) != count or not all(type(v) in (int, float) for v in values):
-        raise UserError(f"key '{key}' is {values!r} but must be a list of {count} numbers")
-    return tuple(values)
 
 
 # -------------------------------------------------------------------------------------------------- to samples

@@ -1,8 +1,6 @@
 """The results folders of experiments, read and checked: whatever cannot be compared is refused in one line."""
 
-import contextlib
 import dataclasses
-import json
 import os
 import re
 from dataclasses import dataclass
@@ -12,7 +10,7 @@ import numpy as np
 
 from config import FREE_ON_RESUME, Config, flatten
 from errors import UserError
-from files import read_json, read_json_lines
+from files import complete_json_lines, read_json, read_json_lines
 from tasks import TASKS
 from templates import image_paths
 
@@ -259,14 +257,7 @@ def check_same_test(experiments: list[Experiment]) -> None:
 
 def read_log(output_dir) -> list[dict]:
     """The lines of the run's log.jsonl."""
-    path = Path(output_dir) / "log.jsonl"
-    if not path.exists():
-        return []
-    rows = []
-    for line in path.read_text(encoding="utf-8").split("\n"):
-        with contextlib.suppress(ValueError):  # the last line of a killed run may be cut
-            rows.append(json.loads(line))
-    return rows
+    return list(complete_json_lines(Path(output_dir) / "log.jsonl"))
 
 
 def run_history(output_dir) -> list[dict]:

@@ -261,8 +261,11 @@ def as_question(sample: dict, placement: Placement, family: Family) -> dict:
 
 def _numbers(sample: dict, key: str, count: int) -> tuple[float, ...] | None:
     values = sample.get(key)
-    if values is None:
-        return None
+    return None if values is None else numbers(values, key, count)
+
+
+def numbers(values: object, key: str, count: int) -> tuple[float, ...]:
+    """Raises: `UserError` naming the key where these are not so many finite numbers."""
     right = isinstance(values, (list, tuple)) and len(values) == count
     if not right or not all(type(value) in (int, float) and math.isfinite(value) for value in values):
         raise UserError(f"key '{key}' is {values!r} but must be a list of {count} numbers")
