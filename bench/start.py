@@ -1,11 +1,12 @@
 """python bench/start.py [--samples 1000000] [--ranks 2] [--form llava|own] [--order random|images]
 
-What a run costs before its model is loaded: `train.set_up` of so many drawn samples (of a few images) on several ranks
-of this machine, stopped where it would load the weights. Three starts: without a cache, the first one that builds it,
-and the next one that finds it (a resumed run also spares the comparison of images across splits).
+What a run costs before its model is loaded: `train.py` with so many drawn samples (of a few images) on several ranks of
+this machine. Three starts, each stopped after a step: without a cache, the first one that builds it, and one that
+resumes the first from its checkpoint and finds the cache.
 
-seconds: from the command to the slowest rank. PSS: a page that several processes map counts in parts, so that the ranks
-add up. Peaks are of all the time before; "same order" compares ids and order of the first epoch with the first start.
+seconds: from the command to where the slowest rank loads the weights. PSS: a page that several processes map counts in
+parts, so that the ranks add up. Peaks are of the time before; "same order" compares ids and order of the first epoch
+with the first start.
 """
 
 import argparse
@@ -13,6 +14,8 @@ import hashlib
 import json
 import os
 import random
+import shutil
+import signal
 import subprocess
 import sys
 import tempfile
@@ -61,7 +64,7 @@ def write_config(folder: Path, order: str) -> Path:
     values = {
         "experiment": "START", "model_name": str(folder / "model"), "task": "vqa", "output_dir": str(folder / "out"),
         "data": {"train": str(folder / "train.json"), "image_root": str(folder)}, "results_dir": str(folder / "res"),
-        "learning_rate": 1e-4, "image_size": 768, "order": order,
+        "learning_rate": 1e-4, "image_size": 768, "order": order, "max_tokens": 4096, "dataloader_num_workers": 0,
     }  # fmt: skip
     path = folder / "config.yaml"
     path.write_text(yaml.safe_dump(values), encoding="utf-8")
@@ -87,10 +90,6 @@ class Peaks(threading.Thread):
             time.sleep(0.25)
 
 
-class Reached(Exception):
-    """The place where the model would be loaded."""
-
-
 def worker(folder: Path, in_memory: bool) -> None:
     import samples
     import train
@@ -100,40 +99,48 @@ def worker(folder: Path, in_memory: bool) -> None:
     peaks = Peaks()
     peaks.start()
     samples.IN_MEMORY_BYTES = 2**62 if in_memory else 0
-    planned = []
+    found, planned = {}, []
 
     def recorded(config, samples, *rest):
         planned[:] = [make_plan(config, samples, *rest), samples]
         return planned[0]
 
-    def reached(*_):
-        raise Reached
+    def reached(*arguments):
+        peaks.ended = True
+        peaks.look()
+        found.update(reached=time.time(), cpu=sum(os.times()[:2]), **peaks.kilobytes)
+        return load_model(*arguments)
 
-    make_plan, train.make_plan, train.load_model = train.make_plan, recorded, reached
+    def last_step(*arguments):
+        os.kill(os.getpid(), signal.SIGUSR1)
+        return training_step(*arguments)
+
+    make_plan, train.make_plan = train.make_plan, recorded
+    load_model, train.load_model = train.load_model, reached
+    training_step, train.training_step = train.training_step, last_step
     path = str(folder / "config.yaml")
-    try:
-        train.set_up(load_config(path), path)
-    except Reached:
-        reached_at = time.time()
-    peaks.ended = True
-    peaks.look()
-    kilobytes = dict(peaks.kilobytes)  # without what the comparison of orders reads
+    train.train(load_config(path), path)
     plan, split = planned
     digest = hashlib.sha256(split.sha256.encode())
     for row in plan.epoch_order(0)[:: max(1, len(split) // 10_000)]:
         digest.update(split[int(row)]["id"].encode())
-    found = {"reached": reached_at, "cpu": sum(os.times()[:2]), "order": digest.hexdigest(), **kilobytes}
+    found["order"] = digest.hexdigest()
     (folder / f"rank-{os.environ['RANK']}.json").write_text(json.dumps(found))
     end_process()
 
 
-def start(folder: Path, ranks: int, in_memory: bool) -> dict:
+def start(folder: Path, ranks: int, in_memory: bool, resumes: bool) -> dict:
     """Numbers of one start, over its ranks."""
+    if not resumes:
+        shutil.rmtree(folder / "out", ignore_errors=True)
     started = time.time()
     command = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}", __file__]
     command += ["--worker", str(folder), *["--in-memory"] * in_memory]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
-    subprocess.run([sys.executable, *command], cwd=ROOT, env=environment, check=True, stdout=subprocess.DEVNULL)
+    output = subprocess.run(
+        [sys.executable, *command], cwd=ROOT, env=environment, check=True, stdout=subprocess.PIPE, text=True
+    ).stdout
+    assert ("Resuming from" in output) == resumes, output
     found = [json.loads((folder / f"rank-{rank}.json").read_text()) for rank in range(ranks)]
     assert len({one["order"] for one in found}) == 1, "the ranks would train in different orders"
     return {
@@ -164,8 +171,9 @@ def main() -> None:
         print("| start | seconds | CPU s of each rank | peak PSS GB | of it private | peak RSS GB | same order |")
         print("|---|--:|--:|--:|--:|--:|---|")
         first = None
-        for title, in_memory in (("without a cache", True), ("the first", False), ("the next", False)):
-            found = start(folder, args.ranks, in_memory)
+        starts = [("without a cache", True, False), ("the first", False, False), ("a resumed run", False, True)]
+        for title, *how in starts:
+            found = start(folder, args.ranks, *how)
             first = first or found
             cells = [f"{found['seconds']:.1f}", *(" + ".join(f"{value:.1f}" for value in found["cpu"]),)]
             for key in ("Pss", "Private_Dirty", "Rss"):
