@@ -162,11 +162,6 @@ def to_original(prompted: tuple[float, float], placement: Placement, family: Fam
     return placement.to_original(x, y)
 
 
-def box_to_prompt(box, placement: Placement, family: Family) -> tuple[int, int, int, int]:
-    """A box (x0, y0, x1, y1) of the original, in pixels, as the family speaks it."""
-    return (*to_prompt(box[:2], placement, family), *to_prompt(box[2:], placement, family))
-
-
 # --------------------------------------------------------------------------------------------------------- the text
 
 
