@@ -390,4 +390,6 @@ def test_exp2_preempted_twice_on_slurm_ends_with_the_adapter_of_an_undisturbed_j
     job.wait_for_restart(1)
     job.wait_for_state("COMPLETED", seconds=300)
     assert steps("branched") == list(range(step_of(start) + 1, 41)) and step_of(start) < 36
+    resumed = [line.split()[2] for line in job.log().splitlines() if line.startswith("Resuming from ")]
+    assert resumed[0] == f"{start}:" and resumed[1].startswith("outputs/branched/checkpoint-")
     assert weights(real_repo / "outputs/branched") == weights(real_repo / "outputs/undisturbed")
