@@ -230,7 +230,7 @@ def full_check(
         problems += sample_problems(samples, encoder) + undecodable(samples, encoder, name)
     report_problems(list(dict.fromkeys(problems)), shown=1000)
     if encoder.family.has_vision:
-        print("Every image decodes.", flush=True)
+        print("\n".join(["Every image decodes.", *enlarged_by_the_processor(config, encoder.family)]), flush=True)
     check_leakage(config, splits)
     print("".join(f"{line}\n" for line in missing_candidates(splits["train"], encoder)), end="")
     show_sample(splits["train"][0], encoder)
@@ -241,6 +241,22 @@ def full_check(
     longest = survey(splits["train"], encoder)["longest"]
     print("\n".join(forecast(config, splits, longest, encoder, plan, world_size, tflops)))
     print("Check passed: nothing was trained.", flush=True)
+
+
+def enlarged_by_the_processor(config: Config, family: Family) -> list[str]:
+    """A warning where training shows images smaller than the model's own image processor would."""
+    key = "image_size" if config.resize == "letterbox" else "max_pixels"
+    value = getattr(config, key) or family.max_pixels
+    pixels, fits = (value**2, family.factor) if key == "image_size" else (value, family.min_pixels)
+    if pixels >= family.min_pixels:
+        return []
+    while key == "image_size" and fits**2 < family.min_pixels:
+        fits += family.factor
+    return [
+        f"WARNING: {key} {value} shows images of at most {pixels:,} pixels, and the model's own image processor enlarges"
+        f" those below {family.min_pixels:,}: a server would show the model other images than training does, so "
+        f"merge.py refuses such a run; set {key}: {fits} or more"
+    ]
 
 
 def refuse_leakage(config: Config, splits: Mapping[str, SampleList]) -> dict[str, SampleList]:

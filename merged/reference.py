@@ -94,7 +94,11 @@ def write(config: Config, encoder: SampleEncoder, model: torch.nn.Module, folder
     for asked in prompts(config, encoder):
         given = ask(asked)
         if found := prompt_differences(asked, given):
-            raise UserError(f"the merged folder asks otherwise than training did ({found[0]}); nothing was written")
+            cure = "train with images of a size that the model's own image processor leaves as it is (--check tells)"
+            raise UserError(
+                f"the merged folder asks otherwise than training did ({found[0]}); nothing was written"
+                + f"; {cure}" * found[0].startswith("pixels:")
+            )
         reference = {**asked, "answer": given["answer"], "logprobs": given["logprobs"]}
         lines.append(json.dumps(reference, ensure_ascii=False) + "\n")
     (folder / FILE).write_text("".join(lines), encoding="utf-8")

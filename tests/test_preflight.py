@@ -29,6 +29,7 @@ from preflight import (
     batch_arithmetic,
     check_samples,
     count_parameters,
+    enlarged_by_the_processor,
     input_hashes,
     make_plan,
     marked_text,
@@ -40,6 +41,7 @@ from runlog import step_line
 from samples import SampleList
 from tasks import counted
 from templates import as_conversations
+from toy.tiny_model import write_processors
 from train import find_start
 
 
@@ -218,6 +220,24 @@ def test_check_shows_a_sample_with_its_label_mask_counts_parameters_and_steps_an
     assert "Steps: 4 questions / 4 = 1 an epoch, 2.5 epochs = 3 steps over 10 questions" in out
     assert out.endswith("Check passed: nothing was trained.\n")
     assert not list((data / "out").glob("*.safetensors")) and not (data / "results").exists()
+
+
+def test_check_warns_of_images_that_the_published_image_processor_would_enlarge(command, data, tiny_models):
+    """By Qwen3-VL's own bound; the tiny models leave images of 4,096 pixels as they are."""
+    folder = shutil.copytree(tiny_models["qwen3_vl"], data / "published bounds")
+    write_processors(folder, "qwen3_vl", 65_536, 16_777_216)
+    code, out, _ = command(arguments=["--check"], model_name=str(folder), image_size=224)
+    (found,) = [line for line in out.splitlines() if "image processor enlarges" in line]
+    assert code == 0 and "image_size 224 shows images of at most 50,176 pixels" in found
+    assert found.endswith("set image_size: 256 or more")
+
+    def warned(**changes):
+        values = {"resize": "native", "image_size": None} if "max_pixels" in changes else {}
+        config = load_config(write_values(data / "c.yaml", config_values(data, folder) | values | changes))
+        return "".join(enlarged_by_the_processor(config, load_family(str(folder))))
+
+    assert not warned(image_size=256) and not warned(max_pixels=65_536)
+    assert warned(max_pixels=40_000).endswith("set max_pixels: 65536 or more")
 
 
 def test_check_refuses_an_output_folder_that_cannot_be_made(command, data):
