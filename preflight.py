@@ -253,9 +253,9 @@ def enlarged_by_the_processor(config: Config, family: Family) -> list[str]:
     while key == "image_size" and fits**2 < family.min_pixels:
         fits += family.factor
     return [
-        f"WARNING: {key} {value} shows images of at most {pixels:,} pixels, and the model's own image processor enlarges"
-        f" those below {family.min_pixels:,}: a server would show the model other images than training does, so "
-        f"merge.py refuses such a run; set {key}: {fits} or more"
+        f"WARNING: {key} {value} shows images of at most {pixels:,} pixels, and the model's own image processor "
+        f"enlarges those below {family.min_pixels:,}: a server would show the model other images than training does, "
+        f"so merge.py refuses such a run; set {key}: {fits} or more"
     ]
 
 
@@ -303,6 +303,7 @@ def refuse_same_texts(splits: Mapping[str, SampleList]) -> None:
 def check_leakage(config: Config, splits: Mapping[str, SampleList]) -> None:
     """Identical images in two splits are fatal; near-identical ones go to near_identical.html, for a human."""
     import leakage
+    from prepare import vqa
 
     compared = refuse_leakage(config, splits)
     if task_of(config).HAS_HEAD:  # pages of text all look alike to a perceptual hash
@@ -316,8 +317,10 @@ def check_leakage(config: Config, splits: Mapping[str, SampleList]) -> None:
     if pairs:
         page = Path(config.output_dir) / "near_identical.html"
         page.parent.mkdir(parents=True, exist_ok=True)
-        write_text(page, leakage.side_by_side(pairs, config.data.image_root))
-        write_text(page.with_suffix(".json"), leakage.pairs_text(everywhere))  # for prepare_data.py --keep-together
+        by_us = config.data.train and vqa.has_prepared(Path(config.data.train).parent)
+        cure = vqa.how_to_keep(page.parent, is_sorted=False) if by_us else None
+        write_text(page, leakage.side_by_side(pairs, config.data.image_root, cure))
+        write_text(page.with_suffix(".json"), leakage.pairs_text(everywhere))  # for prepare_data.py vqa --keep-together
         print(f"Look at them side by side in {page}", flush=True)
 
 

@@ -1,13 +1,16 @@
 """python bench/needs.py [--metadata metadata.csv] [--model HUB_NAME=FOLDER ...] [--tflops 300]
 
 What each shipped config needs of every GPU, of the disk and of time, as `train.py --check` counts it: from shapes,
-without weights or data. Nothing is measured.
+without weights or data. Nothing is measured. BENCHMARKS.md holds what this prints; by its last line the tests
+notice that configs or job files have changed since.
 
 --metadata: Kvasir-VQA's rows (img_id, question, answer, source); default: drawn rows with as many questions an image.
 --model: a folder with config.json, tokenizer and image processor in place of a hub name; may be given several times.
 """
 
 import argparse
+import hashlib
+import re
 import shutil
 import sys
 import tempfile
@@ -30,21 +33,49 @@ from model import load_tokenizer
 from preflight import make_plan
 from samples import SampleList
 
-CONFIGS = Path(__file__).resolve().parent.parent / "configs"
-# config, GPUs of its job file, stage of its training file (0: all)
-SHIPPED = [
-    ("exp1", 1, 0), ("exp1_qwen3_4gpu", 4, 0), ("exp2", 2, 0), ("exp3_stage1", 1, 1), ("exp3_stage2", 1, 2),
-    ("exp3_stage3", 1, 3), ("exp5_sequential_cot", 1, 0), ("click_rank16", 8, 0), ("click_rank32", 8, 0),
-    ("click_rank64", 8, 0), ("lr_text_2e5", 2, 0), ("lr_vision_2e5", 2, 0),
-]  # fmt: skip
+ROOT = Path(__file__).resolve().parent.parent
+# The keys of a config that decide what it needs; configs that agree in them, and in GPUs and stage, share a row.
+DECIDING = """model_name task template image vision_frozen projector_frozen finetuning lora quantization parallel
+    image_size resize max_pixels order max_samples max_tokens num_train_epochs train_bs grad_accum
+    gradient_checkpointing share_prefix pass_tokens num_labels""".split()
 CARDS = (24, 40, 48, 80, 141)  # GB
 SIZES = {"vqa": (1856, 1600), "click": (1920, 1080), "cls": (1240, 1754)}  # of an image, in pixels
 
 
-def drawn_samples(config, rows: list[dict], stage: int, folder: Path) -> SampleList:
+def gpus_of_jobs() -> dict[str, int]:
+    """Config -> the GPUs of its Slurm file; where several name it, of the one that runs the fewest configs."""
+    jobs = []
+    for path in sorted(ROOT.glob("slurm/*.slurm")):
+        text = path.read_text(encoding="utf-8")
+        named = re.findall(r"configs/(\w*)(?:\{([\w,]+)\}(\w*))?\.yaml", text)  # configs/lr_text_{2e5,2e6}.yaml
+        configs = {head + middle + tail for head, inner, tail in named for middle in inner.split(",")}
+        if configs:
+            jobs.append((configs, int(re.search(r"^#SBATCH --gres=gpu:(\d+)", text, re.MULTILINE)[1])))
+    return {config: gpus for configs, gpus in sorted(jobs, key=lambda job: -len(job[0])) for config in configs}
+
+
+def shipped() -> dict[str, list[str]]:
+    """What decides a row, hashed -> the configs that share it, of all but the demo's."""
+    gpus, found = gpus_of_jobs(), {}
+    for path in sorted(ROOT.glob("configs/*.yaml")):
+        if path.stem != "demo":
+            config = load_config(path)
+            deciding = [repr(getattr(config, key)) for key in DECIDING]
+            deciding += [str(config.backbone_learning_rate == 0), str(stage_of(config)), str(gpus[path.stem])]
+            found.setdefault(hashlib.sha256("\n".join(deciding).encode()).hexdigest()[:8], []).append(path.stem)
+    return found
+
+
+def stage_of(config) -> int:
+    """The stage of its training file; 0: all."""
+    named = re.search(r"_stage(\d)", config.data.train)
+    return int(named[1]) if named else 0
+
+
+def drawn_samples(config, rows: list[dict], folder: Path) -> SampleList:
     """Kvasir-VQA's questions; clicks, one an image; documents as long as max_tokens allows, or of four pages."""
     if config.task == "vqa":
-        samples = [sample for sample in rows if stage in (0, sample["stage"])]
+        samples = [sample for sample in rows if stage_of(config) in (0, sample["stage"])]
     elif config.task == "click":
         samples = [{"id": str(n), "image": f"{n}.png", "instruction": "Open the settings of this page",
                     "point": [9, 9]} for n in range(64)]  # fmt: skip
@@ -74,13 +105,13 @@ class OneImage(SampleEncoder):
         return super().placement(path, upright_size(self.file))
 
 
-def row(name: str, gpus: int, stage: int, rows: list[dict], models: dict[str, str], folder: Path, tflops: float) -> str:
-    config = load_config(CONFIGS / f"{name}.yaml")
+def row(names: list[str], rows: list[dict], models: dict[str, str], folder: Path, tflops: float) -> str:
+    config, gpus = load_config(ROOT / "configs" / f"{names[0]}.yaml"), gpus_of_jobs()[names[0]]
     model_name = config.model_name
     config = replace(
         config, model_name=models.get(model_name, model_name), data=replace(config.data, image_root=str(folder))
     )
-    samples = drawn_samples(config, rows, stage, folder)
+    samples = drawn_samples(config, rows, folder)
     encoder = OneImage(config, load_family(config.model_name), load_tokenizer(config.model_name))
     encoder.file = folder / f"{config.task}.png"
     loss = meta_loss(config, encoder.family, torch.bfloat16)
@@ -95,10 +126,12 @@ def row(name: str, gpus: int, stage: int, rows: list[dict], models: dict[str, st
     minutes = 1000 * counts["operations"] / counts["questions"] / (gpus * tflops * 1e12) / 60
     trained = held["trained"] * (gpus if config.parallel == "fsdp" else 1) / 16  # parameters
     base = sum(p.numel() for p in loss.model.parameters()) - (trained if config.finetuning == "lora" else 0)
+    model = f"{model_name.partition('/')[2].removesuffix('-Instruct')}, {gpus}"
     shown = f"{card} GB" if card else f"more than {CARDS[-1]} GB"
     return (
-        f"| {name} | {model_name.partition('/')[2]} | {gpus} | {fixed / 1e9:.1f} | {memory.bytes(tokens) / 1e9:.1f} in "
-        f"{tokens:,} tokens | {shown} | {2 * base / 1e9:.1f} | {12 * trained / 1e9:.2f} | {minutes:.2f} |"
+        f"| {', '.join(names)} | {model} | {fixed / 1e9:.1f} + "
+        f"{memory.bytes(tokens) / 1e9:.1f} ({tokens:,} tokens) | {shown} | {2 * base / 1e9:.1f} | "
+        f"{12 * trained / 1e9:.2f} | {minutes:.2f} |"
     )
 
 
@@ -114,17 +147,18 @@ def main() -> None:
     folder = Path(tempfile.mkdtemp(prefix="bench-"))
     try:
         rows = work.kvasir_samples(args.metadata)
-        heads = ["config", "model", "GPUs", "weights and optimizer, GB a GPU", "largest pass, GB", "smallest card",
-                 "base on disk, GB", "a checkpoint, GB", "min per 1,000 samples"]  # fmt: skip
+        heads = ["config", "model, GPUs", "GB of each GPU: held + largest pass", "smallest card", "base, GB",
+                 "a checkpoint, GB", "min per 1,000 samples"]  # fmt: skip
         print(f"| {' | '.join(heads)} |")
-        print("|---|---|--:|--:|--:|--:|--:|--:|--:|")
-        for name, gpus, stage in SHIPPED:
-            if args.only and name not in args.only:
+        print("|---|---|--:|--:|--:|--:|--:|")
+        for names in shipped().values():
+            if args.only and not set(args.only) & set(names):
                 continue
             try:
-                print(row(name, gpus, stage, rows, models, folder, args.tflops), flush=True)
+                print(row(names, rows, models, folder, args.tflops), flush=True)
             except UserError as error:
-                print(f"| {name} | not counted: {error} |", flush=True)
+                print(f"| {', '.join(names)} | not counted: {error} |", flush=True)
+        print(f"<!-- counted from {' '.join(shipped())} -->")
     finally:
         shutil.rmtree(folder, ignore_errors=True)
 

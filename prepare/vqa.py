@@ -1,6 +1,7 @@
 """Own questions and answers about images, in any form of the README -> samples by split, a report and a config.
 `prepare_data.py vqa` calls `prepare`."""
 
+import contextlib
 import hashlib
 import json
 from collections import Counter, defaultdict
@@ -26,6 +27,7 @@ from prepare.splits import SPLITS
 from report.free_form import are_sentences, is_sentence
 from templates import image_paths, to_messages
 
+TITLE = "# Questions and answers, prepared"  # how report.md begins; it marks a folder of ours
 PAGE, PAIRS = "near_identical.html", "near_identical.json"
 FEWEST_IMAGES = 5  # of the training split, that a question is asked of before its answers are taken for a closed list
 MOST_CANDIDATES = 50
@@ -319,6 +321,13 @@ def name_samples(samples: list[dict]) -> None:
 # ------------------------------------------------------------------------------------------------------- the report
 
 
+def has_prepared(folder: Path) -> bool:
+    """Whether the files of the splits there are this source's, which writes them anew from its pairs."""
+    with contextlib.suppress(OSError, UnicodeDecodeError):
+        return (folder / "report.md").read_text(encoding="utf-8").startswith(TITLE)
+    return False
+
+
 def how_to_keep(out: Path, is_sorted: bool) -> str:
     """What to do about nearly identical images across splits. is_sorted: their file is the one of --keep-together."""
     if is_sorted:
@@ -326,7 +335,9 @@ def how_to_keep(out: Path, is_sorted: bool) -> str:
             f'Add those that show the same scene to {out / PAIRS} (a line {{"images": ["a.jpg", "b.jpg"]}} each), and '
             "run the same command again; the other pairs may stay"
         )
-    return f"Take out of {out / PAIRS} those that differ, and run again with --keep-together {out / PAIRS}"
+    return (
+        f"Take out of {out / PAIRS} those that differ, and run prepare_data.py again with --keep-together {out / PAIRS}"
+    )
 
 
 def notes(free_form: bool, pairs: list, out: Path, is_sorted: bool) -> list[str]:
@@ -360,7 +371,7 @@ def report(source, settings, table, counts, questions, free_form: bool, answers:
     if any(row[0] == KINDS["conversation"] for row in table):
         scores += "; a conversation is scored on its last answer, with the gold earlier ones in view"
     where = "the training split only" if has_train else "nowhere: there is no training split"
-    return f"""# Questions and answers, prepared
+    return f"""{TITLE}
 
 Source: {source}; {"; ".join(settings)}.
 

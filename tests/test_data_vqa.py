@@ -175,7 +175,10 @@ def test_the_command_with_the_sorted_pairs_of_its_own_folder_works_twice_and_lea
     source = write(tmp_path / "s.jsonl", rows_about([*names, *(f"like-{n[:2]}.jpg" for n in names)]))
     prepare(source)
     kept, page = Path("data/mine/near_identical.json"), Path("data/mine/near_identical.html")
-    assert f"Take out of {kept} those that differ, and run again with --keep-together {kept}" in page.read_text()
+    assert (
+        f"Take out of {kept} those that differ, and run prepare_data.py again with --keep-together {kept}"
+        in page.read_text()
+    )
     assert "by hand in the files of the splits is undone" in page.read_text()
     kept.write_text(json.dumps(json.loads(kept.read_text())[removed:]))
     by_eye = kept.read_text()
@@ -190,7 +193,7 @@ def test_the_command_with_the_sorted_pairs_of_its_own_folder_works_twice_and_lea
         assert [pair["images"] for pair in json.loads(kept.read_text())] == [p["images"] for p in json.loads(by_eye)]
 
 
-def test_check_writes_the_pairs_that_keep_together_takes(tmp_path, monkeypatch):
+def test_check_writes_the_pairs_that_keep_together_takes_and_names_them_on_the_page(tmp_path, monkeypatch):
     import leakage
     from preflight import check_leakage
     from prepare.vqa import read_pairs
@@ -200,10 +203,16 @@ def test_check_writes_the_pairs_that_keep_together_takes(tmp_path, monkeypatch):
     source = write(tmp_path / "s.jsonl", rows_about(own_images(tmp_path, 6)))
     prepare(source)
     monkeypatch.setattr(leakage, "find_near_identical", lambda splits, root, within: pairs)
-    monkeypatch.setattr(leakage, "side_by_side", lambda pairs, root: "")
+    monkeypatch.setattr(leakage, "thumbnail", lambda path, pixels: ("", 0))
     config = load_config("configs/mine.yaml")
     check_leakage(config, {})
-    assert read_pairs(tmp_path / config.output_dir / "near_identical.json") == [("a.png", "b.png")]
+    kept = Path(config.output_dir) / "near_identical.json"
+    assert read_pairs(kept) == [("a.png", "b.png")]
+    page = kept.with_suffix(".html")
+    assert f"--keep-together {kept}" in page.read_text() and "move every sample" not in page.read_text()
+    Path("data/mine/report.md").write_text("# Kvasir-VQA, prepared")  # another source's splits are edited by hand
+    check_leakage(config, {})
+    assert "--keep-together" not in page.read_text() and "move every sample" in page.read_text()
 
 
 def test_refused_rows_are_all_listed_with_their_images_and_dropped_on_request(tmp_path):
