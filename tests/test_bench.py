@@ -5,6 +5,7 @@ import re
 import subprocess
 import sys
 import types
+from dataclasses import replace
 
 import pytest
 import torch
@@ -195,10 +196,49 @@ def test_two_ranks_start_from_a_cache_as_from_memory_and_in_the_same_order():
     assert [rows[start][-1] for start in ("without a cache", "the first", "the next")] == ["yes"] * 3
 
 
+def table_of_needs() -> str:
+    text = (REPO_ROOT / "BENCHMARKS.md").read_text(encoding="utf-8")
+    return text.partition("## What the shipped configs need")[2].partition("\n## ")[0]
+
+
+def test_every_shipped_config_stands_in_the_table_of_needs_with_its_model_and_the_gpus_of_its_job():
+    import needs
+
+    from config import load_config
+
+    rows = {name: cells for names, cells in columns(table_of_needs()).items() for name in names.split(", ")}
+    shipped = {path.stem: load_config(path) for path in REPO_ROOT.glob("configs/*.yaml") if path.stem != "demo"}
+    assert rows.keys() - {"config", "---"} == shipped.keys() and len(shipped) == 24
+    for name, config in shipped.items():
+        model, gpus = rows[name][0].rsplit(", ", 1)
+        assert model in config.model_name and int(gpus) == needs.gpus_of_jobs()[name], name
+    assert needs.gpus_of_jobs()["exp2"] == 2, "its own job's, not those of the job that runs five experiments"
+
+
+def test_the_table_of_needs_is_of_the_configs_and_job_files_as_they_are(monkeypatch):
+    """Where this fails: run bench/needs.py, and put what it prints into BENCHMARKS.md."""
+    import needs
+
+    def stamp():
+        return f"<!-- counted from {' '.join(needs.shipped())} -->"
+
+    assert stamp() in table_of_needs()
+    load = needs.load_config
+    for key, value in (("image_size", 512), ("learning_rate", 1e-6)):  # one that decides, one that does not
+        monkeypatch.setattr(
+            needs, "load_config", lambda path, key=key, value=value: replace(load(path), **{key: value})
+        )
+        assert (stamp() in table_of_needs()) == (key == "learning_rate")
+    monkeypatch.setattr(needs, "load_config", load)
+    gpus = needs.gpus_of_jobs() | {"exp1": 8}
+    monkeypatch.setattr(needs, "gpus_of_jobs", lambda: gpus)
+    assert stamp() not in table_of_needs()
+
+
 @pytest.mark.slow
 def test_needs_counts_a_shipped_config_for_a_stated_model(tiny_models):
     model = f"Qwen/Qwen3-VL-8B-Instruct={tiny_models['qwen3_vl']}"
     table = columns(run("bench/needs.py", "--only", "exp2", "click_rank32", "--model", model))
     for name, gpus in (("exp2", "2"), ("click_rank32", "8")):
-        assert table[name][:2] == ["Qwen3-VL-8B-Instruct", gpus] and table[name][4] == "24 GB", table
-    assert float(table["click_rank32"][6]) >= float(table["exp2"][6]), "twice the rank, twice the checkpoint"
+        assert table[name][0] == f"Qwen3-VL-8B, {gpus}" and table[name][2] == "24 GB", table
+    assert float(table["click_rank32"][4]) >= float(table["exp2"][4]), "twice the rank, twice the checkpoint"
