@@ -55,7 +55,7 @@ def main(argv: list[str] | None = None) -> None:
     write_text(arguments.out / "compare.html", page)
 
     for title, header, rows in tables(report):
-        short = title in ("Scores", "Pairs", "Accuracy % by stage") or title.startswith("Plan")
+        short = title in ("Scores", "Pairs") or title.endswith("% by stage") or title.startswith("Plan")
         if short:  # the long tables are in the files
             print(f"\n{title}\n{console_table(header, rows)}")
     print("", *statements(report), "", *report["notes"], "", images, sep="\n")

@@ -5,8 +5,9 @@ from itertools import combinations
 import numpy as np
 
 from errors import UserError
+from report.free_form import token_f1
 from report.metrics import image_key
-from report.resampling import cluster_numbers, holm, sign_flip_p_value, smallest_p_value
+from report.resampling import cluster_numbers, holm, in_whole_numbers, sign_flip_p_value, smallest_p_value
 from report.results import Experiment, Results, differing_keys
 from report.variance import Estimate, Plan
 from report.words import ALPHA, notes, recipe_sentence, sentence
@@ -19,6 +20,7 @@ MOST_QUESTIONS = 60  # distinct questions that still make a table; free-form set
 def compare(experiments: list[Experiment], margin: float | None = None, wanted: float | None = None) -> dict:
     """Experiments on one test set (check_same_test) -> the report, the content of compare.json.
 
+    What is compared, `headline`, is accuracy; where all answers are sentences, token F1.
     Accuracies: Wilson's interval. Differences: t intervals, over images and, where both experiments have several runs,
     over seeds (`variance.Estimate`). p-values: of the same t where both have several runs, else exact sign flip of
     whole images; adjusted by Holm's method over all pairs for the whole test set, and over all pairs and all parts of
@@ -42,16 +44,26 @@ def compare(experiments: list[Experiment], margin: float | None = None, wanted: 
                     f"{accuracy:.4f}; they are of different runs: run evaluate.py again"
                 )
 
-    def count(part: np.ndarray) -> tuple[np.ndarray, list[np.ndarray]]:
+    headline = "predict_token_f1" if all("free_form" in score for score in scores) else "predict_accuracy"
+    values = rights  # for each experiment (runs, samples)
+    if headline == "predict_token_f1":
+        values = [
+            np.array(
+                [[token_f1(str(run.rows[i]["prediction"]), str(run.rows[i]["answer"])) for i in ids] for run in runs]
+            )
+            for runs in (experiment.runs for experiment in experiments)
+        ]
+
+    def count(part: np.ndarray, values: list[np.ndarray]) -> tuple[np.ndarray, list[np.ndarray]]:
         """(clusters,) how many questions of each image there are; for each experiment (runs, clusters) how many of them
-        each run answered right."""
-        hits = [np.array([np.bincount(clusters[part & r], minlength=cluster_count) for r in right]) for right in rights]
-        return np.bincount(clusters[part], minlength=cluster_count), hits
+        each run answered right, or the sum of their scores."""
+        sums = [np.array([np.bincount(clusters[part], run[part], cluster_count) for run in runs]) for runs in values]
+        return np.bincount(clusters[part], minlength=cluster_count), sums
 
     pairs = list(combinations(range(len(experiments)), 2))
     measured = []
     for kind, name, part in _parts(task, [runs[0].rows[i] for i in ids]):
-        asked, hits = count(part)
+        asked, hits = count(part, values)
         accuracies = [Estimate.of([of_one], asked) for of_one in hits]
         measured.append(
             {
@@ -59,13 +71,13 @@ def compare(experiments: list[Experiment], margin: float | None = None, wanted: 
                 "name": name,
                 "samples": int(part.sum()),
                 "accuracies": [
-                    {"experiment": experiment.name, "accuracy": one.value, "accuracy_ci": one.wilson()}
+                    {"experiment": experiment.name, "accuracy": one.value, "accuracy_ci": _interval(one, headline)}
                     for experiment, one in zip(experiments, accuracies, strict=True)
                 ],
                 "pairs": [
                     {"first": experiments[a].name, "second": experiments[b].name}
                     | _difference(hits[a], hits[b], asked)
-                    | _disagreement(rights[a][:, part], rights[b][:, part])
+                    | _disagreement(values[a][:, part], values[b][:, part])
                     for a, b in pairs
                 ],
             }
@@ -75,10 +87,14 @@ def compare(experiments: list[Experiment], margin: float | None = None, wanted: 
         for pair, adjusted in zip(family, holm([pair["p"] for pair in family]), strict=True):
             pair["p_holm"], pair["family_size"] = adjusted, len(family)
     whole = measured[0]
-    asked, hits = count(np.ones(len(ids), dtype=bool))
-    for score, accuracy, of_one in zip(scores, whole["accuracies"], hits, strict=True):
-        score["predict_accuracy"], score["predict_accuracy_ci"] = accuracy["accuracy"], accuracy["accuracy_ci"]
-        score["seed_spread"] = Estimate.of([of_one], asked).seed_spread(len(of_one))
+    everything = np.ones(len(ids), dtype=bool)
+    asked, hits = count(everything, values)
+    for score, of_one, exact in zip(scores, hits, count(everything, rights)[1], strict=True):
+        one, accuracy = Estimate.of([of_one], asked), Estimate.of([exact], asked)
+        score["predict_accuracy"], score["predict_accuracy_ci"] = accuracy.value, accuracy.wilson()
+        if headline != "predict_accuracy":  # a single run's interval stays that of evaluate.py
+            score.setdefault(f"{headline}_ci", _interval(one, headline))
+        score["seed_spread"] = one.seed_spread(len(of_one))
     accuracy = {one["experiment"]: one["accuracy"] for one in whole["accuracies"]}
     for (a, b), pair in zip(pairs, whole["pairs"], strict=True):
         estimate, runs_each = Estimate.of([hits[a], hits[b]], asked), [len(hits[a]), len(hits[b])]
@@ -91,11 +107,12 @@ def compare(experiments: list[Experiment], margin: float | None = None, wanted: 
             pair["plan"] = _plan(estimate, min(runs_each), wanted, ALPHA / len(pairs))
         pair["differing_keys"] = differing_keys(experiments[a].runs[0], experiments[b].runs[0])
         pair["made_elsewhere"] = [experiments[n].name for n in (a, b) if experiments[n].made_elsewhere]
-        pair["sentence"] = sentence(pair, accuracy, task.UNIT, task.CLUSTER)
+        pair["sentence"] = sentence(pair, accuracy, task.UNIT, task.CLUSTER, headline)
         pair["recipe"] = recipe_sentence(pair)
     baselines = _majority_baselines(experiments)
     return {
         "task": runs[0].task,
+        "headline": headline,
         "samples": len(ids),
         "clusters": cluster_count,
         "experiments": scores,
@@ -103,14 +120,22 @@ def compare(experiments: list[Experiment], margin: float | None = None, wanted: 
         "majority_baselines": baselines,
         "pairs": whole["pairs"],
         "parts": measured[1:],
-        "notes": notes(runs[0].task, scores, baselines),
+        "notes": notes(runs[0].task, scores, baselines, headline),
     }
 
 
+def _interval(one: Estimate, headline: str) -> list[float] | None:
+    """Of one experiment: Wilson's for a share of right answers, t for a mean of scores from 0 to 1."""
+    if headline == "predict_accuracy":
+        return one.wilson()
+    ends = one.interval()
+    return ends and [max(0.0, ends[0]), min(1.0, ends[1])]
+
+
 def _difference(first: np.ndarray, second: np.ndarray, asked: np.ndarray) -> dict:
-    """first, second: (runs, clusters), questions answered right. asked: (clusters,)."""
+    """first, second: (runs, clusters), questions answered right, or sums of scores. asked: (clusters,)."""
     estimate = Estimate.of([first, second], asked)
-    whole_numbers = len(second) * first.sum(axis=0) - len(first) * second.sum(axis=0)
+    whole_numbers = in_whole_numbers(len(second) * first.sum(axis=0) - len(first) * second.sum(axis=0))
     tested_by_flips = estimate.seed is None
     return {
         "difference": estimate.value,
@@ -143,7 +168,8 @@ def _plan(estimate: Estimate, runs: int, wanted: float, alpha: float) -> dict | 
 
 
 def _disagreement(first: np.ndarray, second: np.ndarray) -> dict:
-    """first, second: (runs, samples) right or wrong. Of several runs, the one right more often counts as right."""
+    """first, second: (runs, samples) right or wrong, or scores. Of several runs, the one right more often, or of the
+    greater mean, counts as right."""
     difference = first.mean(axis=0) - second.mean(axis=0)
     return {"only_first_right": int((difference > 0).sum()), "only_second_right": int((difference < 0).sum())}
 
@@ -196,6 +222,7 @@ def _scores(experiment: Experiment, ids: list[str], keys: list) -> dict:
         "made_elsewhere": experiment.made_elsewhere,
         "runs": [
             {"folder": run.folder, "seed": run.seed, "accuracy": one["predict_accuracy"]}
+            | ({"token_f1": one["predict_token_f1"]} if "predict_token_f1" in one else {})
             for run, one in zip(experiment.runs, of_runs, strict=True)
         ],
         **{name: value for name, value in scores.items() if not name.startswith("majority_")},

@@ -22,7 +22,9 @@ PHRASE_WORDS = 3  # that end with a full stop
 LIBRARIES = ("sacrebleu", "rouge_score", "nltk")
 INSTALL = "pip install -r requirements-extra.txt"
 BLEU_ORDER = 4
+KEPT = "free_form_scores"  # a key of a row of predictions
 NAMES = ["predict_token_f1", "predict_rouge1", "predict_rouge2", "predict_rougeL", "predict_meteor", "predict_bleu"]
+KEPT_NAMES = NAMES[1:-1]  # token F1 is quick, and BLEU no mean of its rows
 
 
 def is_sentence(answer: str) -> bool:
@@ -69,11 +71,16 @@ def score_free_form(rows: Sequence[dict], overrule: bool | None = None) -> dict:
 
     predict_token_f1, predict_rouge1, _rouge2, _rougeL, predict_meteor: means over the rows, 0 to 1; None where the
         library is missing, which `free_form_missing` names. predict_bleu: of the corpus, 0 to 1.
-    free_form: True. meteor_matches: what METEOR took for a match.
+    free_form: True. meteor_matches: what METEOR took for a match. The rows get ROUGE and METEOR under `KEPT`, so that
+    a comparison need not compute them again.
     """
     if not (is_free_form(rows) if overrule is None else overrule):
         return {}
     means, bleu = columns(rows)
+    for number, row in enumerate(rows):
+        row[KEPT] = {name: float(means[name][number]) for name in KEPT_NAMES if np.isfinite(means[name][number])}
+        if "predict_meteor" in row[KEPT]:
+            row[KEPT]["synonyms"] = has_synonyms()
     values = np.stack(list(means.values()), axis=1)  # (samples, scores)
 
     def statistic(weights: np.ndarray) -> np.ndarray:
@@ -97,11 +104,16 @@ def columns(rows: Sequence[dict]) -> tuple[dict[str, np.ndarray], Callable[[np.n
     found = {name: nothing for name in NAMES[:-1]}
     found["predict_token_f1"] = np.array([token_f1(*pair) for pair in pairs])
     missing = missing_libraries()
-    if "rouge_score" not in missing:
+    kept = [row.get(KEPT, {}) for row in rows]
+    if all("predict_rougeL" in scores for scores in kept):
+        found |= {name: np.array([scores[name] for scores in kept]) for name in KEPT_NAMES[:-1]}
+    elif "rouge_score" not in missing:
         scores = [_rouge().score(answer, prediction) for prediction, answer in pairs]
         for kind in ("rouge1", "rouge2", "rougeL"):
             found[f"predict_{kind}"] = np.array([score[kind].fmeasure for score in scores])
-    if "nltk" not in missing:
+    if "nltk" not in missing and all(scores.get("synonyms") == has_synonyms() for scores in kept):
+        found["predict_meteor"] = np.array([scores["predict_meteor"] for scores in kept])
+    elif "nltk" not in missing:
         found["predict_meteor"] = np.array([meteor(*pair) for pair in pairs])
     return found, None if "sacrebleu" in missing else _bleu_statistic(pairs)
 
@@ -138,8 +150,12 @@ def _wordnet():
     return wordnet
 
 
+def has_synonyms() -> bool:
+    return not isinstance(_wordnet(), _NoSynonyms)
+
+
 def meteor_matches() -> str:
-    return "words and stems" if isinstance(_wordnet(), _NoSynonyms) else "words, stems and synonyms (WordNet)"
+    return "words, stems and synonyms (WordNet)" if has_synonyms() else "words and stems"
 
 
 def meteor(prediction: str, answer: str) -> float:

@@ -13,6 +13,7 @@ from statistics import mean
 
 from errors import UserError
 from images import image_path, open_image
+from report.free_form import token_f1
 from report.words import statements, tags
 from tasks import TASKS
 from templates import image_paths
@@ -33,7 +34,8 @@ def page(
     image_root: folder of the images, over what the results say. most_images: more are left out, and counted.
     """
     task, runs = TASKS[report["task"]], [run for experiment in experiments for run in experiment.runs]
-    cards = _disagreements(task, experiments)
+    as_sentences = report["headline"] == "predict_token_f1"
+    cards = _disagreements(task, experiments, as_sentences)
     shown = _choose(cards, most_images)
     root = image_root or next((Path(run.image_root) for run in runs if run.image_root), Path("."))
     unreadable: list[str] = []
@@ -43,7 +45,8 @@ def page(
     noun = "images" if _card_per_image(task) else f"{unit}s"
     if not cards:
         alike = "hit and missed the same targets" if task.POINTS else "gave the same answers everywhere"
-        alike = alike if len(runs) == len(experiments) else f"are right equally often on every {unit}"
+        alike = "have the same token F1 on every question" if as_sentences else alike
+        alike = alike if as_sentences or len(runs) == len(experiments) else f"are right equally often on every {unit}"
         summary = f"The experiments {alike}: there is nothing to show."
     else:
         summary = f"The experiments disagree on {len(cards)} {noun}; the page shows {len(shown)}"
@@ -67,7 +70,7 @@ def page(
         "tables": "".join(_table(*table, is_open=number == 0) for number, table in enumerate(tables)),
         "notes": "".join(f"<li>{_prose(note)}</li>" for note in report["notes"]),
         "summary": escape(summary),
-        "filters": _filters(shown, experiments, unit) if shown else "",
+        "filters": _filters(shown, experiments, unit, as_sentences) if shown else "",
         "cards": "".join(html_cards),
     }
     return re.sub(r"\{\{(\w+)\}\}", lambda match: fields[match.group(1)], template), summary
@@ -76,15 +79,17 @@ def page(
 # --- which images ---------------------------------------------------------------------------------------------------
 
 
-def _disagreements(task, experiments: list) -> list[dict]:
+def _disagreements(task, experiments: list, as_sentences: bool) -> list[dict]:
     """One card per image (per sample for cls and click) on which experiments that see the image disagree: in what they
-    say, or, with several runs, in how often they are right."""
+    say, or, with several runs, in how often they are right; where answers are sentences, in token F1."""
     voters = [experiment for experiment in experiments if not experiment.without_images]
     voters = voters if len(voters) > 1 else experiments
     several = any(len(experiment.runs) > 1 for experiment in experiments)
     cards: dict = {}
     for sample_id in experiments[0].runs[0].rows:
-        if several:
+        if as_sentences:
+            said = {mean(_token_f1(run.rows[sample_id]) for run in experiment.runs) for experiment in voters}
+        elif several:
             said = {mean(task.correct(run.rows[sample_id]) for run in experiment.runs) for experiment in voters}
         else:
             said = {task.verdict(experiment.runs[0].rows[sample_id]) for experiment in voters}
@@ -93,7 +98,7 @@ def _disagreements(task, experiments: list) -> list[dict]:
             images = next(filter(None, map(image_paths, chain.from_iterable(rows))), [])
             key = tuple(images) if _card_per_image(task) and images else sample_id
             card = cards.setdefault(key, {"images": images, "items": []})
-            card["items"].append(_item(task, rows))
+            card["items"].append(_item(task, rows, as_sentences))
     return list(cards.values())
 
 
@@ -102,7 +107,11 @@ def _card_per_image(task) -> bool:
     return task.UNIT != task.CLUSTER and not task.POINTS
 
 
-def _item(task, of_experiments: list[list[dict]]) -> dict:
+def _token_f1(row: dict) -> float:
+    return token_f1(str(row["prediction"]), str(row["answer"]))
+
+
+def _item(task, of_experiments: list[list[dict]], as_sentences: bool) -> dict:
     """of_experiments: for each experiment the rows of its runs."""
     rows = list(chain.from_iterable(of_experiments))
     row = rows[0]
@@ -116,6 +125,10 @@ def _item(task, of_experiments: list[list[dict]]) -> dict:
         "rights": [task.correct(row) for row in rows],
         "right_mostly": [mean(map(task.correct, of_one)) > 0.5 for of_one in of_experiments],
     }
+    if as_sentences:  # the best of an experiment's place is what "right" means elsewhere
+        of_each = [mean(map(_token_f1, of_one)) for of_one in of_experiments]
+        item["token_f1"] = [_token_f1(row) for row in rows]
+        item["right_mostly"] = [value == max(of_each) for value in of_each]
     if task.POINTS:
         item["points"] = [row["point"], *(r["predicted_point"] for r in rows)]
         item["size"] = row["image_size"]
@@ -200,12 +213,13 @@ def _answers(item: dict, experiments: list) -> str:
     said = zip(chain.from_iterable(labels), item["texts"], item["rights"], strict=True)
     for number, ((heading, name), text, is_right) in enumerate(said, start=1):
         mark, word = ("✓", "right") if is_right else ("✗", "wrong")
+        if "token_f1" in item:
+            mark, word = f"{item['token_f1'][number - 1]:.2f}", "token F1"
         label = f'<span class="number">{number}</span> ' * ("points" in item) + _breakable(name)
         answer = _clamped(text) if text.strip() else "<em>(empty answer)</em>"
         rows += f'<tr><th scope="rowgroup" colspan="2">{_breakable(heading)}</th></tr>' if heading else ""
-        rows += (
-            f'<tr class="{word}"><th scope="row">{label}</th><td><span class="mark" aria-hidden="true">{mark}</span>'
-        )
+        rows += f'<tr class="{word.replace(" ", "-")}"><th scope="row">{label}</th>'
+        rows += f'<td><span class="mark" aria-hidden="true">{mark}</span>'
         rows += f'<span class="word">{word}: </span>{answer}</td></tr>'
     attributes = f'data-stage="{escape(item["stage"])}" data-question="{escape(item["asked"])}" data-right="{right}"'
     return f'<li {attributes}><p class="asked">{stage}{escape(item["asked"])}</p><table>{rows}</table></li>'
@@ -226,7 +240,7 @@ def _clamped(text: str) -> str:
     return f'<details class="long"><summary>{escape(text[:TEXT_SHOWN])}…</summary>{escape(text[TEXT_SHOWN:])}</details>'
 
 
-def _filters(cards: list[dict], experiments: list, unit: str) -> str:
+def _filters(cards: list[dict], experiments: list, unit: str, as_sentences: bool) -> str:
     items = [item for card in cards for item in card["items"]]
     stages = sorted({item["stage"] for item in items} - {""})
     questions = sorted({item["asked"] for item in items})
@@ -243,14 +257,17 @@ def _filters(cards: list[dict], experiments: list, unit: str) -> str:
         options = f'<option value="">all</option>{options}'
         out += f'<label class="field">Question<select name="question">{options}</select></label>'
     options = '<option value="">anyone</option>'
+    is_right, is_wrong = ("scores highest", "scores lower") if as_sentences else ("is right", "is wrong")
     for number, experiment in enumerate(experiments):
-        name, mostly = escape(experiment.name), " in most runs" * (len(experiment.runs) > 1)
-        options += f'<option value="right-{number}">{name} is right{mostly}</option>'
-        options += f'<option value="wrong-{number}">{name} is wrong{mostly}</option>'
+        name, mostly = escape(experiment.name), " in most runs" * (len(experiment.runs) > 1 and not as_sentences)
+        options += f'<option value="right-{number}">{name} {is_right}{mostly}</option>'
+        options += f'<option value="wrong-{number}">{name} {is_wrong}{mostly}</option>'
         if len(experiments) > 2:
-            options += f'<option value="only-{number}">only {name} is right</option>'
-    options += '<option value="none">nobody is right</option>'
-    out += f'<label class="field">Who is right<select name="right">{options}</select></label>'
+            options += f'<option value="only-{number}">only {name} {is_right}</option>'
+    if not as_sentences:
+        options += '<option value="none">nobody is right</option>'
+    legend = "Who scores highest" if as_sentences else "Who is right"
+    out += f'<label class="field">{legend}<select name="right">{options}</select></label>'
     out += '<button type="reset">Clear</button><output id="count" role="status"></output>'
     return f'<form id="filters" data-unit="{unit}">{out}</form>'
 
@@ -266,11 +283,13 @@ def _breakable(name: str) -> str:
 
 
 def _chart(report: dict) -> str:
-    """Accuracy with its interval, one line per experiment and baseline, on a common axis that fits them; of several
-    runs a small dot each. The chance line of two classes is on the axis."""
-    lines = [s for s in report["experiments"] + report["majority_baselines"] if s.get("predict_accuracy") is not None]
-    ends = [end for s in lines for end in (s["predict_accuracy_ci"] or [s["predict_accuracy"]] * 2)]
-    ends += [run["accuracy"] for s in lines for run in s.get("runs", [])] + [report["chance"]] * bool(report["chance"])
+    """What is compared, with its interval, one line per experiment and baseline, on a common axis that fits them; of
+    several runs a small dot each. The chance line of two classes is on the axis."""
+    headline = report["headline"]
+    of_run = headline.removeprefix("predict_")
+    lines = [s for s in report["experiments"] + report["majority_baselines"] if s.get(headline) is not None]
+    ends = [end for s in lines for end in (s[f"{headline}_ci"] or [s[headline]] * 2)]
+    ends += [run[of_run] for s in lines for run in s.get("runs", [])] + [report["chance"]] * bool(report["chance"])
     step = next(s for s in (1, 2, 5, 10, 20) if 100 * (max(ends) - min(ends)) <= 6 * s or s == 20)
     low = max(0, int(100 * min(ends) // step * step - step))
     high = min(100, int(-(-100 * max(ends) // step) * step + step))
@@ -282,14 +301,14 @@ def _chart(report: dict) -> str:
     if report["chance"]:
         chance = f'<span class="chance" style="left:{place(report["chance"])}" title="chance"></span>'
     for scores in lines:
-        value, interval = scores["predict_accuracy"], scores["predict_accuracy_ci"]
+        value, interval = scores[headline], scores[f"{headline}_ci"]
         text = f"{100 * value:.1f} %" + (f" [{100 * interval[0]:.1f}, {100 * interval[1]:.1f}]" if interval else "")
         bar = ""
         if interval:
             width = (interval[1] - interval[0]) * 10000 / (high - low)
             bar = f'<span class="bar" style="left:{place(interval[0])};width:{width:.2f}%"></span>'
         runs = scores.get("runs", [])
-        seeds = [f'<span class="seed" style="left:{place(run["accuracy"])}"></span>' for run in runs] * (len(runs) > 1)
+        seeds = [f'<span class="seed" style="left:{place(run[of_run])}"></span>' for run in runs] * (len(runs) > 1)
         dot = f'<span class="dot" style="left:{place(value)}"></span>'
         track = f'<div class="track">{chance}{bar}{dot}{"".join(seeds)}</div>'
         label = "".join(f'<span class="tag">{escape(tag)}</span>' for tag in tags(scores))

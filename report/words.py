@@ -28,13 +28,30 @@ HEADINGS = {  # score -> heading; those with % are shown in percent
     "outside_candidates": "answers outside candidates",
     "unparsable": "unparsable answers",
 }
+HEADLINES = {  # what is compared -> how its findings are said
+    "predict_accuracy": {
+        "better": "is right more often than",
+        "alike": "are right and wrong on exactly the same {unit}s",
+        "tied": "are right equally often on every {cluster}, but on other {unit}s",
+        "value": "",
+        "only": "only {} right",
+    },
+    "predict_token_f1": {
+        "better": "scores higher than",
+        "alike": "have the same token F1 on every {unit}",
+        "tied": "have the same token F1 on every {cluster}, but not on every {unit}",
+        "value": "token F1 ",
+        "only": "{} higher on",
+    },
+}
 
 
-def sentence(pair: dict, accuracy: dict[str, float], unit: str, cluster: str) -> str:
+def sentence(pair: dict, accuracy: dict[str, float], unit: str, cluster: str, headline: str) -> str:
     """What the numbers of one pair (an entry of pairs in compare.json) allow one to say, and no more."""
+    say = {key: text.replace("{unit}", unit).replace("{cluster}", cluster) for key, text in HEADLINES[headline].items()}
     first, second, difference = pair["first"], pair["second"], pair["difference"]
     if pair["only_first_right"] == pair["only_second_right"] == 0:
-        return f"{first} and {second} are right and wrong on exactly the same {unit}s."
+        return f"{first} and {second} {say['alike']}."
     if difference < 0:
         first, second = second, first
     interval = ""
@@ -44,7 +61,7 @@ def sentence(pair: dict, accuracy: dict[str, float], unit: str, cluster: str) ->
         reaches_zero = low <= 0 <= high
         interval = f"95 % interval {_points(low)} to {_points(high)} points, "
     adjusted = f", adjusted for {pair['family_size']} pairs" if pair["family_size"] > 1 else ""
-    shares = f"{accuracy[first]:.1%} against {accuracy[second]:.1%}".replace("%", " %")
+    shares = f"{say['value']}{accuracy[first]:.1%} against {accuracy[second]:.1%}".replace("%", " %")
     numbers = f"{shares}, {_points(abs(difference))} points ({interval}p {_p_value(pair['p_holm'])}{adjusted})"
     seeds = " and of seeds" if min(pair["runs"]) > 1 else ""
     scope = _scope(pair)
@@ -52,7 +69,7 @@ def sentence(pair: dict, accuracy: dict[str, float], unit: str, cluster: str) ->
     within = f" within {_margin(pair['margin'])}" if equal else ""
     if pair["p_holm"] < ALPHA:
         doubt = "; the interval reaches zero, so it is a close call" if reaches_zero else ""
-        claim = f"{first} is right more often than {second}, by more than the choice of {cluster}s{seeds} explains"
+        claim = f"{first} {say['better']} {second}, by more than the choice of {cluster}s{seeds} explains"
         also = f" The two are equal{within} all the same." if equal else ""
         return f"{claim}: {numbers}{doubt}.{also}{scope}"
     if equal:
@@ -62,10 +79,7 @@ def sentence(pair: dict, accuracy: dict[str, float], unit: str, cluster: str) ->
     if pair["smallest_possible_p"] * pair["family_size"] >= ALPHA:
         count = pair["clusters_that_differ"]
         if count == 0:
-            return (
-                f"{first} and {second} are right equally often on every {cluster}, but on other {unit}s: "
-                f"{shares}.{scope}"
-            )
+            return f"{first} and {second} {say['tied']}: {shares}.{scope}"
         differing = f"{count} {cluster}{'s' * (count != 1)}"
         return (
             f"{first} and {second} differ on only {differing}, too few for any test to tell them apart: "
@@ -183,7 +197,7 @@ def statements(report: dict) -> list[str]:
         )
     if ends["same"]:
         said.append(
-            f"{len(ends['same'])} of {len(pairs)} pairs are right and wrong on exactly the same {unit}s: "
+            f"{len(ends['same'])} of {len(pairs)} pairs {HEADLINES[report['headline']]['alike'].format(unit=unit)}: "
             f"{_names(ends['same'])}."
         )
     if ends["undecided"]:
@@ -232,15 +246,21 @@ def _names(pairs: list[dict]) -> str:
     return "; ".join(f"{pair['first']} and {pair['second']}" for pair in pairs)
 
 
-def notes(task: str, scores: list[dict], baselines: list[dict]) -> list[str]:
+def notes(task: str, scores: list[dict], baselines: list[dict], headline: str) -> list[str]:
     """How the numbers of a report came about, and what they do not speak of. scores: those of each experiment."""
+    of_sentences = headline == "predict_token_f1"
     unit, cluster = TASKS[task].UNIT, TASKS[task].CLUSTER
     together = f", because the {unit}s of one {cluster} are not independent" if unit != cluster else ""
     single = any(len(one["runs"]) == 1 for one in scores)
     several = any(len(one["runs"]) > 1 for one in scores)
     lines = [
+        "The answers are sentences, so token F1 is compared, question by question: differences, p, power and the "
+        "tables of parts are of token F1. Accuracy is exact match, which says little of sentences."
+    ] * of_sentences
+    lines += [
         f"Intervals are of {100 * LEVEL:.0f} %. Accuracies: Wilson's on the effective sample size over {cluster}s"
-        f"{together}. Differences: t over {cluster}s" + (", and seeds where both have several." if several else "."),
+        f"{together}. Differences{' and means over parts' * of_sentences}: t over {cluster}s"
+        + (", and seeds where both have several." if several else "."),
         f"All other intervals: percentile bootstrap over {cluster}s, {RESAMPLES} resamples, seed {SEED}"
         + ("; several runs: means, without interval." if several else "."),
     ]
@@ -309,7 +329,9 @@ def tags(scores: dict) -> list[str]:
 def tables(report: dict) -> list[tuple[str, list[str], list[list[str]]]]:
     """The report as (title, header, rows) of text cells: scores, pairs, then a table per kind of part."""
     everyone = report["experiments"] + report["majority_baselines"]
+    headline = report["headline"]
     shown = [name for name in HEADINGS if any(scores.get(name) is not None for scores in everyone)]
+    shown.sort(key=lambda name: name != headline)  # what is compared comes first
     named = [s["name"] + "".join(f" ({tag})" for tag in tags(s)) for s in everyone]
     out = [
         (
@@ -323,8 +345,7 @@ def tables(report: dict) -> list[tuple[str, list[str], list[list[str]]]]:
                 "pair",
                 "difference in points",
                 "80 % power from",
-                "only first right",
-                "only second right",
+                *(HEADLINES[headline]["only"].format(which) for which in ("first", "second")),
                 "p",
                 "p (Holm)",
             ],
@@ -375,7 +396,8 @@ def tables(report: dict) -> list[tuple[str, list[str], list[list[str]]]]:
         pairs = [f"{pair['first']} − {pair['second']}" for pair in parts[0]["pairs"]]
         header = [kind, "samples", *(a["experiment"] for a in parts[0]["accuracies"])]
         rows = [[p["name"], str(p["samples"]), *(_cell(a, "accuracy") for a in p["accuracies"])] for p in parts]
-        out.append((f"Accuracy % by {kind}", header, rows))
+        of = HEADINGS[headline][0].upper() + HEADINGS[headline][1:]
+        out.append((f"{of} by {kind}", header, rows))
         rows = [
             [p["name"], *(f"{_cell(q, 'difference')}; p {_p_value(q['p_holm'])}" for q in p["pairs"])] for p in parts
         ]

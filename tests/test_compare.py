@@ -15,7 +15,9 @@ from support.headless_browser import headless_browser
 import compare
 from config import load_config, to_dict
 from errors import UserError
+from report import free_form
 from report import page as compare_page
+from report.free_form import score_free_form, token_f1
 from report.metrics import score_click, score_cls, score_vqa
 from report.variance import Estimate
 
@@ -73,6 +75,28 @@ def two(tmp_path):
     return first, second
 
 
+def sentence_rows(skill, seed, images=12, questions=3):
+    """Sentences that share more words with the gold ones the greater the skill, and hardly ever all of them."""
+    generator = np.random.default_rng(seed)
+    rows = []
+    for row in vqa_rows(skill, seed, images, questions):
+        gold = [f"word{n}" for n in generator.integers(0, 50, 8)]
+        said = [word if generator.random() < skill else "other" for word in gold]
+        row |= {"answer": " ".join(gold) + ".", "prediction": " ".join(said), "multi_label": False}
+        rows.append({key: value for key, value in row.items() if key != "candidates"})
+    return rows
+
+
+def with_gold_of(rows, others):
+    """The rows, about the other rows' gold answers: the same words at the same places are right."""
+    found = []
+    for row, other in zip(rows, others, strict=True):
+        places = zip(row["prediction"].split(), other["answer"].rstrip(".").split(), strict=True)
+        said = " ".join("other" if word == "other" else gold for word, gold in places)
+        found.append({**row, "answer": other["answer"], "prediction": said})
+    return found
+
+
 # --- the numbers ------------------------------------------------------------------------------------------------------
 
 
@@ -119,6 +143,63 @@ def test_accuracy_and_its_interval_are_those_of_evaluate(two, tmp_path):
         assert part["accuracies"][0]["accuracy_ci"] == pytest.approx(
             report["experiments"][0][f"predict_accuracy_stage{part['name']}_ci"]
         )
+
+
+def test_sentences_are_compared_by_token_f1_and_every_table_says_so(tmp_path, capsys):
+    first = sentence_rows(0.5, 1)
+    second = with_gold_of(sentence_rows(0.7, 2), first)
+    names = [write_results(tmp_path / name, rows) for name, rows in (("first", first), ("second", second))]
+    report = run(*names, out=tmp_path / "out")
+    f1 = [np.array([token_f1(row["prediction"], row["answer"]) for row in rows]) for rows in (first, second)]
+    of_images = (f1[0] - f1[1]).reshape(12, 3).sum(axis=1)
+    exact = stats.permutation_test((of_images,), np.sum, permutation_type="samples", n_resamples=np.inf).pvalue
+    pair = report["pairs"][0]
+    assert report["headline"] == "predict_token_f1"
+    assert pair["p"] == pytest.approx(exact, abs=2e-3) and 0 < exact < 0.2
+    assert pair["difference"] == pytest.approx(f1[0].mean() - f1[1].mean())
+    assert pair["only_second_right"] == (f1[1] > f1[0]).sum()
+    low, high = pair["difference_ci"]
+    assert low < pair["difference"] < high
+    for scores, values in zip(report["experiments"], f1, strict=True):
+        assert scores["predict_token_f1"] == pytest.approx(values.mean()) and scores["predict_accuracy"] < 0.2
+        rows = first if scores["name"] == "first" else second
+        assert scores["predict_token_f1_ci"] == score_free_form(rows)["predict_token_f1_ci"], "evaluate.py's"
+    assert "token F1" in pair["sentence"] and "right" not in pair["sentence"]
+    assert any("token F1 is compared" in note for note in report["notes"])
+    page, told = (tmp_path / "out/compare.html").read_text(), capsys.readouterr().out
+    for text in (page, told, (tmp_path / "out/compare.md").read_text()):
+        assert "Token F1 % by stage" in text and "first higher on" in text and "Accuracy % by" not in text
+    assert "first scores highest" in page and "is right" not in page
+    stage = report["parts"][0]
+    assert stage["accuracies"][0]["accuracy"] == pytest.approx(f1[0].reshape(12, 3)[:, 0].mean())
+
+
+def test_seeds_of_sentences_have_a_mean_an_interval_and_a_spread(tmp_path):
+    gold = sentence_rows(0.5, 0)
+    for name, skill in (("a", 0.5), ("b", 0.7)):
+        for seed in (1, 2, 3):
+            write_results(
+                tmp_path / f"{name}_seed{seed}", with_gold_of(sentence_rows(skill, 10 * seed), gold), seed=seed
+            )
+    runs = [",".join(str(tmp_path / f"{name}_seed{seed}") for seed in (1, 2, 3)) for name in "ab"]
+    report = run(*runs, out=tmp_path / "out")
+    for scores in report["experiments"]:
+        assert scores["predict_token_f1"] == pytest.approx(np.mean([one["token_f1"] for one in scores["runs"]]))
+        low, high = scores["predict_token_f1_ci"]
+        assert low < scores["predict_token_f1"] < high and scores["seed_spread"] is not None
+    assert report["pairs"][0]["p"] < 0.05 and "b scores higher than a" in report["pairs"][0]["sentence"]
+
+
+def test_a_comparison_takes_rouge_and_meteor_from_the_rows_that_evaluate_has_scored(tmp_path, monkeypatch):
+    rows = sentence_rows(0.5, 1)
+    pytest.importorskip("nltk"), pytest.importorskip("rouge_score")
+    scores = score_free_form(rows)  # as evaluate.py does before it writes them
+    names = [write_results(tmp_path / name, rows) for name in ("first", "second")]
+    monkeypatch.setattr(free_form, "meteor", lambda *_: pytest.fail("computed again"))
+    monkeypatch.setattr(free_form, "_rouge", lambda: pytest.fail("computed again"))
+    for one in run(*names, out=tmp_path / "out")["experiments"]:
+        for name in free_form.NAMES:
+            assert one[name] == pytest.approx(scores[name])
 
 
 def test_holm_runs_over_all_pairs(two, tmp_path):

@@ -7,7 +7,14 @@ import pytest
 from scipy import stats
 
 from report import resampling
-from report.resampling import bootstrap, cluster_numbers, holm, sign_flip_p_value, smallest_p_value
+from report.resampling import (
+    bootstrap,
+    cluster_numbers,
+    holm,
+    in_whole_numbers,
+    sign_flip_p_value,
+    smallest_p_value,
+)
 
 IMAGES, QUESTIONS, COMPARISONS = 60, 25, 1000  # nine questions are Kvasir-VQA's
 
@@ -51,6 +58,28 @@ def test_sign_flip_p_value_of_many_images_agrees_with_scipys_random_permutations
 def test_sign_flip_with_one_question_per_image_is_the_exact_mcnemar_test():
     differences = [1] * 14 + [-1] * 5 + [0] * 40
     assert sign_flip_p_value(differences) == pytest.approx(stats.binomtest(14, 19).pvalue)
+
+
+def test_sign_flip_of_sums_of_scores_equals_scipys_exact_permutation_test():
+    generator = np.random.default_rng(5)
+    for _ in range(10):
+        differences = generator.normal(0.1, 0.3, 12)
+        scipys = stats.permutation_test((differences,), np.sum, permutation_type="samples", n_resamples=np.inf)
+        assert sign_flip_p_value(in_whole_numbers(differences)) == pytest.approx(scipys.pvalue, abs=2e-3)
+    counts = np.array([3.0, -1.0, 0.0])
+    assert in_whole_numbers(counts).tolist() == [3, -1, 0] and in_whole_numbers(np.zeros(3)).tolist() == [0, 0, 0]
+
+
+def test_equal_models_whose_answers_are_scored_from_0_to_1_are_told_apart_in_3_to_7_percent():
+    """Token F1 of 25 questions on each of 60 images: hard images, and luck of each model with each image."""
+    generator = np.random.default_rng(6)
+    hardness = generator.normal(0, 1, (500, 1, IMAGES, 1)) + generator.normal(0, 0.7, (500, 2, IMAGES, 1))
+    f1 = 1 / (1 + np.exp(-(hardness + generator.normal(0, 1, (500, 2, IMAGES, QUESTIONS)))))
+    sums = f1.sum(axis=3)
+    rejected = np.mean([sign_flip_p_value(in_whole_numbers(a - b)) < 0.05 for a, b in sums])
+    assert 0.03 < rejected < 0.07
+    paired_t = stats.ttest_rel(f1[:, 0].reshape(500, -1), f1[:, 1].reshape(500, -1), axis=1).pvalue
+    assert np.mean(paired_t < 0.05) > 0.2, "what whole images protect from"
 
 
 def test_sign_flip_without_any_difference_finds_nothing():
