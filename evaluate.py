@@ -6,6 +6,9 @@ out, with the same answers. Writes generated_predictions.jsonl, predict_results.
 
 --predictions scores answers that another program gave, without a GPU: a .jsonl file with a line {"id", "prediction"}
 for each sample. Their results, in results_dir + "_predictions_" + the file's name, are compared like any other.
+
+--score-again scores the answers that lie in the results folder once more, without a GPU: where scoring failed, where a
+library of scores was missing, or with another --answers.
 """
 
 import argparse
@@ -14,6 +17,7 @@ import hashlib
 import json
 import os
 import re
+import sys
 import time
 from dataclasses import replace
 from pathlib import Path
@@ -39,12 +43,18 @@ from files import (
 )
 from inference import predict_split
 from preflight import check_samples, open_encoder
-from report.free_form import INSTALL
+from report.free_form import INSTALL, KEPT
 from report.results import read_log, run_history
 from run_folder import CONFIG_FILE, checkpoints
 from samples import load_split
 from tasks import task_of
 from templates import CONVERSATION_TEMPLATE, image_paths
+
+FACTS = "answered_with.json"  # in the results folder until its answers are scored
+# What the scores' file holds beside scores.
+KEPT_FACTS = """experiment task split split_is_training_file data_sha256 image image_root checkpoint predictions
+    predictions_sha256 seed adapter_sha256 questions_per_step trained_config config load_seconds predict_seconds
+    predict_samples_per_second""".split()
 
 
 def results_folder(config: Config, split: str) -> Path:
@@ -153,7 +163,10 @@ def table(scores: dict) -> list[str]:
             "gold earlier ones in view"
         )
     if scores.get("free_form_missing"):
-        lines.append(f"  not scored: {', '.join(scores['free_form_missing'])} missing; {INSTALL}, and evaluate again")
+        lines.append(
+            f"  not scored: {', '.join(scores['free_form_missing'])} missing; {INSTALL}, "
+            "and evaluate.py with --score-again"
+        )
     if scores.get("meteor_matches"):
         lines.append(f"  METEOR matched {scores['meteor_matches']}; BLEU is sacrebleu's, of all answers together")
     if "samples_on_training_images" in scores:
@@ -180,71 +193,132 @@ def write_predictions(results: Path, rows: list[dict]) -> None:
         write_text(results / "generated_predictions.jsonl", lines)
 
 
-def write_scores(results: Path, scores: dict, history: list[dict]) -> None:
+def data_hashes(config: Config, split: str) -> dict[str, str]:
+    """SHA-256 of the file of the split, and of training where the config names one. Raises: `UserError`."""
+    splits = dict.fromkeys([split, *(["train"] if config.data.train else [])])
+    check_data_files(config, splits)
+    return {name: file_sha256(getattr(config.data, name)) for name in splits}
+
+
+def what_is_asked(config: Config, split: str, hashes: dict[str, str]) -> dict:
+    """What every results folder records, whoever answers."""
+    return {
+        "experiment": config.experiment,
+        "task": config.task,
+        "split": split,
+        "checkpoint": None,
+        "predictions": None,
+        "split_is_training_file": "train" in hashes and len(set(hashes.values())) == 1,
+        "data_sha256": hashes,
+        "image": config.image,
+        "image_root": config.data.image_root,
+    }
+
+
+def score_and_write(config: Config, results: Path, rows: list[dict], facts: dict, answers: str, title: str) -> dict:
+    """The scores of rows, written to the results folder with the rows, and printed below a title.
+
+    facts: what is recorded beside the scores. It is kept until they are there, so that hours of answers can be scored
+    again, whatever goes wrong here. answers: as of `evaluate`."""
+    if answers != "auto":
+        rows = [{**row, "free_form": answers == "sentences"} for row in rows]
     with full_disk_is_said(results, "evaluate again"):
-        write_json(results / "all_results.json", {"history": history, "final": scores})
-        write_json(results / "predict_results.json", scores)
+        results.mkdir(parents=True, exist_ok=True)
+        write_json(results / FACTS, facts)
+    write_predictions(results, rows)
+    again = "evaluate.py again with --score-again" if facts["predictions"] is None else "evaluate.py again"
+    try:
+        scores = task_of(config).score(rows, config) | {"cut_off": sum(row.get("cut_off", False) for row in rows)}
+        scores |= facts | on_training_images(rows, config)
+        if any(KEPT in row for row in rows):
+            write_predictions(results, rows)
+        with full_disk_is_said(results, "make room"):
+            history = run_history(config.output_dir) if facts["predictions"] is None else []
+            write_json(results / "all_results.json", {"history": history, "final": scores})
+            write_json(results / "predict_results.json", scores)
+    except UserError as error:
+        raise UserError(f"{error}; the answers are kept: {again} scores them") from None
+    except Exception:
+        print(f"The answers are kept in {results}: {again} scores them", file=sys.stderr, flush=True)
+        raise
+    (results / FACTS).unlink()
+    print("\n".join([title, *table(scores)]))
+    return scores
 
 
 def evaluate(config: Config, checkpoint: str | None, split: str, source: str, answers: str = "auto") -> dict:
     """Scores of a split, written to the results folder. All ranks take part; the first returns them, the others {}.
     answers: whether they are scored as `sentences` or as `short`; auto: as the samples say, or else as they look."""
-    splits = dict.fromkeys([split, *(["train"] if config.data.train else [])])
-    check_data_files(config, splits)
+    hashes = data_hashes(config, split)
     folder = Path(checkpoint or config.output_dir)
     trained = None if checkpoint == "base" else folder
     encoder = open_encoder(config, source, trained or config.model_name)
-    task, family = encoder.task, encoder.family
-    hashes = {name: file_sha256(getattr(config.data, name)) for name in splits}
-    is_training_file = "train" in splits and len(set(hashes.values())) == 1
     results = results_folder(config, split)
     refuse_unusable_folder(results, "results_dir")
     ranks = start_ranks(config.deterministic)
     samples = in_turns(ranks, lambda: load_split(config, split))
     all_or_raise(ranks, lambda: ranks.is_first and check_samples(samples, encoder))
+    facts = what_is_asked(config, split, hashes) | {"checkpoint": str(checkpoint or folder)}
+    facts |= all_or_raise(ranks, lambda: provenance(config, trained, hashes) if ranks.is_first else {})
     started = time.perf_counter()
     model = load_trained(config, trained, ranks.device)
     model.eval()
     if ranks.is_first:
-        if is_training_file and split != "train":
+        if facts["split_is_training_file"] and split != "train":
             print(f"WARNING: {split} is the file that training reads: these scores measure memory, not skill")
-        say_what_is_replaced(results, str(checkpoint or folder), "checkpoint")
-        print(f"Answering {len(samples):,} samples of {samples.source} with {checkpoint or folder}", flush=True)
+        say_what_is_replaced(results, facts["checkpoint"], "checkpoint")
+        print(f"Answering {len(samples):,} samples of {samples.source} with {facts['checkpoint']}", flush=True)
     loaded = time.perf_counter()
-    rows = predict_split(make_loss(model, family, config), samples, encoder, ranks)
+    rows = predict_split(make_loss(model, encoder.family, config), samples, encoder, ranks)
     seconds = time.perf_counter() - loaded
-    if answers != "auto":
-        rows = [{**row, "free_form": answers == "sentences"} for row in rows]
-
-    def score() -> dict:
-        write_predictions(results, rows)
-        scores = task.score(rows, config) | {
-            "cut_off": sum(row.get("cut_off", False) for row in rows),
-            "experiment": config.experiment,
-            "task": config.task,
-            "checkpoint": str(checkpoint or folder),
-            "split": split,
-            "split_is_training_file": is_training_file,
-            "image": config.image,
-            "image_root": config.data.image_root,
-            "load_seconds": loaded - started,
-            "predict_seconds": seconds,
-            "predict_samples_per_second": len(rows) / seconds,
-            **provenance(config, trained, hashes),
-        }
-        scores |= on_training_images(rows, config)
-        write_scores(results, scores, run_history(config.output_dir))
-        return scores
-
-    scores = all_or_raise(ranks, lambda: score() if ranks.is_first else {})
+    facts |= {
+        "load_seconds": loaded - started,
+        "predict_seconds": seconds,
+        "predict_samples_per_second": len(rows) / seconds,
+    }
+    title = f"{config.experiment}: {split}, {len(rows):,} samples, {seconds:.1f} s"
+    scores = all_or_raise(
+        ranks, lambda: score_and_write(config, results, rows, facts, answers, title) if ranks.is_first else {}
+    )
     if ranks.is_first:
-        print("\n".join([f"{config.experiment}: {split}, {len(rows):,} samples, {seconds:.1f} s", *table(scores)]))
-        task.draw(rows, config, results)
-        draw_curves(config, task, trained, results)
-        print(f"Predictions and scores are in {results}", flush=True)
+        draw(config, trained, rows, results)
     ranks.barrier()
     stop_ranks()
     return scores
+
+
+def draw(config: Config, trained: Path | None, rows: list[dict], results: Path) -> None:
+    task_of(config).draw(rows, config, results)
+    draw_curves(config, task_of(config), trained, results)
+    print(f"Predictions and scores are in {results}", flush=True)
+
+
+def score_again(config: Config, checkpoint: str | None, split: str, answers: str = "auto") -> dict:
+    """The answers that lie in the results folder, scored once more. answers: as of `evaluate`.
+
+    Raises: `UserError` where there are none, or where they are another checkpoint's or to another file."""
+    refuse_ranks("--score-again")
+    results, cure = results_folder(config, split), "evaluate without --score-again"
+    path = next((results / name for name in (FACTS, "predict_results.json") if (results / name).is_file()), None)
+    if path is None or not (results / "generated_predictions.jsonl").is_file():
+        raise UserError(f"{results}: no answers to score again; {cure}")
+    kept, hashes = read_json(path, cure), data_hashes(config, split)
+    if not isinstance(kept, dict) or (kept.get("data_sha256") or {}).get(split) != hashes[split]:
+        raise UserError(f"{results}: its answers are to another file than {getattr(config.data, split)}; {cure}")
+    if checkpoint and kept.get("checkpoint") != checkpoint:
+        raise UserError(f"{results}: its answers are those of {kept.get('checkpoint')}; {cure}")
+    rows = [row for _, row in read_json_lines(results / "generated_predictions.jsonl", cure)]
+    facts = {name: kept[name] for name in KEPT_FACTS if name in kept} | {"predictions": kept.get("predictions")}
+    title = f"{config.experiment}: {split}, {len(rows):,} samples, scored again"
+    scores = score_and_write(config, results, rows, facts, answers, title)
+    made_by = facts.get("checkpoint")
+    draw(config, None if made_by in (None, "base") else Path(made_by), rows, results)
+    return scores
+
+
+def refuse_ranks(flag: str) -> None:
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        raise UserError(f"{flag} needs no second process: run it with python instead of torchrun")
 
 
 # ---------------------------------------------------------------------------------------- answers of another program
@@ -281,10 +355,8 @@ def read_predictions(path: Path, ids: list[str], config: Config) -> dict[str, tu
 def score_predictions(config: Config, path: Path, split: str, source: str, answers: str = "auto") -> dict:
     """Scores of answers to a split that another program gave, written to a results folder of their own. answers: as of
     `evaluate`."""
-    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
-        raise UserError("--predictions needs no second process: run it with python instead of torchrun")
-    splits = dict.fromkeys([split, *(["train"] if config.data.train else [])])
-    check_data_files(config, splits)
+    refuse_ranks("--predictions")
+    hashes = data_hashes(config, split)
     task = task_of(config)
     results = results_folder(config, split)
     results = results.with_name(f"{results.name}_predictions_{path.stem}")
@@ -302,27 +374,11 @@ def score_predictions(config: Config, path: Path, split: str, source: str, answe
             rows.append(task.row(sample, encoder, found[sample["id"]]))
         except UserError as error:
             raise UserError(f"{getattr(config.data, split)} sample {sample['id']}: {error}") from None
-    if answers != "auto":
-        rows = [{**row, "free_form": answers == "sentences"} for row in rows]
-    hashes = {name: file_sha256(getattr(config.data, name)) for name in splits}
-    write_predictions(results, rows)
-    scores = task.score(rows, config) | {
-        "experiment": config.experiment,
-        "task": config.task,
-        "checkpoint": None,
-        "predictions": str(path),
-        "predictions_sha256": file_sha256(path),
-        "split": split,
-        "split_is_training_file": "train" in splits and len(set(hashes.values())) == 1,
-        "data_sha256": hashes,
-        "image": config.image,
-        "image_root": config.data.image_root,
-        **on_training_images(rows, config),
-    }
-    write_scores(results, scores, [])
-    print("\n".join([f"Answers in {path}, made elsewhere: {split}, {len(rows):,} samples", *table(scores)]))
-    task.draw(rows, replace(config, output_dir=str(results)), results)
-    print(f"Predictions and scores are in {results}", flush=True)
+    facts = what_is_asked(config, split, hashes) | {"predictions": str(path)}
+    facts["predictions_sha256"] = file_sha256(path)
+    title = f"Answers in {path}, made elsewhere: {split}, {len(rows):,} samples"
+    scores = score_and_write(config, results, rows, facts, answers, title)
+    draw(replace(config, output_dir=str(results)), None, rows, results)
     return scores
 
 
@@ -334,6 +390,8 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--predictions", type=Path, metavar="FILE.jsonl",
                         help='score these instead: answers of another program, {"id", "prediction"} a line (a text; '
                              "clicks: also [x, y] in pixels; papers: probabilities)")  # fmt: skip
+    parser.add_argument("--score-again", action="store_true",
+                        help="score the answers of the results folder once more, without answering")  # fmt: skip
     parser.add_argument("--split", default="test", choices=["train", "val", "test"])
     parser.add_argument("--answers", choices=("auto", "short", "sentences"), default="auto",
                         help="sentences: score token F1, BLEU, ROUGE and METEOR beside exact match (auto: as "
@@ -341,6 +399,11 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="override any config key, e.g. image=none")
     args = parser.parse_intermixed_args(arguments)
     config = load_config(args.config, args.overrides)
+    if args.score_again and args.predictions:
+        raise UserError("--score-again is for answers in a results folder; --predictions scores a file without it")
+    if args.score_again:
+        score_again(config, args.checkpoint, args.split, args.answers)
+        return
     if args.predictions and args.checkpoint:
         raise UserError("--predictions are scored without a model; leave --checkpoint out")
     if args.predictions:

@@ -415,7 +415,8 @@ def console_table(header: list[str], rows: list[list[str]]) -> str:
 def size_of_test(report: dict) -> str:
     """ "9000 questions on 975 images." """
     unit, cluster = TASKS[report["task"]].UNIT, TASKS[report["task"]].CLUSTER
-    return f"{report['samples']} {unit}s" + (f" on {report['clusters']} {cluster}s." if unit != cluster else ".")
+    size = f"{report['samples']} {unit}s" + (f" on {report['clusters']} {cluster}s." if unit != cluster else ".")
+    return size + " Compared by token F1." * (report["headline"] == "predict_token_f1")
 
 
 def markdown(report: dict) -> str:

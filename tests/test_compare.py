@@ -167,6 +167,7 @@ def test_sentences_are_compared_by_token_f1_and_every_table_says_so(tmp_path, ca
     assert "token F1" in pair["sentence"] and "right" not in pair["sentence"]
     assert any("token F1 is compared" in note for note in report["notes"])
     page, told = (tmp_path / "out/compare.html").read_text(), capsys.readouterr().out
+    assert "36 questions on 12 images. Compared by token F1." in page
     for text in (page, told, (tmp_path / "out/compare.md").read_text()):
         assert "Token F1 % by stage" in text and "first higher on" in text and "Accuracy % by" not in text
     assert "first scores highest" in page and "is right" not in page

@@ -19,6 +19,7 @@ from distributed import Ranks
 from errors import UserError
 from files import file_sha256
 from inference import answer_split
+from report import free_form
 from samples import load_samples
 from tasks import click, cls, vqa
 
@@ -50,10 +51,75 @@ def test_answers_are_kept_where_scoring_fails_and_no_older_scores_stand_beside_t
         raise UserError("a stage file is being written")
 
     monkeypatch.setattr(vqa, "score", fail)
-    with short_answers(), pytest.raises(UserError, match="being written"):
+    with short_answers(), pytest.raises(UserError, match=r"being written; the answers are kept: .* --score-again"):
         evaluate.main(["--config", str(config)])
     assert (folder / "results" / "generated_predictions.jsonl").read_text().count("\n") == 6
     assert not (folder / "results" / "predict_results.json").exists()
+
+
+def test_kept_answers_are_scored_again_without_a_model_and_give_the_scores_of_a_whole_evaluation(setup, monkeypatch):
+    folder, config = setup
+    command = ["--config", str(config)]
+    with short_answers():
+        evaluate.main(command)
+    _, whole, history = results(folder / "results")
+    score = vqa.score
+    for scoring_fails in (True, False):  # its answers alone are left; its scores are there too
+        if scoring_fails:
+            monkeypatch.setattr(vqa, "score", lambda *_: 1 / 0)
+            with short_answers(), pytest.raises(ZeroDivisionError):
+                evaluate.main(command)
+            monkeypatch.setattr(vqa, "score", score)
+            monkeypatch.setattr(evaluate, "load_trained", lambda *_: pytest.fail("weights were loaded"))
+        evaluate.main([*command, "--score-again"])
+        again, changing = results(folder / "results"), ("load_seconds", "predict_seconds", "predict_samples_per_second")
+        assert again[1] == whole | {key: again[1][key] for key in changing} and again[1].keys() == whole.keys()
+        assert again[2]["history"] == history["history"]
+        assert not (folder / "results" / evaluate.FACTS).exists()
+    evaluate.main([*command, "--score-again", "--answers", "sentences"])
+    assert "predict_token_f1" in results(folder / "results")[1]
+    assert all(free_form.KEPT in row for row in results(folder / "results")[0])
+
+
+@pytest.mark.parametrize("task", ["click", "cls"])
+def test_kept_clicks_and_classes_are_scored_again_as_well(setup, task):
+    folder, config = setup
+    click_row = {"images": ["0.png"], "image_size": [60, 45], "question": "tap", "point": [30, 20], "correct": True}
+    rows = {
+        "click": [click_row | {"id": str(n), "predicted_point": [30, n], "prediction": "-"} for n in range(12)],
+        "cls": [{"id": str(n), "images": [], "logits": [0, n - 4], "probabilities": [1 - n / 12, n / 12],
+                 "predicted_label": int(n > 6), "true_label": n % 2, "cut_tokens": 0} for n in range(12)],
+    }[task]  # fmt: skip
+    (folder / "results").mkdir()
+    (folder / "results/generated_predictions.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    facts = {"checkpoint": "base", "split": "test", "data_sha256": {"test": file_sha256(folder / "test.json")}}
+    (folder / "results" / evaluate.FACTS).write_text(json.dumps(facts))
+    changes = ["task=click"] if task == "click" else ["task=cls", "num_labels=2", "template=paper_decision"]
+    evaluate.main(["--config", str(config), "--score-again", *changes])
+    expected = {"click": click, "cls": cls}[task].score(rows, load_config(config))
+    found = results(folder / "results")[1]
+    assert found.items() >= {key: value for key, value in expected.items() if value is not None}.items()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--split", "val"], "no answers to score again; evaluate without --score-again"),
+        (["data.test=train.json"], "its answers are to another file than"),
+        (["--checkpoint", "base"], "its answers are those of .*out; evaluate without"),
+        (["--predictions", "f.jsonl"], "--score-again is for answers in a results folder"),
+    ],
+)
+def test_answers_that_are_not_those_of_the_command_are_not_scored_again(setup, monkeypatch, arguments, message):
+    folder, config = setup
+    monkeypatch.chdir(folder)
+    (folder / "train.json").write_text(json.dumps(vqa_samples(3, 2)[:4]))
+    (folder / "results").mkdir()
+    (folder / "results" / "generated_predictions.jsonl").write_text("{}\n")
+    facts = {"checkpoint": str(folder / "out"), "data_sha256": {"test": file_sha256(folder / "test.json")}}
+    (folder / "results" / evaluate.FACTS).write_text(json.dumps(facts))
+    with pytest.raises(UserError, match=message):
+        evaluate.main(["--config", str(config), "--score-again", *arguments])
 
 
 def test_predictions_scores_and_history_are_written_and_agree(setup):
