@@ -52,12 +52,8 @@ def prompts(config: Config, encoder: SampleEncoder) -> Iterator[dict]:
         config = replace(config, data=replace(config.data, image_root=scratch))
         encoder = SampleEncoder(config, family, encoder.tokenizer)
         for number, (colour, fill) in enumerate(COLOURS.items(), 1):
-            image, x, y, radius = (
-                Image.new("RGB", (width, height), "#d9b8a4"),
-                width * number / 4,
-                height / 2,
-                width / 9,
-            )
+            image = Image.new("RGB", (width, height), "#d9b8a4")
+            x, y, radius = width * number / 4, height / 2, width / 9
             ImageDraw.Draw(image).ellipse((x - radius, y - radius, x + radius, y + radius), fill=fill)
             path = Path(scratch, f"{colour}.png")
             image.save(path)
@@ -249,9 +245,10 @@ def prompt_differences(reference: dict, asked: dict) -> list[str]:
     return told
 
 
-def served_differences(reference: dict, server: Server, asked: dict) -> list[str]:
+def served_differences(reference: dict, server: Server, asked: dict, folder: Path) -> list[str]:
     """Where a server's prompt is another one, as its counts of prompt tokens tell: it is asked again without the image,
-    and without the system prompt."""
+    and without the system prompt. folder: of the references, whose chat template tells how many a thinking model has.
+    """
     if asked["prompt_tokens"] is None:
         return []
     images = reference["image_tokens"]
@@ -268,6 +265,8 @@ def served_differences(reference: dict, server: Server, asked: dict) -> list[str
         cause = "another chat template, or text that is added or cut"
         if without_system == given:
             cause = "the system prompt is dropped, the count is the same without it"
+        elif given == _tokens_of_thinking(without_image, folder):
+            cause = "the model is asked to think; serve it with enable_thinking=false for its chat template"
         told.append(f"prompt: {given} text tokens instead of {text}: {cause}")
     shown = asked["prompt_tokens"] - given - marks
     if images and shown <= 0:
@@ -275,6 +274,15 @@ def served_differences(reference: dict, server: Server, asked: dict) -> list[str
     elif shown != sum(images):
         told.append(f"pixels: the image is resized, it has {shown} tokens instead of {sum(images)}")
     return told
+
+
+def _tokens_of_thinking(messages: list[dict], folder: Path) -> int:
+    """Of a prompt that lets the model think, where its chat template knows of that."""
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True, enable_thinking=True)
+    return len(tokenizer(text, add_special_tokens=False)["input_ids"])
 
 
 def _text_only(message: dict) -> dict:
@@ -309,7 +317,7 @@ def verify(target: str, folder: Path) -> bool:
     for reference in references:
         if server:
             asked = server.ask(reference["messages"])
-            found = served_differences(reference, server, asked)
+            found = served_differences(reference, server, asked, folder)
         else:
             asked = ask(reference)
             found = prompt_differences(reference, asked)

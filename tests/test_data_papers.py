@@ -5,6 +5,7 @@ import json
 import random
 import re
 
+import numpy as np
 import pytest
 from conftest import shared_data
 from PIL import Image, ImageChops
@@ -247,6 +248,20 @@ def test_a_page_is_as_high_as_its_lines_need_and_no_higher():
     bottom = ImageChops.invert(page).getbbox()[3]
     assert pages.MARGIN <= page.height - bottom < pages.MARGIN + pages.SIDE_UNIT + pages.LINE_HEIGHT
     assert pages.draw(["full"] * pages.LINES_PER_PAGE).size == pages.PAGE_SIZE
+
+
+def test_the_words_of_a_drawn_page_stand_apart_by_gaps_that_are_even_and_wider_than_those_between_letters():
+    text = "We study ill-posed filling of VAWTs in wide Journals, with rj kernels and (1,000) runs; fly To AV. " * 8
+    (lines,) = pages.Layout().pages_of(text)
+    ink = np.asarray(pages.draw(lines)) < 160
+    assert len(lines) > 5
+    for row, line in enumerate(lines):
+        top = pages.MARGIN + row * pages.LINE_HEIGHT
+        columns = np.flatnonzero(ink[top : top + pages.LINE_HEIGHT].any(axis=0))
+        gaps = sorted(np.diff(columns) - 1, reverse=True)
+        between_words = gaps[: line.count(" ")]
+        assert between_words[-1] > gaps[line.count(" ")], line
+        assert between_words[0] < 2 * between_words[-1], line
 
 
 def test_a_page_never_begins_or_ends_with_the_gap_between_two_paragraphs():

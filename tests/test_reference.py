@@ -21,10 +21,20 @@ from preflight import open_encoder
 @pytest.fixture(scope="module")
 def merged(tiny_models):
     """A merged folder whose prompts have a system turn and candidates."""
-    run = tiny_runs.tiny_run(tiny_models, "qwen3_vl")
-    folder = tiny_models.root / "reference"
+    return merge_tiny(tiny_models, "qwen3_vl")
+
+
+@pytest.fixture(scope="module")
+def merged_thinker(tiny_models):
+    """The same of a family that thinks unless it is told not to."""
+    return merge_tiny(tiny_models, "qwen3_5")
+
+
+def merge_tiny(tiny_models, family):
+    run = tiny_runs.tiny_run(tiny_models, family)
+    folder = tiny_models.root / f"reference {family}"
     config = tiny_runs.write_config(
-        run.folder, run.model_folder, template="ultra_condensed", output_dir=str(folder / "out")
+        run.folder, run.model_folder, family, template="ultra_condensed", output_dir=str(folder / "out")
     )
     (folder / "out").mkdir(parents=True)
     save_adapter(run.model(), folder / "out")
@@ -71,6 +81,30 @@ def test_a_server_that_shows_the_model_something_else_is_named_by_what_it_does(m
     assert code == 1 and lines[-1].endswith("0 of 3 references agree")
     for line in lines[:-1]:
         assert named in line and not_named not in line
+
+
+@pytest.mark.parametrize(
+    ("wrong", "named", "not_named"),
+    [
+        ("resizes", "pixels: the image is resized, it has 4 tokens instead of 16", "prompt:"),
+        ("drops system", "the system prompt is dropped, the count is the same without it", "pixels:"),
+        ("thinks", "the model is asked to think", "pixels:"),
+    ],
+)
+def test_a_server_of_a_qwen3_5_that_does_so_is_named_and_so_is_one_that_lets_it_think(
+    merged_thinker, capsys, wrong, named, not_named
+):
+    with serve(Served(merged_thinker, wrong)) as address:
+        code, lines = verify(capsys, merged_thinker, address)
+    assert code == 1 and lines[-1].endswith("0 of 3 references agree")
+    assert all(named in line and not_named not in line for line in lines[:-1]), lines
+
+
+def test_a_server_of_a_qwen3_5_that_is_right_agrees_and_so_does_its_folder(merged_thinker, capsys):
+    with serve(Served(merged_thinker)) as address:
+        for target in (address, merged_thinker):
+            code, lines = verify(capsys, merged_thinker, target)
+            assert code == 0 and lines[-1].endswith("3 of 3 references agree"), lines
 
 
 def test_a_server_that_is_right_agrees(merged, capsys):

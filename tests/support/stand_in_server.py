@@ -12,8 +12,8 @@ from PIL import Image
 
 
 class Served:
-    """The folder as transformers reads it. wrong: None, "resizes", "drops system", "drops image", "base weights" or
-    "tells nothing"."""
+    """The folder as transformers reads it. wrong: None, "resizes", "drops system", "drops image", "base weights",
+    "tells nothing" or "thinks"."""
 
     def __init__(self, folder, wrong=None, weights=None):
         from transformers import AutoImageProcessor, AutoModelForImageTextToText, AutoTokenizer
@@ -41,7 +41,8 @@ class Served:
                         image.resize((image.width // 2, image.height // 2)) if self.wrong == "resizes" else image
                     )
             messages.append({**message, "content": content})
-        text = self.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+        options = {} if self.wrong == "thinks" else asked.get("chat_template_kwargs", {})
+        text = self.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True, **options)
         inputs = {}
         if images:
             inputs = dict(self.processor(images=images, return_tensors="pt"))
