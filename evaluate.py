@@ -8,7 +8,8 @@ out, with the same answers. Writes generated_predictions.jsonl, predict_results.
 for each sample. Their results, in results_dir + "_predictions_" + the file's name, are compared like any other.
 
 --score-again scores the answers that lie in the results folder once more, without a GPU: where scoring failed, where a
-library of scores was missing, or with another --answers.
+library of scores was missing, or with another --answers. Where answers are sentences, METEOR matches words and stems,
+and synonyms where WordNet is installed (python -m nltk.downloader wordnet, on a machine with network).
 """
 
 import argparse
@@ -232,7 +233,7 @@ def score_and_write(config: Config, results: Path, rows: list[dict], facts: dict
         scores |= facts | on_training_images(rows, config)
         if any(KEPT in row for row in rows):
             write_predictions(results, rows)
-        with full_disk_is_said(results, "make room"):
+        with full_disk_is_said(results, "score again"):
             history = run_history(config.output_dir) if facts["predictions"] is None else []
             write_json(results / "all_results.json", {"history": history, "final": scores})
             write_json(results / "predict_results.json", scores)

@@ -14,7 +14,15 @@ from files import refuse_unusable_folder
 KVASIR = """python prepare_data.py kvasir --source RAW_DIR --out DATA_DIR
 
 Kvasir-VQA (images/<img_id>.jpg and metadata.csv, or the parquet files of its hub) -> train.json, val.json, test.json,
-stages.json (question -> stage, yours to edit) and report.md. Identical files stay on one side of the split."""
+stages.json (question -> stage, yours to edit) and report.md. Identical files stay on one side of the split.
+
+The rules (prepare/stager.py) put the questions into stages so; edit stages.json and run again to change one:
+  1 initial assessment  What type of procedure is the image taken from? Is there a green/black box artefact? Is there
+                        text? Is this finding easy to detect?
+  2 findings            Does this image contain any finding? Are there any abnormalities, anatomical landmarks,
+                        instruments? How many findings, polyps, instruments? What color is the abnormality, the
+                        landmark? What size, what type is the polyp? Where is the abnormality, landmark, instrument?
+  3 clinical context    Have all polyps been removed?"""
 
 
 KVASIR_X1 = """python prepare_data.py kvasir-x1 --source PARQUET_DIR --images KVASIR_DIR --out DATA_DIR
