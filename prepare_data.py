@@ -66,8 +66,9 @@ Papers with decisions -> train.json, val.json, test.json and report.md. One JSON
   {"id", "title", "abstract" and/or "full_text", "keywords": [...], "ratings": [6, 8, 5], "decision": "Accept (Poster)",
    "images": ["page1.png", ...]}
 Any accept is label 1, a reject 0; withdrawn and undecided papers are dropped. Each split gets as many of the one as of
-the other. Ratings and decision are kept beside the text, never in it. Papers with the same title or text stay on one
-side of the split, which is the same with and without --pages."""
+the other. Ratings and decision are kept beside the text, never in it; phrases that tell the decision ("Published as a
+conference paper at ...") are cut out. Papers with the same title or text stay on one side of the split, which is the
+same with and without --pages."""
 
 
 def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:

@@ -51,6 +51,8 @@ def page(
     else:
         summary = f"The experiments disagree on {len(cards)} {noun}; the page shows {len(shown)}"
         summary += f", with {items} {unit}s." if noun == "images" else "."
+    if as_sentences and cards:
+        summary += " The number before an answer is its token F1."
     if len(shown) < len(cards):
         turns = "the questions take turns, each in random order" if noun == "images" else "chosen at random"
         summary += f" {len(cards) - len(shown)} are left out (--pictures {most_images}); {turns}."

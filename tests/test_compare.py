@@ -170,7 +170,7 @@ def test_sentences_are_compared_by_token_f1_and_every_table_says_so(tmp_path, ca
     assert "36 questions on 12 images. Compared by token F1." in page
     for text in (page, told, (tmp_path / "out/compare.md").read_text()):
         assert "Token F1 % by stage" in text and "first higher on" in text and "Accuracy % by" not in text
-    assert "first scores highest" in page and "is right" not in page
+    assert "first scores highest" in page and "is right" not in page and "before an answer is its token F1" in page
     stage = report["parts"][0]
     assert stage["accuracies"][0]["accuracy"] == pytest.approx(f1[0].reshape(12, 3)[:, 0].mean())
 
