@@ -145,7 +145,13 @@ def test_accuracy_and_its_interval_are_those_of_evaluate(two, tmp_path):
         )
 
 
-def test_sentences_are_compared_by_token_f1_and_every_table_says_so(tmp_path, capsys):
+@pytest.fixture
+def token_f1_alone(monkeypatch):
+    """Without the libraries of the other scores of sentences, whose import takes seconds."""
+    monkeypatch.setattr(free_form, "missing_libraries", lambda: list(free_form.LIBRARIES))
+
+
+def test_sentences_are_compared_by_token_f1_and_every_table_says_so(token_f1_alone, tmp_path, capsys):
     first = sentence_rows(0.5, 1)
     second = with_gold_of(sentence_rows(0.7, 2), first)
     names = [write_results(tmp_path / name, rows) for name, rows in (("first", first), ("second", second))]
@@ -175,7 +181,7 @@ def test_sentences_are_compared_by_token_f1_and_every_table_says_so(tmp_path, ca
     assert stage["accuracies"][0]["accuracy"] == pytest.approx(f1[0].reshape(12, 3)[:, 0].mean())
 
 
-def test_seeds_of_sentences_have_a_mean_an_interval_and_a_spread(tmp_path):
+def test_seeds_of_sentences_have_a_mean_an_interval_and_a_spread(token_f1_alone, tmp_path):
     gold = sentence_rows(0.5, 0)
     for name, skill in (("a", 0.5), ("b", 0.7)):
         for seed in (1, 2, 3):
