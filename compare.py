@@ -2,7 +2,8 @@
 
 The results of two or more experiments on the same test set -> compare.json, compare.md and compare.html, with honest
 error bars, and the tables on the console. NAME= gives a name, a comma separates the runs of one experiment (its seeds),
-a + joins folders that hold parts of one test set.
+a + joins folders that hold parts of one test set. Answers that are sentences are compared by token F1,
+all others by being right or wrong.
 """
 
 import argparse
