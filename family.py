@@ -42,6 +42,7 @@ class Family:
     image_token_id: int = -1
     window: int = 0  # pixels a side that most layers of Qwen2.5-VL's tower look at
     position_rows: int = 0  # of the tower's learned, square table of positions, where it has one
+    lookback: int = 0  # tokens before its own that the convolution of recurrent layers reads
 
     @property
     def has_vision(self) -> bool:
@@ -106,8 +107,9 @@ def load_family(model_name: str) -> Family:
     if model_type not in COORDINATES:
         kind = f"{model_type} (a mixture of experts)" if "moe" in model_type else model_type
         raise UserError(f"model_name '{model_name}' is a {kind}; supported: {', '.join(COORDINATES)}")
+    lookback = getattr(model_config.get_text_config(), "linear_conv_kernel_dim", 1) - 1
     if not hasattr(model_config, "vision_config"):
-        return Family(model_type, None)
+        return Family(model_type, None, lookback=lookback)
     try:
         processor = AutoImageProcessor.from_pretrained(model_name, backend="pil")
     except (OSError, ValueError) as error:
@@ -138,6 +140,7 @@ def load_family(model_name: str) -> Family:
         image_token_id=model_config.image_token_id,
         window=getattr(vision, "window_size", 0),
         position_rows=math.isqrt(getattr(vision, "num_position_embeddings", 0)),
+        lookback=lookback,
     )
 
 

@@ -60,7 +60,7 @@ def gradients(model, workload: work.Workload, share: bool, chunk: int = CHUNKS[0
         with contextlib.nullcontext() if share else mock.patch.object(rules, "torch_chunk_gated_delta_rule", in_chunks):
             value = loss(batch)
             value.backward()
-        nll += float(value)
+        nll += value.item()
     found = {name: parameter.grad.double() for name, parameter in trainable_parameters(model).items()}
     model.zero_grad(set_to_none=True)
     return nll, found
@@ -76,7 +76,7 @@ def table(results: dict[str, tuple[float, dict]], exact: tuple[float, dict]) -> 
     loss, truth = exact
     norm = torch.stack([gradient.norm() for gradient in truth.values()]).norm()
     lines = [
-        "| float32 | loss | worst tensor | median tensor | all tensors as one | the worst tensor; its share of the norm |",
+        "| float32 | loss | worst tensor | median tensor | all tensors as one | the worst, its share of the norm |",
         "|---|--:|--:|--:|--:|---|",
     ]
     for title, (nll, found) in results.items():
@@ -112,7 +112,9 @@ def main() -> None:
         model.double()
         with in_float64():
             exact = gradients(model, workload, False)
-        print(f"### {args.size}, {args.questions} questions on an image of {args.image_tokens} tokens, seed {args.seed}\n")
+        print(
+            f"### {args.size}, {args.questions} questions on an image of {args.image_tokens} tokens, seed {args.seed}\n"
+        )
         print("\n".join(table(results, exact)))
     finally:
         shutil.rmtree(folder, ignore_errors=True)
