@@ -15,6 +15,7 @@ import importlib
 import inspect
 import math
 import types
+import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 from itertools import accumulate, groupby, pairwise
@@ -377,7 +378,63 @@ def missing_kernels() -> tuple[str, ...]:
 
 def takes_packed(device: torch.device) -> bool:
     """Whether the rule is flash-linear-attention's, which keeps the sequences of one call apart by their bounds."""
-    return device.type == "cuda" and KERNELS["fla"] not in missing_kernels()
+    return device.type == "cuda" and KERNELS["fla"] not in missing_kernels() and packed_agrees(device)
+
+
+@functools.cache
+def packed_agrees(device: torch.device) -> bool:
+    """Whether questions packed in one call come to the reference's outputs, states and gradients on this device."""
+    try:
+        difference = packed_difference(device)
+        if not difference < 0.02:
+            raise RuntimeError(f"relative difference {difference:.1e}")
+    except Exception as error:  # of another package's kernels, or of the compiler that makes them
+        reason = (str(error).splitlines() or [""])[0]
+        warnings.warn(
+            f"{KERNELS['fla']} does not keep packed questions apart here ({type(error).__name__}: {reason}); they run "
+            "in groups of similar length",
+            stacklevel=2,
+        )
+        return False
+    return True
+
+
+def packed_difference(device: torch.device) -> float:
+    """Largest relative difference between questions packed in one call, in bfloat16, and in groups by PyTorch's own
+    rule in float32 on the CPU: of outputs, final states and gradients, with heads of the 9B's size."""
+    choose_by_device()
+    lengths, heads, size = [[70, 5, 64, 1, 30], [41, 90]], 2, 128
+    with (
+        torch.inference_mode(False),  # the first to ask may be an evaluation
+        torch.enable_grad(),
+        torch.autocast(device.type, enabled=False),
+    ):
+        generator = torch.Generator().manual_seed(0)
+        mixed, decay, beta, weight = (
+            torch.randn(*shape, generator=generator)
+            for shape in (
+                (2, 170, 4 * heads * size),
+                (2, 170, 2 * heads),
+                (2, 170, 2 * heads),
+                (4 * heads * size, 1, 4),
+            )
+        )
+        inputs = mixed.bfloat16(), -0.2 * decay.square(), beta.sigmoid().bfloat16()
+        real = torch.arange(170) < torch.tensor([[170], [131]])
+        results = []
+        for place, dtype in ((torch.device("cpu"), torch.float32), (device, None)):
+            layer = types.SimpleNamespace(
+                conv1d=types.SimpleNamespace(weight=weight.bfloat16().to(place, dtype), bias=None), conv_kernel_size=4,
+                activation="silu", key_dim=heads * size, value_dim=2 * heads * size, head_k_dim=size, head_v_dim=size,
+                layer_idx=0,
+            )  # fmt: skip
+            moved = [value.detach().to(place, dtype).requires_grad_() for value in inputs]
+            rows = ForkedRows(lengths, 170, place, keep_states=True, packed=dtype is None)
+            output = run_rows(layer, rows, *moved)[real.to(place)]
+            state = rows.states[0][1]
+            gradients = torch.autograd.grad(output.float().square().sum() + state.square().sum(), moved)
+            results.append([value.detach().float().cpu() for value in (output, state, *gradients)])
+    return max(float((a - b).norm() / a.norm()) for a, b in zip(*results, strict=True))
 
 
 def notes(family: Family, device: torch.device) -> list[str]:

@@ -1,5 +1,6 @@
 """Questions behind one prefix run through recurrent layers as each would alone, from copies of the prefix's state."""
 
+import contextlib
 import functools
 import inspect
 import weakref
@@ -119,12 +120,11 @@ def test_in_float32_outputs_and_gradients_are_as_near_to_float64_as_those_of_seq
     assert 0 < worst["shared"] < 2 * max(worst[48], worst[64]) < 1e-4
 
 
-def test_with_kernels_that_take_packed_sequences_the_outputs_and_gradients_are_the_same(layer, monkeypatch):
+def packing(own_rule, calls: list, starts=lambda initial_state, number: initial_state[number : number + 1]):
     """A stand-in for flash-linear-attention's rule: one sequence of all questions, their bounds, a state for each."""
-    rules, calls = recurrent.transformers_rules(), []
-    own_rule = rules.torch_chunk_gated_delta_rule
 
     def packed(query, key, value, g, beta, initial_state=None, cu_seqlens=None, **options):
+        options.pop("cu_seqlens_cpu", None)
         if cu_seqlens is None:
             return own_rule(query, key, value, g=g, beta=beta, initial_state=initial_state, **options)
         assert len(query) == 1 and len(initial_state) == len(cu_seqlens) - 1 and cu_seqlens.dtype == torch.int64
@@ -132,12 +132,18 @@ def test_with_kernels_that_take_packed_sequences_the_outputs_and_gradients_are_t
         outputs, states = [], []
         for number, (begin, end) in enumerate(pairwise(cu_seqlens)):
             parts = (x[:, begin:end] for x in (query, key, value))
-            start = initial_state[number : number + 1]
-            output, state = own_rule(*parts, g=g[:, begin:end], beta=beta[:, begin:end], initial_state=start, **options)
+            gates = {"g": g[:, begin:end], "beta": beta[:, begin:end]}
+            output, state = own_rule(*parts, **gates, initial_state=starts(initial_state, number), **options)
             outputs.append(output)
             states.append(state)
         return torch.cat(outputs, dim=1), torch.cat(states) if options["output_final_state"] else None
 
+    return packed
+
+
+def test_with_kernels_that_take_packed_sequences_the_outputs_and_gradients_are_the_same(layer, monkeypatch):
+    rules, calls = recurrent.transformers_rules(), []
+    packed = packing(rules.torch_chunk_gated_delta_rule, calls)
     hidden, real = hidden_states(), real_tokens()
     expected = forked(layer, hidden)
     expected_gradients = gradients(layer, hidden, forked)
@@ -147,6 +153,26 @@ def test_with_kernels_that_take_packed_sequences_the_outputs_and_gradients_are_t
     assert calls == [[0, 5, 6, 8, 17, 81, 151, 281]], "every question once, in one call, the short ones first"
     for one, other in zip(gradients(layer, hidden, forked), expected_gradients, strict=True):
         assert torch.allclose(one, other, rtol=1e-9, atol=1e-11)
+
+
+@pytest.mark.parametrize(
+    "kernel, is_taken",
+    [
+        (lambda rule: packing(rule, []), True),
+        (lambda rule: packing(rule, [], lambda states, number: states[:1]), False),
+        (lambda rule: packing(rule, [], lambda states, number: states[number : number + 1].detach()), False),
+        (lambda rule: lambda *inputs, cu_seqlens=None, **options: rule(*inputs, **options), False),
+    ],
+    ids=["right", "each-from-the-first-state", "no-gradient-into-the-state", "bounds-unknown"],
+)
+def test_kernels_that_pack_are_taken_only_where_they_agree_with_pytorchs_rule(monkeypatch, kernel, is_taken):
+    rules = recurrent.transformers_rules()
+    recurrent.choose_by_device()
+    rule = kernel(inspect.unwrap(rules.torch_chunk_gated_delta_rule))
+    rule.chooses_by_device = True
+    monkeypatch.setattr(rules, "torch_chunk_gated_delta_rule", rule)
+    with contextlib.nullcontext() if is_taken else pytest.warns(UserWarning, match="groups of similar length$"):
+        assert recurrent.packed_agrees.__wrapped__(torch.device("cpu")) == is_taken
 
 
 # ------------------------------------------------------------------------------------------- nobody hears the neighbour
