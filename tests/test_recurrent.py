@@ -11,13 +11,16 @@ import torch
 from support.tiny_runs import build_items, in_float64, tiny_run, vqa_samples
 from torch.overrides import TorchFunctionMode
 
+import dataset
 import recurrent
 from batches import collate
+from dataset import EvalDataset
 from errors import UserError
 from family import Family
 from forecast import meta_loss, pass_bytes
 from model import load_base
 from recurrent import ForkedRows, last_tokens
+from samples import SampleList
 
 ROWS = [[20, 5, 70, 1, 64], [33, 130, 2], [2, 9]]  # tokens of each row's prefix and questions; padding follows in two
 WIDTH = 165
@@ -278,6 +281,28 @@ def test_slots_are_selected_one_layer_at_a_time_so_that_the_memory_is_never_twic
     with Count():
         layout.select(torch.tensor([0, 1, 2]), torch.arange(4).expand(3, 4))
     assert len(alive) == 8 and alive[-1] <= 2, "the layers before have let go of theirs"
+
+
+@pytest.mark.parametrize("share_prefix", [True, False])
+def test_an_evaluation_batch_holds_no_more_states_than_there_is_memory_for(tiny_models, monkeypatch, share_prefix):
+    """Answers take a state for every slot, of a row that has fewer questions than the widest, too."""
+    run = tiny_run(tiny_models, "qwen3_5")
+    text = load_base(run.config.model_name, torch.float32).config.get_text_config()
+    layers, heads = text.layer_types.count("linear_attention"), text.linear_num_value_heads
+    assert run.family.state_bytes == layers * heads * text.linear_key_head_dim * text.linear_value_head_dim * 4
+    monkeypatch.setattr(dataset, "EVAL_STATES", 8 * run.family.state_bytes)
+    samples = SampleList(
+        [*vqa_samples(3, 3)[:8], *vqa_samples(1, 20)[9:]], "s"
+    )  # 3, 3 and 2 questions; 11 of the first
+
+    def slots(**options):
+        found = EvalDataset(samples, run.encoder(), share_prefix, None, **options)
+        counted = [found[index]["slots"].numel() for index in range(len(found))]
+        assert sorted(row for batch in found.batches for row in batch) == list(range(len(samples)))
+        return counted
+
+    assert max(slots(generation=True)) <= 8 and len(slots(generation=True)) < 8
+    assert max(slots(generation=False)) > 8, "a loss keeps no states"
 
 
 def test_training_asks_the_rule_for_no_states_of_questions(layer, monkeypatch):
