@@ -39,6 +39,7 @@ from files import (
 )
 from inference import predict_split
 from preflight import check_samples, open_encoder
+from recurrent import refuse_deterministic
 from report.free_form import INSTALL
 from report.results import read_log, run_history
 from run_folder import CONFIG_FILE, checkpoints
@@ -195,6 +196,7 @@ def evaluate(config: Config, checkpoint: str | None, split: str, source: str, an
     trained = None if checkpoint == "base" else folder
     encoder = open_encoder(config, source, trained or config.model_name)
     task, family = encoder.task, encoder.family
+    refuse_deterministic(family, config.deterministic)
     hashes = {name: file_sha256(getattr(config.data, name)) for name in splits}
     is_training_file = "train" in splits and len(set(hashes.values())) == 1
     results = results_folder(config, split)

@@ -331,15 +331,10 @@ def _rule(
 
 def install_forks(model: nn.Module) -> None:
     """Let the recurrent layers of a transformers Qwen3.5 run `forked_rows`; without them they run as they are, but for
-    `choose_by_device`.
-
-    Raises: `UserError` on a GPU under `deterministic: true`."""
+    `choose_by_device`."""
     layers = [module for module in model.modules() if type(module).__name__ == "Qwen3_5GatedDeltaNet"]
     if not layers:
         return
-    if torch.are_deterministic_algorithms_enabled() and torch.cuda.is_available():
-        # PyTorch has no deterministic cumulative sum on CUDA, and the kernels of other packages promise nothing.
-        raise UserError("deterministic: true cannot be kept with Qwen3.5's recurrent layers on GPUs; set it to false")
     choose_by_device()
     from transformers.utils import logging as transformers_logging
 
@@ -435,6 +430,13 @@ def packed_difference(device: torch.device) -> float:
             gradients = torch.autograd.grad(output.float().square().sum() + state.square().sum(), moved)
             results.append([value.detach().float().cpu() for value in (output, state, *gradients)])
     return max(float((a - b).norm() / a.norm()) for a, b in zip(*results, strict=True))
+
+
+def refuse_deterministic(family: Family, deterministic: bool) -> None:
+    """Raises: `UserError` where `deterministic: true` cannot be kept on this machine: PyTorch has no deterministic
+    cumulative sum on CUDA, and the kernels of other packages promise nothing."""
+    if deterministic and family.is_recurrent and torch.cuda.is_available():
+        raise UserError("deterministic: true cannot be kept with Qwen3.5's recurrent layers on GPUs; set it to false")
 
 
 def notes(family: Family, device: torch.device) -> list[str]:

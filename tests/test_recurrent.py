@@ -8,12 +8,15 @@ from itertools import pairwise
 
 import pytest
 import torch
-from support.tiny_runs import build_items, in_float64, tiny_run, vqa_samples
+from support.tiny_runs import build_items, in_float64, tiny_run, vqa_samples, write_config
 from torch.overrides import TorchFunctionMode
 
 import dataset
+import evaluate
 import recurrent
+import train
 from batches import collate
+from config import load_config
 from dataset import EvalDataset
 from errors import UserError
 from family import Family
@@ -358,13 +361,25 @@ def test_with_kernels_installed_a_cpu_takes_pytorchs_own_functions(tiny_models, 
     assert layer(torch.randn(3, 4, 64), forked_rows=layout).shape == (3, 4, 64)
 
 
-def test_deterministic_on_a_gpu_is_refused_for_recurrent_layers_alone(tiny_models, monkeypatch):
-    monkeypatch.setattr(torch, "are_deterministic_algorithms_enabled", lambda: True)
-    load_base(str(tiny_models["qwen3_5"]), torch.float32)  # on a CPU it holds
+def test_deterministic_on_a_gpu_is_refused_for_recurrent_layers_alone_before_anything_is_loaded(
+    tiny_models, tmp_path, monkeypatch
+):
+    for name in ("train", "val", "test"):
+        (tmp_path / f"{name}.json").write_text("[]")
+    configs = {
+        family: load_config(write_config(tmp_path, tiny_models[family], family, deterministic=True, compile=False))
+        for family in ("qwen3_5", "qwen3_vl")
+    }
+    train.open_data(configs["qwen3_5"], "s")  # on a CPU it holds
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    with pytest.raises(UserError, match=r"^deterministic: true cannot be kept .* on GPUs; set it to false$"):
-        load_base(str(tiny_models["qwen3_5"]), torch.float32)
-    load_base(str(tiny_models["qwen3_vl"]), torch.float32)
+    train.open_data(configs["qwen3_vl"], "s")
+    for begin in (
+        lambda: train.check(configs["qwen3_5"], "s", 400),
+        lambda: train.open_data(configs["qwen3_5"], "s"),
+        lambda: evaluate.evaluate(configs["qwen3_5"], "base", "test", "s"),
+    ):
+        with pytest.raises(UserError, match=r"^deterministic: true cannot be kept .* on GPUs; set it to false$"):
+            begin()
 
 
 def test_one_line_says_what_missing_kernels_cost_and_how_to_get_them(monkeypatch):
