@@ -15,6 +15,7 @@ import torch
 
 from family import Family
 from images import ModelImage
+from recurrent import lay_out_forks
 from templates import IGNORE
 
 
@@ -199,10 +200,10 @@ def collate(
     images; image_index: for each image in the rows, in order, which of them it is; slots (B, K): item of each row's
     questions, -1 where there is none. shared_prefix: tokens that are prefix in every row, None where several rows hold
     one question each, which then need no mask. (A single row of one question needs none either, but without this
-    exception a compiled layer would have two forms more.) row_lengths: of each row, the tokens of its
-    prefix and of each question, on the host. targets: the next token at the position that predicts it,
-    elsewhere `IGNORE`. answer_tokens: how many tokens, or labels, are supervised. tokens: laid out, without padding;
-    0 where nothing is supervised. class_labels, cut_tokens (items,): documents'.
+    exception a compiled layer would have two forms more.) row_lengths: of each row, the tokens of its prefix and of
+    each question, on the host; forks: for recurrent layers, of `lay_out_forks`. targets: the next token at the position
+    that predicts it, elsewhere `IGNORE`. answer_tokens: how many tokens, or labels, are supervised. tokens: laid out,
+    without padding; 0 where nothing is supervised. class_labels, cut_tokens (items,): documents'.
     supervised, last_tokens (items,): places, counted over the whole (B × T), of what is supervised and of each item's
     last token; with `vision_inputs`, these are worked out here because the host would have to wait for the GPU.
     """
@@ -233,6 +234,8 @@ def collate(
     batch["row_lengths"] = [  # plain numbers: of NumPy's, the loader would make tensors
         [int(row.prefix), *(len(items[index].input_ids) - int(row.prefix) for index in row.items)] for row in laid_out
     ]
+    if family and family.is_recurrent:
+        batch["forks"] = lay_out_forks(batch["row_lengths"], length, family.lookback)
     batch["shared_prefix"] = min(row.prefix for row in laid_out) if slots > 1 or len(rows) == 1 else None
     shown = [path for row in laid_out for path in items[row.items[0]].images]
     if shown:

@@ -9,6 +9,7 @@ import contextlib
 import functools
 import hashlib
 import json
+import math
 from collections.abc import Callable, Iterator, Sequence
 
 import numpy as np
@@ -38,6 +39,7 @@ from templates import cut_text, encode, image_paths, split_answer
 
 SIZES_KEPT = 65_536  # images whose size a worker remembers
 EVAL_TOKENS = 16_384  # of an evaluation batch: 2.4 GB of keys and values for an 8B, and work enough for a large GPU
+EVAL_STATES = 6 * 2**30  # bytes of recurrent states that its answers go on from: 128 questions of a Qwen3.5-9B
 BYTES_OF_A_TOKEN = 4
 
 
@@ -214,9 +216,9 @@ class StepDataset(_Batches):
 
 
 class EvalDataset(_Batches):
-    """Index: a batch of the split, of about `EVAL_TOKENS` tokens with padding and at most eval_bs questions. With
-    shared prefixes it holds the questions of an image together, so that the image is read once. Batches do not depend
-    on the number of ranks, so predictions do not either."""
+    """Index: a batch of the split, of about `EVAL_TOKENS` tokens with padding, of at most `EVAL_STATES` and eval_bs
+    questions. With shared prefixes it holds the questions of an image together, so that the image is read once. Batches
+    do not depend on the number of ranks, so predictions do not either."""
 
     def __init__(
         self, samples, encoder, share_prefix, eval_bs: int | None, generation: bool, rows: Sequence[int] | None = None
@@ -227,16 +229,20 @@ class EvalDataset(_Batches):
         for row in range(len(samples)) if rows is None else rows:
             images = encoder.images_of(samples[row])
             groups.setdefault((images if share_prefix and images else row, images), []).append(row)
-        most, count, longest = eval_bs or len(samples), 0, 0  # rows of the last batch, tokens of its longest
+        most, slots = eval_bs or len(samples), math.inf
+        if generation and encoder.family.is_recurrent and not encoder.task.HAS_HEAD:
+            slots = max(1, EVAL_STATES // encoder.family.state_bytes)  # a state for as many as the widest row has
+        count, longest, widest = 0, 0, 0  # rows of the last batch, tokens of its longest, questions of its widest
         self.batches: list[list[int]] = [[]]
         for (_, images), group in groups.items():
-            for members, tokens in self._rows_of(group, self._image_tokens(images), most):
-                padded = (count + 1) * max(longest, tokens)
-                if self.batches[-1] and (len(self.batches[-1]) + len(members) > most or padded > EVAL_TOKENS):
+            for members, tokens in self._rows_of(group, self._image_tokens(images), min(most, slots)):
+                padded, wide = (count + 1) * max(longest, tokens), (count + 1) * max(widest, len(members))
+                full = len(self.batches[-1]) + len(members) > most or padded > EVAL_TOKENS or wide > slots
+                if self.batches[-1] and full:
                     self.batches.append([])
-                    count, longest = 0, 0
+                    count, longest, widest = 0, 0, 0
                 self.batches[-1] += members
-                count, longest = count + 1, max(longest, tokens)
+                count, longest, widest = count + 1, max(longest, tokens), max(widest, len(members))
         self.batches = [batch for batch in self.batches if batch]
 
     def _rows_of(self, group: list[int], prefix: int, most: int) -> list[tuple[list[int], int]]:

@@ -89,7 +89,7 @@ class Ranks:
 def start_ranks(deterministic: bool = False) -> Ranks:
     """Join the process group that torchrun announces, or run alone without it. NCCL on GPUs, gloo on CPU.
     deterministic: the same operation gives the same bits, each time on the same kind of GPU; where PyTorch knows only
-    one that adds up in any order, it raises (Qwen3.5 on GPUs is refused: `recurrent.install_forks`).
+    one that adds up in any order, it raises (Qwen3.5 on GPUs is refused: `recurrent.refuse_deterministic`).
 
     Raises: `UserError` where there are more local ranks than GPUs, or the rendezvous port is taken."""
     world_size, rank = int(os.environ.get("WORLD_SIZE", "1")), int(os.environ.get("RANK", "0"))

@@ -42,6 +42,8 @@ class Family:
     image_token_id: int = -1
     window: int = 0  # pixels a side that most layers of Qwen2.5-VL's tower look at
     position_rows: int = 0  # of the tower's learned, square table of positions, where it has one
+    lookback: int = 0  # tokens before its own that the convolution of recurrent layers reads
+    state_bytes: int = 0  # of a question in all recurrent layers together, float32
 
     @property
     def has_vision(self) -> bool:
@@ -106,8 +108,9 @@ def load_family(model_name: str) -> Family:
     if model_type not in COORDINATES:
         kind = f"{model_type} (a mixture of experts)" if "moe" in model_type else model_type
         raise UserError(f"model_name '{model_name}' is a {kind}; supported: {', '.join(COORDINATES)}")
+    recurrent = _recurrent_layers(model_config.get_text_config()) if model_type in RECURRENT else {}
     if not hasattr(model_config, "vision_config"):
-        return Family(model_type, None)
+        return Family(model_type, None, **recurrent)
     try:
         processor = AutoImageProcessor.from_pretrained(model_name, backend="pil")
     except (OSError, ValueError) as error:
@@ -138,7 +141,17 @@ def load_family(model_name: str) -> Family:
         image_token_id=model_config.image_token_id,
         window=getattr(vision, "window_size", 0),
         position_rows=math.isqrt(getattr(vision, "num_position_embeddings", 0)),
+        **recurrent,
     )
+
+
+def _recurrent_layers(text) -> dict[str, int]:
+    """text: a Qwen3.5's text config."""
+    state = text.linear_num_value_heads * text.linear_key_head_dim * text.linear_value_head_dim
+    return {
+        "lookback": text.linear_conv_kernel_dim - 1,
+        "state_bytes": 4 * state * text.layer_types.count("linear_attention"),
+    }
 
 
 # ----------------------------------------------------------------------------------------------------- which base it is

@@ -7,6 +7,7 @@ from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import nn
@@ -348,21 +349,24 @@ def _that_fit(samples: SampleList, longest: int, encoder: SampleEncoder, ranks: 
     held = held_bytes(loss, config, ranks.world_size, dtype)
     free, _ = torch.cuda.mem_get_info(ranks.device)
     to_come = 0.75 * held["trained"] + held["copies"]  # the weights, a quarter of it, are there
-    return PassMemory(loss, samples[longest], encoder).fitting(USABLE * free - to_come)
+    return PassMemory(loss, samples[longest], encoder, most_questions(samples)).fitting(USABLE * free - to_come)
 
 
 class PassMemory:
     """Bytes of a pass of so many tokens, counted for a GPU on rows of one sample: the first row, then every token."""
 
-    def __init__(self, loss: torch.nn.Module, sample: dict, encoder: SampleEncoder):
-        """loss: of `meta_loss`."""
+    def __init__(self, loss: torch.nn.Module, sample: dict, encoder: SampleEncoder, questions: int = 1):
+        """loss: of `meta_loss`. questions: of an image, at the most."""
         self.full = max(FULL_PASS, encoder.config.pass_tokens or 0)
-        *many, one = largest_passes(sample, encoder, self.full)
+        *larger, one = largest_passes(sample, encoder, self.full, questions)
         self.row = one["input_ids"].numel()
-        self.first = pass_bytes(loss, one)
+        self.first = least = pass_bytes(loss, one)
         self.per_token = self.first / self.row
-        if many:
-            self.per_token = (pass_bytes(loss, many[0]) - self.first) / (many[0]["input_ids"].numel() - self.row)
+        if larger:
+            many = larger[-1]
+            if encoder.family.is_recurrent and many["shared_prefix"] is None:  # nothing is forked there, nor here
+                least = pass_bytes(loss, one | {"shared_prefix": None})
+            self.per_token = (pass_bytes(loss, many) - least) / (many["input_ids"].numel() - self.row)
 
     def bytes(self, tokens: int) -> float:
         return self.first + max(0, tokens - self.row) * self.per_token
@@ -395,7 +399,7 @@ def try_largest_passes(
     with out_of_memory_is_said("the state of the optimizer", encoder.config):  # AdamW makes it at its first step
         to_come = torch.empty(moments, dtype=torch.uint8, device=ranks.device)
     while True:
-        for batch in largest_passes(samples[longest], encoder, pass_tokens):
+        for batch in largest_passes(samples[longest], encoder, pass_tokens, most_questions(samples)):
             fits = not ranks.any(not _fits(loss, batch, encoder.config, ranks, autocast))
             if not fits:
                 break
@@ -404,7 +408,7 @@ def try_largest_passes(
             if ranks.device.type == "cuda":
                 torch.cuda.reset_peak_memory_stats(ranks.device)  # the log's `mem` is that of real passes
             return pass_tokens, told
-        if len(batch["input_ids"]) == 1:
+        if len(batch["sample_ids"]) == 1:
             raise UserError(does_not_fit(samples.name(longest), encoder.config, batch))
         told.append(f"Out of memory on a pass of {pass_tokens:,} tokens: going on with pass_tokens={pass_tokens // 2}")
         pass_tokens //= 2
@@ -456,22 +460,36 @@ def does_not_fit(what: str, config: Config, batch: dict | None = None) -> str:
     return f"out of memory on {what}{size}. Set {'; or '.join(remedies[:3])}"
 
 
-def largest_passes(sample: dict, encoder: SampleEncoder, pass_tokens: int) -> list[dict]:
-    """Two passes that hardly any step exceeds (a row with very many answers may): the longest sample repeated, each
-    time with images of its own, as often as the budget allows; and alone."""
+def largest_passes(sample: dict, encoder: SampleEncoder, pass_tokens: int, questions: int = 1) -> list[dict]:
+    """Passes that hardly any step exceeds (a row with very many answers may): the longest sample repeated, each time
+    with images of its own, as often as the budget allows; for recurrent layers, which keep a state for every question,
+    so with several behind each prefix; and alone. questions: of an image, at the most."""
     images = [encoder.load_image(path) for path in encoder.images_of(sample)]
     item = encoder.encode(sample, images)
-    counts = dict.fromkeys((max(1, pass_tokens // len(item.input_ids)), 1))
-    return [_repeated(item, images, count, encoder) for count in counts]
+    prefix, each = item.last_image_token + 1, 1
+    own = len(item.input_ids) - prefix
+    if encoder.family.is_recurrent and encoder.config.share_prefix and prefix:
+        each = max(1, min(questions, (pass_tokens - prefix) // own))
+    forked = max(1, pass_tokens // (prefix + each * own)), each
+    shapes = dict.fromkeys(((max(1, pass_tokens // len(item.input_ids)), 1), forked, (1, 1)))
+    return [_repeated(item, images, *shape, encoder) for shape in shapes]
 
 
-def _repeated(item: Item, images: list[ModelImage], count: int, encoder: SampleEncoder) -> dict:
-    items, shown = [], {}
+def most_questions(samples: SampleList) -> int:
+    """Of an image."""
+    return int(np.unique(samples.image_keys, return_counts=True)[1].max())
+
+
+def _repeated(item: Item, images: list[ModelImage], count: int, each: int, encoder: SampleEncoder) -> dict:
+    items, shown, rows = [], {}, []
+    prefix = item.last_image_token + 1
     for copy in range(count):
         names = tuple(f"{copy}/{path}" for path in item.images)
-        items.append(replace(item, images=names))
+        members = tuple(range(len(items), len(items) + each))
+        rows.append(Row(members, prefix, prefix + each * (len(item.input_ids) - prefix)))
+        items += [replace(item, images=names)] * each
         shown |= dict(zip(names, images, strict=True))
-    rows = lay_out(items, share_prefix=False)
+    rows = lay_out(items, share_prefix=False) if each == 1 else rows
     return collate(items, shown, True, encoder.tokenizer.pad_token_id, rows, encoder.family)
 
 
@@ -550,7 +568,7 @@ def forecast(
     samples, dtype = splits["train"], torch.bfloat16
     loss = meta_loss(config, encoder.family, dtype)
     held = held_bytes(loss, config, world_size, dtype)
-    memory = PassMemory(loss, samples[longest], encoder)
+    memory = PassMemory(loss, samples[longest], encoder, most_questions(samples))
     wanted = config.pass_tokens or memory.full
     operations = Operations.of(loss.model, recomputed=config.gradient_checkpointing)
     counts = count_run(config, plan, samples, encoder, wanted, world_size, operations)

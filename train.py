@@ -120,10 +120,13 @@ def learning_rate_factor(kind: str, step: int, warmup_steps: int, total_steps: i
 
 
 def open_data(config: Config, source: str) -> tuple[SampleEncoder, list[str]]:
-    """The encoder and the names of the splits of a config. Raises: `UserError` where a file of theirs is missing."""
+    """The encoder and the names of the splits of a config. Raises: `UserError` where a file of theirs is missing, or
+    this machine cannot train so."""
     named = [name for name in ("train", "val", "test") if getattr(config.data, name)]
     check_data_files(config, ["train", *named] + ["val"] * bool(config.eval_steps))
-    return open_encoder(config, source), named
+    encoder = open_encoder(config, source)
+    recurrent.refuse_deterministic(encoder.family, config.deterministic)
+    return encoder, named
 
 
 def load_splits(config: Config, named: list[str]) -> dict[str, SampleList]:

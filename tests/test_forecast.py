@@ -13,6 +13,7 @@ from batches import collate
 from classification import attach_head, make_loss
 from config import load_config
 from dataset import SampleEncoder
+from distributed import Ranks
 from family import load_family
 from forecast import Operations, PassMemory, count_step, evaluation_share, held_bytes, meta_loss, pass_bytes
 from model import load_base, load_tokenizer, optimizer_groups, prepare_training, trainable_parameters
@@ -111,6 +112,32 @@ def test_more_rows_in_a_pass_are_counted_along_a_line_and_the_largest_that_fits_
     for tokens in (512, 1024):
         assert memory.fitting(memory.bytes(tokens) + 1) == tokens
     assert (memory.fitting(0), memory.fitting(1e18)) == (memory.row, memory.full)
+
+
+def test_trial_passes_of_recurrent_layers_hold_as_many_states_as_real_ones(tiny_models, monkeypatch):
+    run, (sample,) = tiny_run(tiny_models, "qwen3_5"), vqa_samples(1, 1)
+    plain, forked, one = forecast.largest_passes(sample, run.encoder(), 500, questions=4)
+    assert forked["slots"].shape[1] == 4 and forked["shared_prefix"] and forked["input_ids"].numel() <= 500
+    assert len(forked["row_lengths"]) == len(forked["image_grid_thw"]) > 1, "each row with an image of its own"
+    assert plain["shared_prefix"] is None and one["input_ids"].shape[0] == 1
+    assert len(forecast.largest_passes(sample, run.encoder(share_prefix=False), 500, questions=4)) == 2
+    assert len(forecast.largest_passes(sample, tiny_run(tiny_models, "qwen3_vl").encoder(), 500, questions=4)) == 2
+    assert forecast.most_questions(SampleList([*vqa_samples(2, 3), *vqa_samples(1, 4)[3:]], "s")) == 4
+
+    monkeypatch.setattr(forecast, "TRIED_ON", ("cpu",))
+    monkeypatch.setattr(forecast, "_fits", lambda loss, batch, *others: len(batch["sample_ids"]) <= 2)
+    samples, ranks = SampleList(vqa_samples(1, 9), "s"), Ranks(0, 1, torch.device("cpu"))
+    found, told = forecast.try_largest_passes(torch.nn.Linear(1, 1), samples, 0, run.encoder(), 256, 0, ranks, None)
+    assert found < 256 and "going on with pass_tokens=" in told[-1], "one row of too many questions is cut"
+
+    paths = []
+    monkeypatch.setattr(
+        forecast, "pass_bytes", lambda _, batch: paths.append(batch["shared_prefix"] is None) or 9 * len(paths)
+    )
+    for questions in (1, 4):  # the first is of the row alone; the slope, of the others
+        paths.clear()
+        PassMemory(None, sample, run.encoder(), questions)
+        assert len(set(paths[-2:])) == 1, questions
 
 
 # --------------------------------------------------------------------------------------------------------- operations

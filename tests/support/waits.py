@@ -33,6 +33,7 @@ class Waits(TorchDispatchMode):
     def __init__(self, module: torch.nn.Module):
         super().__init__()
         self.found: list[str] = []
+        self.moving = 0  # calls of `to_device`, one inside the other
         self._storages: dict[int, weakref.finalize] = {}
         for tensor in [*module.parameters(), *module.buffers()]:
             self.mark(tensor)
@@ -73,9 +74,12 @@ class _PythonReads(TorchFunctionMode):
         kwargs = kwargs or {}
         if function in TO_HOST and self.waits.is_on_device(args[0]):
             self.waits.note(function.__name__)
-        # A copy from memory that is not pinned. (AdamW names the CPU for its step counts.)
-        if function is torch.tensor and isinstance(kwargs.get("device"), torch.device):
+        # Copies from memory that is not pinned; what `to_device` moves is. (AdamW names the CPU for its step counts.)
+        devices = [value for value in (*args[1:], kwargs.get("device")) if isinstance(value, torch.device)]
+        if function is torch.tensor and devices:
             self.waits.note("torch.tensor(device=)")
+        if function is torch.Tensor.to and devices and not self.waits.moving and not self.waits.is_on_device(args[0]):
+            self.waits.note("to(device)")
         return function(*args, **kwargs)
 
 
@@ -86,7 +90,9 @@ def waits(module: torch.nn.Module):
     to_device = modeling.to_device
 
     def moved(batch: dict, device: torch.device) -> dict:
+        counted.moving += 1
         copied = to_device(batch, device)
+        counted.moving -= 1
         for name, value in copied.items():
             if torch.is_tensor(value) and name not in modeling.ON_HOST:
                 copied[name] = value.clone()  # the host keeps its own
