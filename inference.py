@@ -10,8 +10,10 @@ from collections.abc import Callable, Sequence
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import nn
 from tqdm import tqdm
+from transformers.cache_utils import DynamicCache, DynamicLayer
 
 from classification import ClassLoss
 from config import Config
@@ -146,7 +148,7 @@ def classify_split(
 
 def _mean_cross_entropy(rows: list[dict]) -> float:
     logits = torch.tensor([row["logits"] for row in rows], dtype=torch.float64)
-    return float(torch.nn.functional.cross_entropy(logits, torch.tensor([row["true_label"] for row in rows])))
+    return float(F.cross_entropy(logits, torch.tensor([row["true_label"] for row in rows])))
 
 
 def answer_split(
@@ -212,6 +214,43 @@ def own_answers_only(conversation: dict, own: list[str]) -> dict:
 # ------------------------------------------------------------------------------------------------------- greedy answers
 
 
+class RoomyLayer(DynamicLayer):
+    """Keys and values of a layer (rows, heads, tokens, size), each the used part of a buffer with room for tokens to
+    come. transformers' own layer copies all of them for every new token: as many bytes as reading the weights takes."""
+
+    def _make_room(self) -> None:
+        used = self.get_seq_length()
+        more = used // 4  # seldom too little, and little memory
+        self.buffers = [F.pad(states, (0, 0, 0, more)) for states in (self.keys, self.values)]
+        self._show(used)
+
+    def _show(self, used: int) -> None:
+        self.keys, self.values = (buffer[:, :, :used] for buffer in self.buffers)
+
+    def update(self, key_states: torch.Tensor, value_states: torch.Tensor, *args, **kwargs):
+        used = self.get_seq_length()
+        end = used + key_states.shape[2]
+        if not used or end > self.buffers[0].shape[2]:
+            super().update(key_states, value_states)
+            self._make_room()
+        else:
+            for buffer, states in zip(self.buffers, (key_states, value_states), strict=True):
+                buffer[:, :, used:end] = states
+            self._show(end)
+        return self.keys, self.values
+
+    def batch_select_indices(self, indices: torch.Tensor) -> None:
+        super().batch_select_indices(indices)
+        self._make_room()
+
+
+def answers_cache(model: nn.Module) -> DynamicCache:
+    """Recurrent layers keep transformers' own, which stays empty: see `recurrent`."""
+    cache = DynamicCache(config=model.config)
+    cache.layers = [RoomyLayer() if type(layer) is DynamicLayer else layer for layer in cache.layers]
+    return cache
+
+
 @torch.inference_mode()
 def greedy(model: nn.Module, batch: dict, family: Family, end_ids: set[int], max_new_tokens: int = MAX_NEW_TOKENS):
     """Greedy answers of a collated batch of prompts, on the batch's device.
@@ -219,11 +258,9 @@ def greedy(model: nn.Module, batch: dict, family: Family, end_ids: set[int], max
     Returns a list over the batch's items of (token ids without the end token, finished); not finished: cut off after
     max_new_tokens. Every slot (row, question) advances on its own, so the answers do not depend on the batching.
     """
-    from transformers import DynamicCache
-
     slots, count = batch["slots"], len(batch["sample_ids"])
     width, device = slots.shape[1], slots.device
-    cache = DynamicCache(config=model.config)
+    cache = answers_cache(model)
     # Recurrent layers cache no keys: each question's own state, also of rows that share nothing, where padding follows.
     recurrent = {"forked_rows": forked_rows(batch, keep_states=True)} if family.is_recurrent else {}
     places = batch["last_tokens"]
@@ -231,7 +268,7 @@ def greedy(model: nn.Module, batch: dict, family: Family, end_ids: set[int], max
     item = torch.where(slots < 0, count, slots)  # (rows, width); `count` where a slot is empty
 
     def in_slots(of_items: torch.Tensor) -> torch.Tensor:  # (..., items) -> (..., rows, width)
-        padded = torch.nn.functional.pad(of_items, (0, 1))
+        padded = F.pad(of_items, (0, 1))
         return padded.index_select(-1, item.flatten()).unflatten(-1, item.shape)
 
     token = in_slots(logits.argmax(-1))

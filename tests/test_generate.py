@@ -4,6 +4,7 @@ import pytest
 import torch
 from support.tiny_runs import END, FAMILIES, build_items, calls_to, tiny_run, vqa_samples
 from transformers import AutoImageProcessor
+from transformers.cache_utils import DynamicLayer
 
 import attention
 import inference
@@ -11,7 +12,7 @@ import model
 from batches import collate
 from dataset import EvalDataset
 from images import letterbox, open_image
-from inference import greedy
+from inference import RoomyLayer, greedy
 from samples import SampleList
 from templates import CHAT_OPTIONS, split_answer, to_messages
 
@@ -159,3 +160,34 @@ def test_no_more_steps_are_taken_than_the_longest_answer_needs(run):
     with calls_to(run.model().get_base_model().lm_head) as calls:
         answers(run, vqa_samples(1, 2), 2, True, max_new_tokens=3)
     assert len(calls) == 3
+
+
+def test_the_roomy_cache_holds_what_transformers_own_does_and_seldom_copies_it():
+    ours, theirs = RoomyLayer(), DynamicLayer()
+    buffers, generator = set(), torch.Generator().manual_seed(0)
+    for step, tokens in enumerate([40, *[3] * 60]):
+        new = torch.randn(2, 6 if step < 30 else 2, 2, tokens, 4, generator=generator)  # keys and values
+        for found, expected in zip(ours.update(*new), theirs.update(*new), strict=True):
+            assert torch.equal(found, expected)
+        if step == 29:
+            for layer in (ours, theirs):
+                layer.batch_select_indices(torch.tensor([4, 1]))
+        buffers.add(ours.buffers[0].data_ptr())
+    assert ours.get_seq_length() == theirs.get_seq_length() == 220
+    assert len(buffers) <= 10, "220 tokens, a quarter of room each time"
+
+
+def test_answers_are_written_into_the_cache_without_copying_it(run):
+    used = []
+
+    def note(module, args, kwargs):
+        keys = [layer.keys for layer in kwargs["past_key_values"].layers if getattr(layer, "keys", None) is not None]
+        used.append([states.data_ptr() for states in keys])
+
+    handle = run.model().get_base_model().model.language_model.register_forward_pre_hook(note, with_kwargs=True)
+    try:
+        answers(run, vqa_samples(1, 2), 2, True, max_new_tokens=5)
+    finally:
+        handle.remove()
+    first, *steps = used  # the prefix is read into an empty cache
+    assert first == [] and steps[0] and all(step == steps[0] for step in steps)
