@@ -21,7 +21,7 @@ from dataset import EvalDataset, SampleEncoder, load
 from distributed import Ranks
 from errors import UserError
 from family import Family
-from model import AnswerLoss, forward_logits, to_device
+from model import AnswerLoss, adapter_in_the_bases_type, forward_logits, shared_rows, to_device
 from recurrent import forked_rows
 from runlog import on_terminal
 from samples import SampleList
@@ -177,7 +177,7 @@ def _answers(model, samples, encoder, ranks, rows, stop) -> list[tuple[int, str,
     for batch in _rounds(dataset, config, ranks, stop, "answers"):
         if batch is None:
             continue
-        with _batch_fits(batch):
+        with _batch_fits(batch), adapter_in_the_bases_type(model):
             tokens = greedy(model, to_device(batch, ranks.device), encoder.family, end_ids)
         for row, (ids, finished) in zip(batch["rows"], tokens, strict=True):
             answers.append((row, tokenizer.decode(ids, skip_special_tokens=True).strip(), finished))
@@ -301,6 +301,7 @@ def greedy(model: nn.Module, batch: dict, family: Family, end_ids: set[int], max
         output = model(
             input_ids=token,
             attention_mask=mask,
+            shared_rows=shared_rows(model, segment, mask, logits.dtype, prefix=0, path="two_part"),
             position_ids=next_position,
             past_key_values=cache,
             use_cache=True,

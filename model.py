@@ -281,12 +281,27 @@ def add_lora_in_the_product(model: nn.Module) -> None:
         result = self.base_layer(flat)  # (tokens, features out); not a view, or adding in place would copy its gradient
         down, up = self.lora_A[adapter].weight.to(x.dtype), self.lora_B[adapter].weight.to(x.dtype)
         low = F.linear(self.lora_dropout[adapter](flat), down)  # (tokens, r)
-        low, up = (low * self.scaling[adapter]).to(result.dtype), up.to(result.dtype)  # autocast casts nothing in place
-        return result.addmm_(low, up.t()).view(*x.shape[:-1], -1)
+        low, up = low.to(result.dtype), up.to(result.dtype)  # autocast casts nothing in place
+        return result.addmm_(low, up.t(), alpha=self.scaling[adapter]).view(*x.shape[:-1], -1)
 
     for module in model.modules():
         if isinstance(module, LoraLayer) and type(module).__name__ in ("Linear", "Linear4bit"):
             module.forward = types.MethodType(forward, module)
+
+
+@contextlib.contextmanager
+def adapter_in_the_bases_type(model: nn.Module):
+    """While it lasts, LoRA's float32 weights have the type in which they enter the products. Else every layer casts
+    them anew for each token of the answers: at 8B, one in seven of all kernels."""
+    dtype = base_of(model).get_input_embeddings().weight.dtype
+    kept = {parameter: parameter.data for name, parameter in model.named_parameters() if ".lora_" in name}
+    try:
+        for parameter in kept:
+            parameter.data = parameter.data.to(dtype)
+        yield
+    finally:
+        for parameter, data in kept.items():
+            parameter.data = data
 
 
 def prepare_training(model: nn.Module, config: Config) -> nn.Module:
@@ -515,19 +530,20 @@ def hidden_states(model: nn.Module, batch: dict, family: Family, **cache) -> tor
             inputs |= {"visual_pos_masks": places, "deepstack_visual_embeds": deepstack}
     if batch["shared_prefix"] is not None:  # without the mask, questions would read each other
         mask = attention_mask(batch["segments"])
-        inputs |= {"attention_mask": mask, "shared_rows": shared_rows(base, batch, mask, embedded.dtype)}
+        rows = shared_rows(base, batch["segments"], mask, embedded.dtype, prefix=batch["shared_prefix"])
+        inputs |= {"attention_mask": mask, "shared_rows": rows}
         if family.is_recurrent:  # no mask reaches these layers
             inputs["forked_rows"] = forked_rows(batch)
     return base.language_model(inputs_embeds=embedded, **{**inputs, **cache}).last_hidden_state
 
 
-def shared_rows(base: nn.Module, batch: dict, mask: torch.Tensor, dtype: torch.dtype) -> SharedRows:
-    """dtype: of the embeddings; under autocast the queries have another."""
+def shared_rows(base: nn.Module, segments: torch.Tensor, mask: torch.Tensor, dtype: torch.dtype, **options):
+    """The `SharedRows` of a model. dtype: of the embeddings; under autocast the queries have another."""
     device, text = mask.device, base.config.get_text_config()
     if torch.is_autocast_enabled(device.type):
         dtype = torch.get_autocast_dtype(device.type)
     groups = heads_together(device, text.num_attention_heads, text.num_key_value_heads)
-    return SharedRows(batch["segments"], mask, batch["shared_prefix"], dtype, groups)
+    return SharedRows(segments, mask, dtype=dtype, groups=groups, **options)
 
 
 def forward_logits(model: nn.Module, batch: dict, family: Family, places: torch.Tensor, **cache) -> torch.Tensor:

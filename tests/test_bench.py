@@ -111,6 +111,15 @@ def test_evaluation_speed_gives_generates_answers_token_for_token():
 
 
 @pytest.mark.slow
+def test_a_token_of_the_answers_copies_next_to_nothing_of_the_cache():
+    """Counted at the 8B's shape: an eighth of its weights' bytes would be copied otherwise, for every token."""
+    counted = columns(run(*"bench/evaluation_speed.py --count --size 8b --images 8".split()))
+    (theirs, copied_there), (ours, copied) = counted["transformers'"], counted["ours"]
+    assert float(copied_there) > 2 and float(copied) < 0.1 * float(copied_there)
+    assert int(ours.replace(",", "")) <= int(theirs.replace(",", "")) < 2700
+
+
+@pytest.mark.slow
 def test_two_processes_are_compared_with_one():
     output = run(*"bench/scaling.py --size tiny --image-tokens 16 --images 1 --rounds 1".split())
     assert re.search(r"median ratio of 1 rounds: \d+\.\d+", output)
