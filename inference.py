@@ -6,6 +6,8 @@ lets it see the prefix, its own question and its own answer. What has ended leav
 """
 
 import contextlib
+import copy
+import functools
 from collections.abc import Callable, Sequence
 
 import numpy as np
@@ -31,6 +33,18 @@ MAX_NEW_TOKENS = 128  # the longest Kvasir-VQA answer, all nine places, has 44
 
 class Stopped(Exception):
     """The ranks agreed to stop inside an evaluation; the run saves and ends, and evaluates again when it resumes."""
+
+
+def _dataset(samples: SampleList, encoder: SampleEncoder, rows: Sequence[int] | None, generation: bool) -> EvalDataset:
+    dataset = copy.copy(_batched(samples, encoder, None if rows is None else tuple(rows)))
+    dataset.generation = generation
+    return dataset
+
+
+@functools.lru_cache(maxsize=2)
+def _batched(samples, encoder, rows) -> EvalDataset:
+    """Loss and answers of every evaluation take the same batches; to cut them, each image's header is read."""
+    return EvalDataset(samples, encoder, encoder.config.share_prefix, encoder.config.eval_bs, False, rows)
 
 
 def _rounds(dataset: EvalDataset, config: Config, ranks: Ranks, stop: Callable[[], bool], title: str):
@@ -68,8 +82,7 @@ def split_loss(
 ) -> float:
     """Mean negative log-likelihood (nats) per answer token of a split, or of some of its rows. All ranks: contains
     all_reduces."""
-    config = encoder.config
-    dataset = EvalDataset(samples, encoder, config.share_prefix, config.eval_bs, generation=False, rows=rows)
+    dataset = _dataset(samples, encoder, rows, generation=False)
     nll, tokens = 0.0, 0
     for batch in _rounds(dataset, encoder.config, ranks, stop, "loss"):
         if batch is not None:
@@ -135,7 +148,7 @@ def classify_split(
 ) -> list[dict]:
     """The classes of a split's documents, as rows of `tasks.cls.row` in the order of the file; every rank gets all of
     them. All ranks: contains all_gathers."""
-    dataset = EvalDataset(samples, encoder, encoder.config.share_prefix, encoder.config.eval_bs, generation=True)
+    dataset = _dataset(samples, encoder, None, generation=True)
     found = []
     for batch in _rounds(dataset, encoder.config, ranks, stop, "classes"):
         if batch is not None:
@@ -171,7 +184,7 @@ def answer_split(
 def _answers(model, samples, encoder, ranks, rows, stop) -> list[tuple[int, str, bool]]:
     """(row, answer, finished) of each row, in order, on every rank. All ranks: contains all_gathers."""
     config, tokenizer = encoder.config, encoder.tokenizer
-    dataset = EvalDataset(samples, encoder, config.share_prefix, config.eval_bs, generation=True, rows=rows)
+    dataset = _dataset(samples, encoder, rows, generation=True)
     end_ids = {tokenizer.convert_tokens_to_ids("<|im_end|>"), tokenizer.convert_tokens_to_ids("<|endoftext|>")}
     answers = []
     for batch in _rounds(dataset, config, ranks, stop, "answers"):
