@@ -138,9 +138,12 @@ def test_a_setting_that_cannot_run_is_one_line():
 
 def test_the_8bs_operations_are_those_of_its_architecture(tmp_path):
     """Counted by hand from its config.json: linear layers 27.8 GFLOP a token forward and backward; LoRA of rank 16 adds
-    43.6M weights, each with a forward and two backward products."""
+    43.6M weights, each with a forward and two backward products. The last layer's MLP (151M, LoRA 0.8M) and the logits
+    run at supervised positions only."""
     operations = workload.operations_of(workload.write_folder(tmp_path / "model", workload.EIGHT_B, None))
-    assert operations.per_token == pytest.approx(27.8e9 + 6 * 43.6e6, rel=1e-3)
+    last_mlp = 4 * 151e6 + 6 * 0.79e6
+    assert operations.per_token == pytest.approx(27.8e9 + 6 * 43.6e6 - last_mlp, rel=1e-3)
+    assert operations.per_position == pytest.approx(4 * 4096 * 151_936 + last_mlp, rel=1e-3)
     assert operations.per_pair == pytest.approx(3 * 0.59e6, rel=1e-3)
     assert operations.vision(576) == pytest.approx(2.75e12, rel=1e-3)
     assert operations.vision(2900) == pytest.approx(27.25e12, rel=1e-3)
