@@ -72,6 +72,20 @@ def test_the_gpu_check_runs_dry_on_a_cpu_and_a_failing_line_does_not_end_the_oth
     assert [line.verdict for line in lines] == ["failed: no such kernel", "ok"]
 
 
+@pytest.mark.parametrize(("compiled", "verdict"), [(1.05, "ok"), (1.07, "wrong")])
+def test_compiled_layers_are_wrong_only_where_they_are_further_from_float32_than_uncompiled_ones(
+    monkeypatch, compiled, verdict
+):
+    import gpu_check
+
+    results = iter([1.0, 0.96, compiled])  # in float32, uncompiled, compiled
+    monkeypatch.setattr(gpu_check, "gradients", lambda loss, batch: {"loss": torch.tensor(next(results))})
+    machine = types.SimpleNamespace(
+        on_gpu=False, batch=lambda *_: {}, four_layers=lambda: torch.nn.Linear(1, 1), loss=lambda **_: None
+    )
+    assert gpu_check.compiled_layers(machine).verdict == verdict
+
+
 @pytest.mark.slow
 def test_exp2_as_shipped_is_laid_out_as_with_a_train_bs_as_large_as_the_step():
     output = run(
@@ -81,7 +95,6 @@ def test_exp2_as_shipped_is_laid_out_as_with_a_train_bs_as_large_as_the_step():
     assert shipped[6] == large[6] and shipped[7] == large[7], "loss and gradients"
 
 
-@pytest.mark.slow
 @pytest.mark.slow
 def test_the_simulations_of_compare_end_in_four_tables():
     printed = run("bench/simulations.py", "--comparisons", "3")
