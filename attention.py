@@ -40,11 +40,12 @@ class SharedRows:
 
     segments: int (B, T); prefix: tokens that are prefix in every row; both as `batches.collate` gives them, so that
     the host need not wait for the GPU to count. mask: of the segments, from `attention_mask`. dtype: of the queries.
-    groups: the G of `masked`. Layers read the prefix off the bias's shape: Dynamo follows shapes, and not every number.
+    groups: the G of `masked`. path: one of `PATHS`, else `chosen_path`. Layers read the prefix off the bias's shape:
+    Dynamo follows shapes, and not every number.
     """
 
-    def __init__(self, segments: torch.Tensor, mask: torch.Tensor, prefix: int, dtype: torch.dtype, groups: int = 1):
-        self.path = chosen_path(segments.device)
+    def __init__(self, segments, mask: torch.Tensor, prefix: int, dtype: torch.dtype, groups: int = 1, path: str = ""):
+        self.path = path or chosen_path(mask.device)
         if self.path == "varlen" and dtype not in VARLEN_TYPES:
             self.path = "two_part"
         # Made here, not at the first use: a compiled layer would be compiled anew for the second.
@@ -248,18 +249,14 @@ def install_shared_attention(model: nn.Module) -> None:
     from transformers.masking_utils import sdpa_mask
 
     def forward(module, query, key, value, attention_mask, scaling=None, dropout=0.0, shared_rows=None, **others):
-        if dropout or attention_mask is None or (shared_rows is not None and shared_rows.path == "mask"):
+        if dropout or attention_mask is None or shared_rows is None or shared_rows.path == "mask":
             return sdpa_attention_forward(
                 module, query, key, value, attention_mask, scaling=scaling, dropout=dropout, **others
             )
         # Under autocast, norms and the rotary embedding leave these in float32; SDPA would cast them in every layer.
         query, key = query.to(value.dtype), key.to(value.dtype)
         scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
-        if shared_rows is None:  # answers, token by token
-            groups = heads_together(query.device, query.shape[1], key.shape[1])
-            mask = attention_mask[:, :, None].expand(-1, -1, groups, -1, -1)
-            output = masked(query, key, value, mask, scaling)
-        elif shared_rows.path == "varlen":
+        if shared_rows.path == "varlen":
             output = varlen(query, key, value, shared_rows.varlen, scaling)
         else:
             output = two_part(query, key, value, shared_rows.bias.to(query.dtype), scaling)

@@ -14,7 +14,7 @@ from torch import nn
 from config import Config
 from errors import UserError
 from family import Family
-from model import AnswerLoss, at_places, base_of, hidden_states, read_fitting
+from model import AnswerLoss, base_of, read_fitting, states_at
 from tasks import task_of
 from templates import IGNORE
 
@@ -43,7 +43,7 @@ def attach_head(model: nn.Module, num_labels: int, seed: int) -> None:
 def class_logits(model: nn.Module, batch: dict, family: Family) -> torch.Tensor:
     """A collated batch of documents -> logits (items, num_labels), float32, in the order of the items."""
     base = base_of(model)
-    last = at_places(hidden_states(model, batch, family), batch["last_tokens"])  # (items, hidden_size)
+    last = states_at(model, batch, family, batch["last_tokens"])  # (items, hidden_size)
     return base.cls_head(last)
 
 

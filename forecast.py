@@ -185,7 +185,7 @@ class Operations:
 
     per_token: float  # matrices of the language model
     per_pair: float  # attention of the language model: one (query, key) pair in all layers that have it
-    per_position: float  # logits
+    per_position: float  # logits, and the last layer's MLP: see `model._last_layer`
     per_patch: float  # matrices of the vision tower
     per_patch_pair: float
     per_image_token: float  # the projector
@@ -204,17 +204,19 @@ class Operations:
             VISION: training and VISION in trained,
             HEAD: training,
         }
+        text = base.config.get_text_config()
         sums = Counter()
         for name, module in model.named_modules():
-            if not isinstance(module, nn.Linear | nn.Conv3d):
+            if not isinstance(module, nn.Linear | nn.Conv3d) or (
+                name.endswith("lm_head") and hasattr(base, "cls_head")
+            ):
                 continue
             group = group_of(name)
-            kind = "logits" if name.endswith(("lm_head", "cls_head")) else group
-            again = recomputed and through[group] and kind in (LANGUAGE, VISION)
+            in_last = group == LANGUAGE and f".layers.{text.num_hidden_layers - 1}." in name
+            at_positions = name.endswith(("lm_head", "cls_head")) or (in_last and ".mlp." in name)
+            again = recomputed and through[group] and group in (LANGUAGE, VISION) and not in_last and not at_positions
             times = 1 + again + through[group] + (training and module.weight.requires_grad)
-            if kind != "logits" or not hasattr(base, "cls_head") or name.endswith("cls_head"):
-                sums[kind] += 2 * times * module.weight.numel()
-        text = base.config.get_text_config()
+            sums["positions" if at_positions else group] += 2 * times * module.weight.numel()
         size = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
         kinds = Counter(getattr(text, "layer_types", None) or ["full_attention"] * text.num_hidden_layers)
         pair = 4 * text.num_attention_heads * size * (text.num_hidden_layers - kinds["linear_attention"])
@@ -227,7 +229,7 @@ class Operations:
         return cls(
             per_token=sums[LANGUAGE] + recurrent * (1 + (2 + recomputed) * through[LANGUAGE]),
             per_pair=pair * (1 + (2 + recomputed) * through[LANGUAGE]),
-            per_position=sums["logits"],
+            per_position=sums["positions"],
             per_patch=sums[VISION],
             per_patch_pair=4 * width * depth * (1 + (2 + recomputed) * through[VISION]),
             per_image_token=sums[PROJECTOR],
@@ -244,7 +246,7 @@ class Operations:
 
     def useful(self, rows: Sequence[Sequence[int]], positions: int, image_tokens: Sequence[int]) -> float:
         """Of rows laid out as [tokens of the prefix, of a question, of a question, ...]: pairs that a token may see,
-        logits at these positions, vision once for each image in `image_tokens`."""
+        logits and the last MLP at these positions, vision once for each image in `image_tokens`."""
         pairs = sum(p * (p + 1) // 2 + sum(n * p + n * (n + 1) // 2 for n in own) for p, *own in rows)
         return (
             sum(map(sum, rows)) * self.per_token

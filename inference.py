@@ -6,12 +6,16 @@ lets it see the prefix, its own question and its own answer. What has ended leav
 """
 
 import contextlib
+import copy
+import functools
 from collections.abc import Callable, Sequence
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import nn
 from tqdm import tqdm
+from transformers.cache_utils import DynamicCache, DynamicLayer
 
 from classification import ClassLoss
 from config import Config
@@ -19,7 +23,7 @@ from dataset import EvalDataset, SampleEncoder, load
 from distributed import Ranks
 from errors import UserError
 from family import Family
-from model import AnswerLoss, forward_logits, to_device
+from model import AnswerLoss, adapter_in_the_bases_type, forward_logits, shared_rows, to_device
 from recurrent import forked_rows
 from runlog import on_terminal
 from samples import SampleList
@@ -29,6 +33,18 @@ MAX_NEW_TOKENS = 128  # the longest Kvasir-VQA answer, all nine places, has 44
 
 class Stopped(Exception):
     """The ranks agreed to stop inside an evaluation; the run saves and ends, and evaluates again when it resumes."""
+
+
+def _dataset(samples: SampleList, encoder: SampleEncoder, rows: Sequence[int] | None, generation: bool) -> EvalDataset:
+    dataset = copy.copy(_batched(samples, encoder, None if rows is None else tuple(rows)))
+    dataset.generation = generation
+    return dataset
+
+
+@functools.lru_cache(maxsize=2)
+def _batched(samples, encoder, rows) -> EvalDataset:
+    """Loss and answers of every evaluation take the same batches; to cut them, each image's header is read."""
+    return EvalDataset(samples, encoder, encoder.config.share_prefix, encoder.config.eval_bs, False, rows)
 
 
 def _rounds(dataset: EvalDataset, config: Config, ranks: Ranks, stop: Callable[[], bool], title: str):
@@ -66,8 +82,7 @@ def split_loss(
 ) -> float:
     """Mean negative log-likelihood (nats) per answer token of a split, or of some of its rows. All ranks: contains
     all_reduces."""
-    config = encoder.config
-    dataset = EvalDataset(samples, encoder, config.share_prefix, config.eval_bs, generation=False, rows=rows)
+    dataset = _dataset(samples, encoder, rows, generation=False)
     nll, tokens = 0.0, 0
     for batch in _rounds(dataset, encoder.config, ranks, stop, "loss"):
         if batch is not None:
@@ -133,7 +148,7 @@ def classify_split(
 ) -> list[dict]:
     """The classes of a split's documents, as rows of `tasks.cls.row` in the order of the file; every rank gets all of
     them. All ranks: contains all_gathers."""
-    dataset = EvalDataset(samples, encoder, encoder.config.share_prefix, encoder.config.eval_bs, generation=True)
+    dataset = _dataset(samples, encoder, None, generation=True)
     found = []
     for batch in _rounds(dataset, encoder.config, ranks, stop, "classes"):
         if batch is not None:
@@ -146,7 +161,7 @@ def classify_split(
 
 def _mean_cross_entropy(rows: list[dict]) -> float:
     logits = torch.tensor([row["logits"] for row in rows], dtype=torch.float64)
-    return float(torch.nn.functional.cross_entropy(logits, torch.tensor([row["true_label"] for row in rows])))
+    return float(F.cross_entropy(logits, torch.tensor([row["true_label"] for row in rows])))
 
 
 def answer_split(
@@ -169,13 +184,13 @@ def answer_split(
 def _answers(model, samples, encoder, ranks, rows, stop) -> list[tuple[int, str, bool]]:
     """(row, answer, finished) of each row, in order, on every rank. All ranks: contains all_gathers."""
     config, tokenizer = encoder.config, encoder.tokenizer
-    dataset = EvalDataset(samples, encoder, config.share_prefix, config.eval_bs, generation=True, rows=rows)
+    dataset = _dataset(samples, encoder, rows, generation=True)
     end_ids = {tokenizer.convert_tokens_to_ids("<|im_end|>"), tokenizer.convert_tokens_to_ids("<|endoftext|>")}
     answers = []
     for batch in _rounds(dataset, config, ranks, stop, "answers"):
         if batch is None:
             continue
-        with _batch_fits(batch):
+        with _batch_fits(batch), adapter_in_the_bases_type(model):
             tokens = greedy(model, to_device(batch, ranks.device), encoder.family, end_ids)
         for row, (ids, finished) in zip(batch["rows"], tokens, strict=True):
             answers.append((row, tokenizer.decode(ids, skip_special_tokens=True).strip(), finished))
@@ -212,6 +227,43 @@ def own_answers_only(conversation: dict, own: list[str]) -> dict:
 # ------------------------------------------------------------------------------------------------------- greedy answers
 
 
+class RoomyLayer(DynamicLayer):
+    """Keys and values of a layer (rows, heads, tokens, size), each the used part of a buffer with room for tokens to
+    come. transformers' own layer copies all of them for every new token: as many bytes as reading the weights takes."""
+
+    def _make_room(self) -> None:
+        used = self.get_seq_length()
+        more = used // 4  # seldom too little, and little memory
+        self.buffers = [F.pad(states, (0, 0, 0, more)) for states in (self.keys, self.values)]
+        self._show(used)
+
+    def _show(self, used: int) -> None:
+        self.keys, self.values = (buffer[:, :, :used] for buffer in self.buffers)
+
+    def update(self, key_states: torch.Tensor, value_states: torch.Tensor, *args, **kwargs):
+        used = self.get_seq_length()
+        end = used + key_states.shape[2]
+        if not used or end > self.buffers[0].shape[2]:
+            super().update(key_states, value_states)
+            self._make_room()
+        else:
+            for buffer, states in zip(self.buffers, (key_states, value_states), strict=True):
+                buffer[:, :, used:end] = states
+            self._show(end)
+        return self.keys, self.values
+
+    def batch_select_indices(self, indices: torch.Tensor) -> None:
+        super().batch_select_indices(indices)
+        self._make_room()
+
+
+def answers_cache(model: nn.Module) -> DynamicCache:
+    """Recurrent layers keep transformers' own, which stays empty: see `recurrent`."""
+    cache = DynamicCache(config=model.config)
+    cache.layers = [RoomyLayer() if type(layer) is DynamicLayer else layer for layer in cache.layers]
+    return cache
+
+
 @torch.inference_mode()
 def greedy(model: nn.Module, batch: dict, family: Family, end_ids: set[int], max_new_tokens: int = MAX_NEW_TOKENS):
     """Greedy answers of a collated batch of prompts, on the batch's device.
@@ -219,11 +271,9 @@ def greedy(model: nn.Module, batch: dict, family: Family, end_ids: set[int], max
     Returns a list over the batch's items of (token ids without the end token, finished); not finished: cut off after
     max_new_tokens. Every slot (row, question) advances on its own, so the answers do not depend on the batching.
     """
-    from transformers import DynamicCache
-
     slots, count = batch["slots"], len(batch["sample_ids"])
     width, device = slots.shape[1], slots.device
-    cache = DynamicCache(config=model.config)
+    cache = answers_cache(model)
     # Recurrent layers cache no keys: each question's own state, also of rows that share nothing, where padding follows.
     recurrent = {"forked_rows": forked_rows(batch, keep_states=True)} if family.is_recurrent else {}
     places = batch["last_tokens"]
@@ -231,7 +281,7 @@ def greedy(model: nn.Module, batch: dict, family: Family, end_ids: set[int], max
     item = torch.where(slots < 0, count, slots)  # (rows, width); `count` where a slot is empty
 
     def in_slots(of_items: torch.Tensor) -> torch.Tensor:  # (..., items) -> (..., rows, width)
-        padded = torch.nn.functional.pad(of_items, (0, 1))
+        padded = F.pad(of_items, (0, 1))
         return padded.index_select(-1, item.flatten()).unflatten(-1, item.shape)
 
     token = in_slots(logits.argmax(-1))
@@ -264,6 +314,7 @@ def greedy(model: nn.Module, batch: dict, family: Family, end_ids: set[int], max
         output = model(
             input_ids=token,
             attention_mask=mask,
+            shared_rows=shared_rows(model, segment, mask, logits.dtype, prefix=0, path="two_part"),
             position_ids=next_position,
             past_key_values=cache,
             use_cache=True,

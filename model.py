@@ -281,12 +281,27 @@ def add_lora_in_the_product(model: nn.Module) -> None:
         result = self.base_layer(flat)  # (tokens, features out); not a view, or adding in place would copy its gradient
         down, up = self.lora_A[adapter].weight.to(x.dtype), self.lora_B[adapter].weight.to(x.dtype)
         low = F.linear(self.lora_dropout[adapter](flat), down)  # (tokens, r)
-        low, up = (low * self.scaling[adapter]).to(result.dtype), up.to(result.dtype)  # autocast casts nothing in place
-        return result.addmm_(low, up.t()).view(*x.shape[:-1], -1)
+        low, up = low.to(result.dtype), up.to(result.dtype)  # autocast casts nothing in place
+        return result.addmm_(low, up.t(), alpha=self.scaling[adapter]).view(*x.shape[:-1], -1)
 
     for module in model.modules():
         if isinstance(module, LoraLayer) and type(module).__name__ in ("Linear", "Linear4bit"):
             module.forward = types.MethodType(forward, module)
+
+
+@contextlib.contextmanager
+def adapter_in_the_bases_type(model: nn.Module):
+    """While it lasts, LoRA's float32 weights have the type in which they enter the products. Else every layer casts
+    them anew for each token of the answers: at 8B, one in seven of all kernels."""
+    dtype = base_of(model).get_input_embeddings().weight.dtype
+    kept = {parameter: parameter.data for name, parameter in model.named_parameters() if ".lora_" in name}
+    try:
+        for parameter in kept:
+            parameter.data = parameter.data.to(dtype)
+        yield
+    finally:
+        for parameter, data in kept.items():
+            parameter.data = data
 
 
 def prepare_training(model: nn.Module, config: Config) -> nn.Module:
@@ -311,7 +326,7 @@ def prepare_training(model: nn.Module, config: Config) -> nn.Module:
 def compile_layers(model: nn.Module, config: Config, device: torch.device) -> str:
     """Compile each decoder layer that attends, for any shape, where the config and the machine allow it, and say in one
     line what was done. What stands around a layer's matrix products (norms, rotary embedding, LoRA's dropout,
-    residuals) then takes a quarter of the memory traffic. A layer has at most six forms: the first layer or another ×
+    residuals) then takes a quarter of the memory traffic. A layer has at most six forms: the last layer or another ×
     one row, several, or several without a mask.
 
     Raises: `UserError` where `compile: true` cannot be done."""
@@ -490,13 +505,28 @@ def _add_features_by_place(language_model: nn.Module) -> None:
     language_model._deepstack_process = types.MethodType(add, language_model)
 
 
-def hidden_states(model: nn.Module, batch: dict, family: Family, **cache) -> torch.Tensor:
-    """Run the language model on a collated batch -> (B, T, hidden_size), after its final norm."""
-    base, cache = base_of(model).model, {"use_cache": False, **cache}
+def _last_layer(self, hidden, mlp_places=None, **inputs):
+    """In place of the last decoder layer's `forward`: its MLP, four fifths of a layer's products, runs at the places
+    that are asked for alone, (B, T, hidden_size) -> (1, places, hidden_size). (The other layers ignore them.) Gradient
+    checkpointing would save nothing here: the backward pass begins with this layer."""
+    if mlp_places is None:
+        return type(self).forward(self, hidden, **inputs)
+    attended, _ = self.self_attn(hidden_states=self.input_layernorm(hidden), **inputs)
+    hidden = at_places(hidden + attended, mlp_places)[None]
+    return hidden + self.mlp(self.post_attention_layernorm(hidden))
+
+
+def states_at(model: nn.Module, batch: dict, family: Family, places: torch.Tensor, **cache) -> torch.Tensor:
+    """Run the language model on a collated batch -> its states after the final norm at these places, counted over the
+    whole (B × T): (N,) -> (N, hidden_size)."""
+    base, layers = base_of(model).model, all_text_layers(model)
+    if getattr(layers[-1].forward, "__func__", None) is not _last_layer:
+        layers[-1].forward = types.MethodType(_last_layer, layers[-1])
+    cache = {"use_cache": False, "mlp_places": places, **cache}
     if not family.has_vision:
         # Without an image no prefix is shared. Positions of their own would make transformers look for packed
         # sequences, and put a mask where plain causal attention does.
-        return base(input_ids=batch["input_ids"], **cache).last_hidden_state
+        return base(input_ids=batch["input_ids"], **cache).last_hidden_state[0]
     embedded = base.language_model.embed_tokens(batch["input_ids"])
     inputs = {
         "attention_mask": None,  # plain causal; padding stands at the end, where no question can see it
@@ -506,33 +536,39 @@ def hidden_states(model: nn.Module, batch: dict, family: Family, **cache) -> tor
         if "vision" not in batch:  # collated without the family
             made = vision_inputs(batch["input_ids"], batch["image_grid_thw"], family)
             batch = batch | to_device(made, embedded.device)
-        places = batch["image_tokens"]
+        image_tokens = batch["image_tokens"]
         features, deepstack = encode_images(model, batch, family)
-        flat = embedded.flatten(0, 1).index_copy(0, places, features.to(embedded.dtype))
+        flat = embedded.flatten(0, 1).index_copy(0, image_tokens, features.to(embedded.dtype))
         embedded = flat.view_as(embedded)
         if deepstack:
             _add_features_by_place(base.language_model)
-            inputs |= {"visual_pos_masks": places, "deepstack_visual_embeds": deepstack}
+            inputs |= {"visual_pos_masks": image_tokens, "deepstack_visual_embeds": deepstack}
+            if len(deepstack) >= len(layers):  # a tiny model: they are added after its last layer, too
+                cache["mlp_places"] = None
+    if torch.is_grad_enabled() and not embedded.requires_grad:
+        embedded.requires_grad_()  # as between layers: else the first one is compiled in forms of its own
     if batch["shared_prefix"] is not None:  # without the mask, questions would read each other
         mask = attention_mask(batch["segments"])
-        inputs |= {"attention_mask": mask, "shared_rows": shared_rows(base, batch, mask, embedded.dtype)}
+        rows = shared_rows(base, batch["segments"], mask, embedded.dtype, prefix=batch["shared_prefix"])
+        inputs |= {"attention_mask": mask, "shared_rows": rows}
         if family.is_recurrent:  # no mask reaches these layers
             inputs["forked_rows"] = forked_rows(batch)
-    return base.language_model(inputs_embeds=embedded, **{**inputs, **cache}).last_hidden_state
+    states = base.language_model(inputs_embeds=embedded, **{**inputs, **cache}).last_hidden_state
+    return at_places(states, places) if cache["mlp_places"] is None else states[0]
 
 
-def shared_rows(base: nn.Module, batch: dict, mask: torch.Tensor, dtype: torch.dtype) -> SharedRows:
-    """dtype: of the embeddings; under autocast the queries have another."""
+def shared_rows(base: nn.Module, segments: torch.Tensor, mask: torch.Tensor, dtype: torch.dtype, **options):
+    """The `SharedRows` of a model. dtype: of the embeddings; under autocast the queries have another."""
     device, text = mask.device, base.config.get_text_config()
     if torch.is_autocast_enabled(device.type):
         dtype = torch.get_autocast_dtype(device.type)
     groups = heads_together(device, text.num_attention_heads, text.num_key_value_heads)
-    return SharedRows(batch["segments"], mask, batch["shared_prefix"], dtype, groups)
+    return SharedRows(segments, mask, dtype=dtype, groups=groups, **options)
 
 
 def forward_logits(model: nn.Module, batch: dict, family: Family, places: torch.Tensor, **cache) -> torch.Tensor:
     """Logits (N, vocabulary) of a collated batch at these places, counted over the whole (B × T)."""
-    return base_of(model).lm_head(at_places(hidden_states(model, batch, family, **cache), places))
+    return base_of(model).lm_head(states_at(model, batch, family, places, **cache))
 
 
 class AnswerLoss(nn.Module):

@@ -27,7 +27,7 @@ def teraflops(operations: Operations, image_tokens: int, text_tokens: int, k: in
     parts = {
         "layers' matrices": (linear.useful(alone, 0, []), linear.useful(shared, 0, []) / k),
         "attention": (attention.useful(alone, 0, []), attention.useful(shared, 0, []) / k),
-        "logits": (alone[0][0] * operations.per_position, ANSWER_TOKENS * operations.per_position),
+        "logits and the last MLP": (alone[0][0] * operations.per_position, ANSWER_TOKENS * operations.per_position),
         "vision": (operations.vision(image_tokens), operations.vision(image_tokens) / k),
     }
     parts["all"] = (sum(part[0] for part in parts.values()), sum(part[1] for part in parts.values()))

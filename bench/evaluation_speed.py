@@ -1,8 +1,9 @@
 """python bench/evaluation_speed.py [--size 33m|8b] [--questions-per-image 9] [--image-tokens 576] [--rounds N]
+python bench/evaluation_speed.py --count --size 8b --images 17
 
 Answering speed: one question at a time with transformers' `generate`, one at a time with this repo, and all questions
 of an image from one cache, as evaluate.py does. Side by side in one process, image by image; the answers must be
-the same, token for token.
+the same, token for token. --count: kernels and copied bytes of one token of every answer, from shapes alone.
 """
 
 import os
@@ -23,13 +24,18 @@ import torch
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # the modules at the root
 
 import workload as work
+from torch.utils._python_dispatch import TorchDispatchMode
 from trainer import Questions
+from transformers import DynamicCache
 
-from config import Lora
+from attention import SharedRows
+from config import Config, Data, Lora
 from dataset import EvalDataset
 from errors import exit_on_user_error
-from inference import greedy
-from model import to_device
+from family import load_family
+from forecast import _OnMeta, meta_loss
+from inference import answers_cache, greedy
+from model import adapter_in_the_bases_type, to_device
 
 
 class OneByOne:
@@ -78,6 +84,47 @@ class Ours:
         return [answers[row] for row in rows]
 
 
+class Kernels(TorchDispatchMode):
+    """How many operations but views there are, and bytes that concatenations and copies read and write."""
+
+    count = copied = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        result = function(*args, **(kwargs or {}))
+        self.count += not (function.is_view or "empty" in str(function) or "view" in str(function))
+        if function in (torch.ops.aten.cat.default, torch.ops.aten.copy_.default):
+            written = result if function is torch.ops.aten.cat.default else args[1]
+            self.copied += 2 * written.numel() * written.element_size()
+        return result
+
+
+@torch.no_grad()
+def count_a_token(model_folder: Path, rows: int, questions: int, tokens: int) -> None:
+    """Of one token of every answer, in bfloat16: `questions` in each row, behind `tokens` of prefix and questions."""
+    config = Config("-", str(model_folder), "vqa", Data("-"), "-", "-", learning_rate=1e-4)
+    model = meta_loss(config, load_family(str(model_folder)), torch.bfloat16).model.eval()
+    text = model.config.get_text_config()
+    groups = text.num_attention_heads // text.num_key_value_heads  # as on CUDA
+    print(f"{rows} rows of {tokens} tokens, {questions} answers each\n\n| cache | kernels | GB copied |\n|---|--:|--:|")
+    for name, cache in {"transformers'": DynamicCache(config=model.config), "ours": answers_cache(model)}.items():
+        with torch.device("meta"), adapter_in_the_bases_type(model):
+            held = torch.empty(rows, text.num_key_value_heads, tokens, text.head_dim, dtype=torch.bfloat16)
+            for layer in range(text.num_hidden_layers):
+                cache.update(held, held, layer)
+            mask = torch.ones(rows, 1, questions, tokens + questions, dtype=torch.bool)
+            with Kernels() as counted, _OnMeta():
+                logits = model(
+                    input_ids=torch.zeros(rows, questions, dtype=torch.long),
+                    attention_mask=mask,
+                    shared_rows=SharedRows(None, mask, 0, torch.bfloat16, groups, "two_part"),
+                    position_ids=torch.zeros(3, rows, questions, dtype=torch.long),
+                    past_key_values=cache,
+                    use_cache=True,
+                ).logits
+                logits.argmax(-1)
+        print(f"| {name} | {counted.count:,} | {counted.copied / 1e9:.2f} |")
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--size", default="33m", choices=work.SIZES)
@@ -88,12 +135,16 @@ def main() -> None:
     parser.add_argument("--new-tokens", type=int, default=8, help="a random model never ends an answer by itself")
     parser.add_argument("--tokenizer", help="folder of a real tokenizer; the embedding then has 151,936 rows")
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--count", action="store_true", help="count one token of every answer; nothing is run")
     args = parser.parse_args()
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     lora, batch = Lora(16, 32, 0.0), args.questions_per_image * args.images
     folder = Path(tempfile.mkdtemp(prefix="bench-"))
     try:
         model_folder = work.write_folder(folder / "model", work.SIZES[args.size], args.tokenizer)
+        if args.count:
+            tokens = args.image_tokens + 36 * args.questions_per_image
+            return count_a_token(model_folder, args.images, args.questions_per_image, tokens)
         base = work.build_base(model_folder, device, args.seed)
         setting = work.make_workload(
             model_folder, folder / "data", [args.questions_per_image] * args.images, args.image_tokens,

@@ -87,6 +87,20 @@ def test_the_gpu_check_runs_dry_on_a_cpu_and_a_failing_line_does_not_end_the_oth
     assert [line.verdict for line in lines] == ["failed: no such kernel", "ok"]
 
 
+@pytest.mark.parametrize(("compiled", "verdict"), [(1.05, "ok"), (1.07, "wrong")])
+def test_compiled_layers_are_wrong_only_where_they_are_further_from_float32_than_uncompiled_ones(
+    monkeypatch, compiled, verdict
+):
+    import gpu_check
+
+    results = iter([1.0, 0.96, compiled])  # in float32, uncompiled, compiled
+    monkeypatch.setattr(gpu_check, "gradients", lambda loss, batch: {"loss": torch.tensor(next(results))})
+    machine = types.SimpleNamespace(
+        on_gpu=False, batch=lambda *_: {}, four_layers=lambda: torch.nn.Linear(1, 1), loss=lambda **_: None
+    )
+    assert gpu_check.compiled_layers(machine).verdict == verdict
+
+
 @pytest.mark.slow
 def test_exp2_as_shipped_is_laid_out_as_with_a_train_bs_as_large_as_the_step():
     output = run(
@@ -96,7 +110,6 @@ def test_exp2_as_shipped_is_laid_out_as_with_a_train_bs_as_large_as_the_step():
     assert shipped[6] == large[6] and shipped[7] == large[7], "loss and gradients"
 
 
-@pytest.mark.slow
 @pytest.mark.slow
 def test_the_simulations_of_compare_end_in_four_tables():
     printed = run("bench/simulations.py", "--comparisons", "3")
@@ -126,6 +139,15 @@ def test_evaluation_speed_gives_generates_answers_token_for_token():
 
 
 @pytest.mark.slow
+def test_a_token_of_the_answers_copies_next_to_nothing_of_the_cache():
+    """Counted at the 8B's shape: an eighth of its weights' bytes would be copied otherwise, for every token."""
+    counted = columns(run(*"bench/evaluation_speed.py --count --size 8b --images 8".split()))
+    (theirs, copied_there), (ours, copied) = counted["transformers'"], counted["ours"]
+    assert float(copied_there) > 2 and float(copied) < 0.1 * float(copied_there)
+    assert int(ours.replace(",", "")) <= int(theirs.replace(",", "")) < 2700
+
+
+@pytest.mark.slow
 def test_two_processes_are_compared_with_one():
     output = run(*"bench/scaling.py --size tiny --image-tokens 16 --images 1 --rounds 1".split())
     assert re.search(r"median ratio of 1 rounds: \d+\.\d+", output)
@@ -144,9 +166,12 @@ def test_a_setting_that_cannot_run_is_one_line():
 
 def test_the_8bs_operations_are_those_of_its_architecture(tmp_path):
     """Counted by hand from its config.json: linear layers 27.8 GFLOP a token forward and backward; LoRA of rank 16 adds
-    43.6M weights, each with a forward and two backward products."""
+    43.6M weights, each with a forward and two backward products. The last layer's MLP (151M, LoRA 0.8M) and the logits
+    run at supervised positions only."""
     operations = workload.operations_of(workload.write_folder(tmp_path / "model", workload.EIGHT_B, None))
-    assert operations.per_token == pytest.approx(27.8e9 + 6 * 43.6e6, rel=1e-3)
+    last_mlp = 4 * 151e6 + 6 * 0.79e6
+    assert operations.per_token == pytest.approx(27.8e9 + 6 * 43.6e6 - last_mlp, rel=1e-3)
+    assert operations.per_position == pytest.approx(4 * 4096 * 151_936 + last_mlp, rel=1e-3)
     assert operations.per_pair == pytest.approx(3 * 0.59e6, rel=1e-3)
     assert operations.vision(576) == pytest.approx(2.75e12, rel=1e-3)
     assert operations.vision(2900) == pytest.approx(27.25e12, rel=1e-3)

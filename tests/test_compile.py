@@ -70,7 +70,7 @@ def assert_equal(run, losses, passes, tolerance: float) -> None:
 
 @pytest.mark.slow
 def test_forty_shapes_need_six_forms_at_most_and_no_graph_breaks(tiny_models):
-    run = tiny_run(tiny_models, "qwen3_vl")
+    run = tiny_run(tiny_models, "qwen3_vl", layers=4)  # of which DeepStack reaches two
     _, loss = compiled(run, "eager")
     for batch in passes_of_many_shapes(run, 40):
         loss(batch)

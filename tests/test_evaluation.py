@@ -276,3 +276,13 @@ def test_an_evaluation_that_runs_out_of_memory_says_what_to_set(tiny_models, mon
         answer_split(run.model(), samples, run.encoder(), ALONE)
     with pytest.raises(UserError, match=message):
         split_loss(too_much, samples, run.encoder(), ALONE)
+
+
+def test_batches_are_cut_once_for_loss_and_answers_of_all_evaluations(run, monkeypatch):
+    encoder, read = run.encoder(eval_max_samples=4), []
+    size_only = encoder.size_only
+    encoder.size_only = lambda path: read.append(path) or size_only(path)
+    loss, val = AnswerLoss(run.model(), run.family), SampleList(vqa_samples(3, 4), "val")
+    with short_answers(2):
+        first, second = (scores_while_training(loss, {"val": val}, encoder, ALONE, lambda: False) for _ in range(2))
+    assert first == second and len(read) == 1, "the header of the one image that is scored"

@@ -2,16 +2,18 @@
 
 import pytest
 import torch
-from support.tiny_runs import END, FAMILIES, build_items, calls_to, tiny_run, vqa_samples
+from support.tiny_runs import END, FAMILIES, build_items, calls_to, short_answers, tiny_run, vqa_samples
 from transformers import AutoImageProcessor
+from transformers.cache_utils import DynamicLayer
 
 import attention
 import inference
 import model
 from batches import collate
 from dataset import EvalDataset
+from distributed import Ranks
 from images import letterbox, open_image
-from inference import greedy
+from inference import RoomyLayer, answer_split, greedy
 from samples import SampleList
 from templates import CHAT_OPTIONS, split_answer, to_messages
 
@@ -37,10 +39,11 @@ def end_ids(run) -> set[int]:
 def answers(run, samples, batch_size: int, share_prefix: bool, **options) -> dict[str, tuple[list[int], bool]]:
     """Sample id -> (token ids, finished)"""
     dataset = EvalDataset(SampleList(samples, "s"), run.encoder(), share_prefix, batch_size, True)
+    model, limit = options.get("model", run.model()), options.get("max_new_tokens", NEW_TOKENS)
     found = {}
     for index in range(len(dataset)):
         batch = dataset[index]
-        tokens = greedy(run.model(), batch, run.family, end_ids(run), options.get("max_new_tokens", NEW_TOKENS))
+        tokens = greedy(model, batch, run.family, end_ids(run), limit)
         found |= dict(zip(batch["sample_ids"], tokens, strict=True))
     return found
 
@@ -159,3 +162,52 @@ def test_no_more_steps_are_taken_than_the_longest_answer_needs(run):
     with calls_to(run.model().get_base_model().lm_head) as calls:
         answers(run, vqa_samples(1, 2), 2, True, max_new_tokens=3)
     assert len(calls) == 3
+
+
+def test_the_roomy_cache_holds_what_transformers_own_does_and_seldom_copies_it():
+    ours, theirs = RoomyLayer(), DynamicLayer()
+    buffers, generator = set(), torch.Generator().manual_seed(0)
+    for step, tokens in enumerate([40, *[3] * 60]):
+        new = torch.randn(2, 6 if step < 30 else 2, 2, tokens, 4, generator=generator)  # keys and values
+        for found, expected in zip(ours.update(*new), theirs.update(*new), strict=True):
+            assert torch.equal(found, expected)
+        if step == 29:
+            for layer in (ours, theirs):
+                layer.batch_select_indices(torch.tensor([4, 1]))
+        buffers.add(ours.buffers[0].data_ptr())
+    assert ours.get_seq_length() == theirs.get_seq_length() == 220
+    assert len(buffers) <= 10, "220 tokens, a quarter of room each time"
+
+
+def test_answers_are_written_into_the_cache_without_copying_it(run):
+    used = []
+
+    def note(module, args, kwargs):
+        keys = [layer.keys for layer in kwargs["past_key_values"].layers if getattr(layer, "keys", None) is not None]
+        used.append([states.data_ptr() for states in keys])
+
+    handle = run.model().get_base_model().model.language_model.register_forward_pre_hook(note, with_kwargs=True)
+    try:
+        answers(run, vqa_samples(1, 2), 2, True, max_new_tokens=5)
+    finally:
+        handle.remove()
+    first, *steps = used  # the prefix is read into an empty cache
+    assert first == [] and steps[0] and all(step == steps[0] for step in steps)
+
+
+def test_float32_adapters_are_cast_once_for_all_answers_of_a_batch_and_then_are_as_before(tiny_models):
+    run, rank = tiny_run(tiny_models, "qwen3_vl"), Ranks(0, 1, torch.device("cpu"))
+    model = run.fresh_model(torch.bfloat16).eval()
+    adapter = [parameter for name, parameter in model.named_parameters() if ".lora_" in name]
+    for parameter in adapter:
+        parameter.data = parameter.data.float() * 1.01  # what bfloat16 cannot hold
+    before, asked = [(parameter.data_ptr(), parameter.dtype) for parameter in adapter], []
+    samples = vqa_samples(1, 2)
+    cast_by_every_layer = answers(run, samples, 2, True, model=model)
+    note = model.register_forward_pre_hook(lambda *_: asked.append({parameter.dtype for parameter in adapter}))
+    with short_answers(NEW_TOKENS), note:
+        rows = answer_split(model, SampleList(samples, "s"), run.encoder(), rank)
+    assert asked and all(types == {torch.bfloat16} for types in asked)
+    assert [(parameter.data_ptr(), parameter.dtype) for parameter in adapter] == before
+    expected = [run.tokenizer.decode(tokens).strip() for tokens, _ in cast_by_every_layer.values()]
+    assert [row["prediction"] for row in rows] == expected

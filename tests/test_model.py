@@ -128,6 +128,25 @@ def test_logits_are_computed_at_supervised_positions_only(run):
     assert hidden.numel() == batch["answer_tokens"] * hidden.shape[-1] and batch["answer_tokens"] < 100
 
 
+@pytest.mark.parametrize(("name", "checkpointing"), [*((name, False) for name in FAMILIES), ("qwen3_vl", True)])
+def test_the_last_mlp_runs_at_supervised_positions_only_and_loss_and_gradients_are_as_if_it_ran_everywhere(
+    tiny_models, monkeypatch, name, checkpointing
+):
+    def everywhere(self, hidden, mlp_places, **inputs):
+        return modeling.at_places(type(self).forward(self, hidden, **inputs), mlp_places)[None]
+
+    run = tiny_run(tiny_models, name, layers=4)  # DeepStack reaches two of them
+    model = run.fresh_model(torch.float64, gradient_checkpointing=checkpointing).train()
+    loss, batch = AnswerLoss(model, run.family), batch_of(run, vqa_samples())
+    with calls_to(modeling.all_text_layers(model)[-1].mlp) as calls:
+        value, gradients = loss_and_gradients(loss, batch)
+    assert [args[0].shape[:2] for args, _, _ in calls] == [(1, batch["answer_tokens"])]
+    monkeypatch.setattr(modeling, "_last_layer", everywhere)
+    expected, of_all = loss_and_gradients(loss, batch)
+    assert value == pytest.approx(expected, rel=1e-12)
+    assert largest_relative_difference(gradients, of_all) < 1e-9
+
+
 def test_each_image_reaches_the_rows_that_show_it(run):
     """Rows refer to distinct images by index; a wrong index would train on the wrong image without an error."""
     samples = vqa_samples(3, 2)

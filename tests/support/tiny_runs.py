@@ -139,11 +139,11 @@ def in_float64(forward):
 _RUNS: dict[str, TinyRun] = {}
 
 
-def tiny_run(tiny_models, family: str) -> TinyRun:
-    """The family's run, made once a session."""
-    folder = tiny_models[family]
+def tiny_run(tiny_models, family: str, **sizes: int) -> TinyRun:
+    """The family's run, or that of a model of other sizes, made once a session."""
+    folder = tiny_models.build(family, **sizes) if sizes else tiny_models[family]
     if str(folder) not in _RUNS:
-        _RUNS[str(folder)] = TinyRun(folder, tiny_models.root / f"run-{family}", family)
+        _RUNS[str(folder)] = TinyRun(folder, tiny_models.root / f"run-{folder.name}", family)
     return _RUNS[str(folder)]
 
 
