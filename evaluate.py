@@ -44,7 +44,6 @@ from files import (
 )
 from inference import predict_split
 from preflight import check_samples, open_encoder
-from recurrent import refuse_deterministic
 from report.free_form import INSTALL, KEPT
 from report.results import read_log, run_history
 from run_folder import CONFIG_FILE, checkpoints
@@ -255,7 +254,6 @@ def evaluate(config: Config, checkpoint: str | None, split: str, source: str, an
     folder = Path(checkpoint or config.output_dir)
     trained = None if checkpoint == "base" else folder
     encoder = open_encoder(config, source, trained or config.model_name)
-    refuse_deterministic(encoder.family, config.deterministic)
     results = results_folder(config, split)
     refuse_unusable_folder(results, "results_dir")
     ranks = start_ranks(config.deterministic)

@@ -23,6 +23,7 @@ from files import refuse_unusable_folder, write_text
 from forecast import STEPS_LOOKED_AT, forecast, meta_loss
 from images import image_path, open_image, refuse_outside, unpatchify
 from model import load_tokenizer, parameter_table
+from recurrent import refuse_deterministic
 from report.metrics import answer_outside_candidates
 from runlog import on_terminal
 from samples import SampleList
@@ -44,12 +45,14 @@ def open_encoder(config: Config, source: str, trained_in=None) -> SampleEncoder:
     """What turns samples into tokens for a config, as in training; its family and tokenizer are read, no weights.
 
     source: what messages call the config. trained_in: a folder of weights that were trained before, if any.
-    Raises: `UserError` where the image size does not fit the family, or the weights were trained under other settings.
+    Raises: `UserError` where the image size does not fit the family, the weights were trained under other settings, or
+    this machine cannot compute so.
     """
     family = load_family(config.model_name)
     if family.has_vision and config.resize == "letterbox":
         family.check_image_size(config.image_size, source)
     check_record(trained_in, family, config)
+    refuse_deterministic(family, config.deterministic)
     return SampleEncoder(config, family, load_tokenizer(config.model_name))
 
 

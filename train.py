@@ -124,9 +124,7 @@ def open_data(config: Config, source: str) -> tuple[SampleEncoder, list[str]]:
     this machine cannot train so."""
     named = [name for name in ("train", "val", "test") if getattr(config.data, name)]
     check_data_files(config, ["train", *named] + ["val"] * bool(config.eval_steps))
-    encoder = open_encoder(config, source)
-    recurrent.refuse_deterministic(encoder.family, config.deterministic)
-    return encoder, named
+    return open_encoder(config, source), named
 
 
 def load_splits(config: Config, named: list[str]) -> dict[str, SampleList]:
