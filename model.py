@@ -6,7 +6,6 @@ logits at supervised positions alone.
 
 import contextlib
 import functools
-import itertools
 import logging
 import re
 import sys
@@ -325,10 +324,10 @@ def prepare_training(model: nn.Module, config: Config) -> nn.Module:
 
 
 def compile_layers(model: nn.Module, config: Config, device: torch.device) -> str:
-    """Compile the decoder layers, of recurrent ones norms and MLP, for any shape, where the config and the machine
-    allow it, and say in one line what was done. What stands around a layer's matrix products (norms, rotary embedding,
-    LoRA's dropout, residuals) then takes a quarter of the memory traffic. There are at most six forms of a layer that
-    attends (the last or another × one row, several, or several without a mask), and six of norms and MLP.
+    """Compile each decoder layer that attends, for any shape, where the config and the machine allow it, and say in one
+    line what was done. What stands around a layer's matrix products (norms, rotary embedding, LoRA's dropout,
+    residuals) then takes a quarter of the memory traffic. A layer has at most six forms: the last layer or another ×
+    one row, several, or several without a mask.
 
     Raises: `UserError` where `compile: true` cannot be done."""
     unfit = {
@@ -347,11 +346,12 @@ def compile_layers(model: nn.Module, config: Config, device: torch.device) -> st
             )
         return f"Decoder layers run uncompiled (no compiler works here: {reason})"
     torch._dynamo.config.suppress_errors = not config.compile  # by default, what cannot be compiled runs as it is
-    for part in compiled_parts(model):
-        part.compile(dynamic=True)
-    layers, count = text_layers(model), len(all_text_layers(model))
-    others = "" if len(layers) == count else ", and norms and MLPs of the recurrent ones"
-    return f"{len(layers)} of {count} decoder layers are compiled{others}, each form at its first use"
+    layers = text_layers(model)
+    for layer in layers:
+        layer.compile(dynamic=True)
+    count = len(all_text_layers(model))
+    others = "" if len(layers) == count else ", the recurrent ones are not"
+    return f"{len(layers)} of {count} decoder layers are compiled, each form at its first use{others}"
 
 
 def all_text_layers(model: nn.Module) -> nn.ModuleList:
@@ -361,15 +361,8 @@ def all_text_layers(model: nn.Module) -> nn.ModuleList:
 
 
 def text_layers(model: nn.Module) -> list[nn.Module]:
-    """Those that attend; the recurrent ones of Qwen3.5 loop over chunks, other numbers of them in every batch."""
+    """Those that attend; the recurrent layers of Qwen3.5 loop over chunks, other numbers of them in every batch."""
     return [layer for layer in all_text_layers(model) if hasattr(layer, "self_attn")]
-
-
-def compiled_parts(model: nn.Module) -> list[nn.Module]:
-    """Whole layers, and of recurrent ones what is not their rule."""
-    recurrent = [layer for layer in all_text_layers(model) if not hasattr(layer, "self_attn")]
-    parts = [(layer.input_layernorm, layer.post_attention_layernorm, layer.mlp) for layer in recurrent]
-    return [*text_layers(model), *itertools.chain(*parts)]
 
 
 def _compiler_fails(device: torch.device) -> str | None:

@@ -225,8 +225,6 @@ def packed_questions(machine: Machine) -> Line:
     name = "Qwen3.5: packed questions"
     if not machine.on_gpu or recurrent.KERNELS["fla"] in recurrent.missing_kernels():
         return Line(name, f"{recurrent.KERNELS['fla']} is not here: PyTorch's own rule runs", "", "not measured")
-    if not hasattr(recurrent, "packed_difference"):
-        return Line(name, "", "", "not measured")
     difference = recurrent.packed_difference(machine.device)
     verdict = judged(difference < TOLERANCE, "wrong")
     return Line(name, f"differs by {difference:.1e}", f"< {TOLERANCE:.0e}", verdict, {"difference": difference})
