@@ -27,7 +27,7 @@ from config import load_config
 from dataset import SampleEncoder
 from errors import UserError, exit_on_user_error
 from family import load_family
-from forecast import USABLE, Operations, PassMemory, count_run, held_bytes, meta_loss
+from forecast import USABLE, Operations, PassMemory, count_run, held_bytes, meta_loss, most_questions
 from images import upright_size
 from model import load_tokenizer
 from preflight import make_plan
@@ -117,7 +117,7 @@ def row(names: list[str], rows: list[dict], models: dict[str, str], folder: Path
     loss = meta_loss(config, encoder.family, torch.bfloat16)
     held = held_bytes(loss, config, gpus, torch.bfloat16)
     longest = max(range(len(samples)), key=lambda row: len(str(samples[row])))
-    memory = PassMemory(loss, samples[longest], encoder)
+    memory = PassMemory(loss, samples[longest], encoder, most_questions(samples))
     fixed = sum(held.values())
     card = next((card for card in CARDS if fixed + memory.bytes(memory.row) <= USABLE * card * 1e9), None)
     tokens = memory.fitting(USABLE * card * 1e9 - fixed) if card else memory.row
