@@ -38,13 +38,21 @@ def attention_mask(segments: torch.Tensor) -> torch.Tensor:
 class SharedRows:
     """What all layers need to know about the rows of one batch, worked out once.
 
-    segments: int (B, T); prefix: tokens that are prefix in every row; both as `batches.collate` gives them, so that
-    the host need not wait for the GPU to count. mask: of the segments, from `attention_mask`. dtype: of the queries.
-    groups: the G of `masked`. path: one of `PATHS`, else `chosen_path`. Layers read the prefix off the bias's shape:
-    Dynamo follows shapes, and not every number.
+    segments: int (B, T), for the path `varlen` alone; prefix: tokens that are prefix in every row; both as
+    `batches.collate` gives them, so that the host need not wait for the GPU to count. mask: of the segments, from
+    `attention_mask`. dtype: of the queries. groups: the G of `masked`. path: one of `PATHS`, else `chosen_path`. Layers
+    read the prefix off the bias's shape: Dynamo follows shapes, and not every number.
     """
 
-    def __init__(self, segments, mask: torch.Tensor, prefix: int, dtype: torch.dtype, groups: int = 1, path: str = ""):
+    def __init__(
+        self,
+        segments: torch.Tensor | None,
+        mask: torch.Tensor,
+        prefix: int,
+        dtype: torch.dtype,
+        groups: int = 1,
+        path: str = "",
+    ):
         self.path = path or chosen_path(mask.device)
         if self.path == "varlen" and dtype not in VARLEN_TYPES:
             self.path = "two_part"

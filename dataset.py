@@ -38,7 +38,7 @@ from tasks import task_of
 from templates import cut_text, encode, image_paths, split_answer
 
 SIZES_KEPT = 65_536  # images whose size a worker remembers
-EVAL_TOKENS = 16_384  # of an evaluation batch: 2.4 GB of keys and values for an 8B, and work enough for a large GPU
+EVAL_TOKENS = 16_384  # of an evaluation batch: 3 GB of keys and values for an 8B, and work enough for a large GPU
 EVAL_STATES = 6 * 2**30  # bytes of recurrent states that its answers go on from: 128 questions of a Qwen3.5-9B
 BYTES_OF_A_TOKEN = 4
 

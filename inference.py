@@ -36,15 +36,16 @@ class Stopped(Exception):
 
 
 def _dataset(samples: SampleList, encoder: SampleEncoder, rows: Sequence[int] | None, generation: bool) -> EvalDataset:
-    dataset = copy.copy(_batched(samples, encoder, None if rows is None else tuple(rows)))
+    with_states = generation and encoder.family.is_recurrent  # of which a batch of answers holds a bounded number
+    dataset = copy.copy(_batched(samples, encoder, None if rows is None else tuple(rows), with_states))
     dataset.generation = generation
     return dataset
 
 
-@functools.lru_cache(maxsize=2)
-def _batched(samples, encoder, rows) -> EvalDataset:
+@functools.lru_cache(maxsize=4)  # all of a split and a part of it, for the loss and for answers
+def _batched(samples, encoder, rows, with_states) -> EvalDataset:
     """Loss and answers of every evaluation take the same batches; to cut them, each image's header is read."""
-    return EvalDataset(samples, encoder, encoder.config.share_prefix, encoder.config.eval_bs, False, rows)
+    return EvalDataset(samples, encoder, encoder.config.share_prefix, encoder.config.eval_bs, with_states, rows)
 
 
 def _rounds(dataset: EvalDataset, config: Config, ranks: Ranks, stop: Callable[[], bool], title: str):
@@ -190,7 +191,7 @@ def _answers(model, samples, encoder, ranks, rows, stop) -> list[tuple[int, str,
     for batch in _rounds(dataset, config, ranks, stop, "answers"):
         if batch is None:
             continue
-        with _batch_fits(batch), adapter_in_the_bases_type(model):
+        with _batch_fits(batch):
             tokens = greedy(model, to_device(batch, ranks.device), encoder.family, end_ids)
         for row, (ids, finished) in zip(batch["rows"], tokens, strict=True):
             answers.append((row, tokenizer.decode(ids, skip_special_tokens=True).strip(), finished))
@@ -229,7 +230,8 @@ def own_answers_only(conversation: dict, own: list[str]) -> dict:
 
 class RoomyLayer(DynamicLayer):
     """Keys and values of a layer (rows, heads, tokens, size), each the used part of a buffer with room for tokens to
-    come. transformers' own layer copies all of them for every new token: as many bytes as reading the weights takes."""
+    come. transformers' own layer copies all of them for every new token: in full batches, a third of the weights' bytes
+    (`bench/evaluation_speed.py --count`)."""
 
     def _make_room(self) -> None:
         used = self.get_seq_length()
@@ -264,13 +266,17 @@ def answers_cache(model: nn.Module) -> DynamicCache:
     return cache
 
 
-@torch.inference_mode()
 def greedy(model: nn.Module, batch: dict, family: Family, end_ids: set[int], max_new_tokens: int = MAX_NEW_TOKENS):
     """Greedy answers of a collated batch of prompts, on the batch's device.
 
     Returns a list over the batch's items of (token ids without the end token, finished); not finished: cut off after
     max_new_tokens. Every slot (row, question) advances on its own, so the answers do not depend on the batching.
     """
+    with adapter_in_the_bases_type(model), torch.inference_mode():
+        return _greedy(model, batch, family, end_ids, max_new_tokens)
+
+
+def _greedy(model, batch, family, end_ids, max_new_tokens) -> list[tuple[list[int], bool]]:
     slots, count = batch["slots"], len(batch["sample_ids"])
     width, device = slots.shape[1], slots.device
     cache = answers_cache(model)
@@ -311,15 +317,10 @@ def greedy(model: nn.Module, batch: dict, family: Family, end_ids: set[int], max
         key_segment = torch.cat([key_segment, segment], dim=1)
         # A token sees the prefix (0) and everything of its own question, which is itself and tokens before it.
         mask = (key_segment[:, None, None, :] == 0) | (key_segment[:, None, None, :] == segment[:, None, :, None])
-        output = model(
-            input_ids=token,
-            attention_mask=mask,
-            shared_rows=shared_rows(model, segment, mask, logits.dtype, prefix=0, path="two_part"),
-            position_ids=next_position,
-            past_key_values=cache,
-            use_cache=True,
-            **recurrent,
-        )
+        inputs = {"attention_mask": mask, **recurrent}
+        if family.has_vision:
+            inputs["shared_rows"] = shared_rows(model, segment, mask, logits.dtype, prefix=0, path="two_part")
+        output = model(input_ids=token, position_ids=next_position, past_key_values=cache, use_cache=True, **inputs)
         token = output.logits.argmax(-1)
         next_position = next_position + 1
         answers[step].scatter_(0, item.flatten(), torch.where(running, token, ends[0]).flatten())

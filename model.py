@@ -292,7 +292,7 @@ def add_lora_in_the_product(model: nn.Module) -> None:
 @contextlib.contextmanager
 def adapter_in_the_bases_type(model: nn.Module):
     """While it lasts, LoRA's float32 weights have the type in which they enter the products. Else every layer casts
-    them anew for each token of the answers: at 8B, one in seven of all kernels."""
+    them anew for each token of the answers."""
     dtype = base_of(model).get_input_embeddings().weight.dtype
     kept = {parameter: parameter.data for name, parameter in model.named_parameters() if ".lora_" in name}
     try:
@@ -508,7 +508,8 @@ def _add_features_by_place(language_model: nn.Module) -> None:
 def _last_layer(self, hidden, mlp_places=None, **inputs):
     """In place of the last decoder layer's `forward`: its MLP, four fifths of a layer's products, runs at the places
     that are asked for alone, (B, T, hidden_size) -> (1, places, hidden_size). (The other layers ignore them.) Gradient
-    checkpointing would save nothing here: the backward pass begins with this layer."""
+    checkpointing would save little here: the backward pass begins with this layer, which attends in every published
+    model."""
     if mlp_places is None:
         return type(self).forward(self, hidden, **inputs)
     attended, _ = self.self_attn(hidden_states=self.input_layernorm(hidden), **inputs)
@@ -545,7 +546,8 @@ def states_at(model: nn.Module, batch: dict, family: Family, places: torch.Tenso
             inputs |= {"visual_pos_masks": image_tokens, "deepstack_visual_embeds": deepstack}
             if len(deepstack) >= len(layers):  # a tiny model: they are added after its last layer, too
                 cache["mlp_places"] = None
-    if torch.is_grad_enabled() and not embedded.requires_grad:
+    is_trained = any(parameter.requires_grad for parameter in layers[0].parameters())
+    if torch.is_grad_enabled() and is_trained and not embedded.requires_grad:
         embedded.requires_grad_()  # as between layers: else the first one is compiled in forms of its own
     if batch["shared_prefix"] is not None:  # without the mask, questions would read each other
         mask = attention_mask(batch["segments"])

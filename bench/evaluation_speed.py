@@ -12,6 +12,7 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch; on a CPU one thre
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 import argparse
+import contextlib
 import shutil
 import statistics
 import sys
@@ -106,8 +107,12 @@ def count_a_token(model_folder: Path, rows: int, questions: int, tokens: int) ->
     text = model.config.get_text_config()
     groups = text.num_attention_heads // text.num_key_value_heads  # as on CUDA
     print(f"{rows} rows of {tokens} tokens, {questions} answers each\n\n| cache | kernels | GB copied |\n|---|--:|--:|")
-    for name, cache in {"transformers'": DynamicCache(config=model.config), "ours": answers_cache(model)}.items():
-        with torch.device("meta"), adapter_in_the_bases_type(model):
+    for name, cache, adapter in (
+        ("transformers', adapter cast in every layer", DynamicCache(config=model.config), contextlib.nullcontext()),
+        ("transformers'", DynamicCache(config=model.config), adapter_in_the_bases_type(model)),
+        ("ours", answers_cache(model), adapter_in_the_bases_type(model)),
+    ):
+        with torch.device("meta"), adapter:
             held = torch.empty(rows, text.num_key_value_heads, tokens, text.head_dim, dtype=torch.bfloat16)
             for layer in range(text.num_hidden_layers):
                 cache.update(held, held, layer)

@@ -7,6 +7,7 @@ import pytest
 import torch
 from support.tiny_runs import END, FAMILIES, build_items, short_answers, tiny_run, vqa_samples
 
+import dataset
 import evaluate
 import inference
 import tasks
@@ -286,3 +287,14 @@ def test_batches_are_cut_once_for_loss_and_answers_of_all_evaluations(run, monke
     with short_answers(2):
         first, second = (scores_while_training(loss, {"val": val}, encoder, ALONE, lambda: False) for _ in range(2))
     assert first == second and len(read) == 1, "the header of the one image that is scored"
+
+
+def test_a_batch_of_answers_holds_a_bounded_number_of_recurrent_states_and_one_of_the_loss_has_none(
+    tiny_models, monkeypatch
+):
+    run = tiny_run(tiny_models, "qwen3_5")
+    monkeypatch.setattr(dataset, "EVAL_STATES", 8 * run.family.state_bytes)
+    val, encoder = SampleList(vqa_samples(6, 4), "val"), run.encoder()
+    answered, scored = (inference._dataset(val, encoder, None, generation) for generation in (True, False))
+    assert all(answered[index]["slots"].numel() <= 8 for index in range(len(answered)))
+    assert len(scored) == 1 < len(answered)

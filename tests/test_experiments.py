@@ -1,7 +1,6 @@
 """What the shipped experiments promise: the order trained, the curriculum's starting points, sequential reasoning that
 never sees gold answers, and QLoRA on 4-bit weights that do not change."""
 
-import contextlib
 import itertools
 import json
 import re
@@ -152,7 +151,6 @@ def test_gold_answers_cannot_reach_a_prompt_and_the_models_own_do(sequential, mo
 
     monkeypatch.setattr(SampleEncoder, "encode", spy)
     monkeypatch.setattr(inference, "greedy", fixed_answers)
-    monkeypatch.setattr(inference, "adapter_in_the_bases_type", lambda model: contextlib.nullcontext())  # there is none
     ranks = Ranks(0, 1, torch.device("cpu"))
     lines = inference.answer_split(None, SampleList(gold, "gold"), encoder, ranks)
     assert len(lines) == 15 and {line["prediction"] for line in lines} == {"OWN-ANSWER"}

@@ -1,5 +1,7 @@
 """Greedy answers are those of transformers' generate, however the prompts are batched."""
 
+import contextlib
+
 import pytest
 import torch
 from support.tiny_runs import END, FAMILIES, build_items, calls_to, short_answers, tiny_run, vqa_samples
@@ -110,9 +112,6 @@ class Scripted(torch.nn.Module):
         super().__init__()
         self.config, self.end_id, self.asked = run.model().config, end_id, []
 
-    def get_base_model(self):
-        return self.inner.get_base_model()
-
     def first_logits(self, model, batch, family, places, past_key_values, **others):
         """In place of `forward_logits`."""
         self.step = 0
@@ -130,6 +129,7 @@ class Scripted(torch.nn.Module):
 
 def scripted(run, monkeypatch, max_new_tokens: int) -> tuple[list, list[int]]:
     """(answers, tokens of each forward pass after the first)"""
+    monkeypatch.setattr(inference, "adapter_in_the_bases_type", lambda model: contextlib.nullcontext())  # there is none
     items, images = build_items(run.encoder(), vqa_samples(images=1, questions=4), generation=True)
     batch = collate(items, images, True, 0)
     end = run.tokenizer.convert_tokens_to_ids(END)
@@ -195,7 +195,7 @@ def test_answers_are_written_into_the_cache_without_copying_it(run):
     assert first == [] and steps[0] and all(step == steps[0] for step in steps)
 
 
-def test_float32_adapters_are_cast_once_for_all_answers_of_a_batch_and_then_are_as_before(tiny_models):
+def test_float32_adapters_are_cast_once_for_all_answers_of_a_batch_and_then_are_as_before(tiny_models, monkeypatch):
     run, rank = tiny_run(tiny_models, "qwen3_vl"), Ranks(0, 1, torch.device("cpu"))
     model = run.fresh_model(torch.bfloat16).eval()
     adapter = [parameter for name, parameter in model.named_parameters() if ".lora_" in name]
@@ -203,7 +203,9 @@ def test_float32_adapters_are_cast_once_for_all_answers_of_a_batch_and_then_are_
         parameter.data = parameter.data.float() * 1.01  # what bfloat16 cannot hold
     before, asked = [(parameter.data_ptr(), parameter.dtype) for parameter in adapter], []
     samples = vqa_samples(1, 2)
-    cast_by_every_layer = answers(run, samples, 2, True, model=model)
+    with monkeypatch.context() as patched:
+        patched.setattr(inference, "adapter_in_the_bases_type", lambda model: contextlib.nullcontext())
+        cast_by_every_layer = answers(run, samples, 2, True, model=model)
     note = model.register_forward_pre_hook(lambda *_: asked.append({parameter.dtype for parameter in adapter}))
     with short_answers(NEW_TOKENS), note:
         rows = answer_split(model, SampleList(samples, "s"), run.encoder(), rank)

@@ -147,6 +147,12 @@ def test_the_last_mlp_runs_at_supervised_positions_only_and_loss_and_gradients_a
     assert largest_relative_difference(gradients, of_all) < 1e-9
 
 
+def test_no_gradient_passes_through_a_language_model_of_which_nothing_is_trained(run):
+    model = run.fresh_model(torch.float32).train().requires_grad_(False)
+    batch = batch_of(run, vqa_samples())
+    assert not modeling.states_at(model, batch, run.family, batch["supervised"]).requires_grad
+
+
 def test_each_image_reaches_the_rows_that_show_it(run):
     """Rows refer to distinct images by index; a wrong index would train on the wrong image without an error."""
     samples = vqa_samples(3, 2)
