@@ -294,7 +294,7 @@ def test_a_batch_of_answers_holds_a_bounded_number_of_recurrent_states_and_one_o
 ):
     run = tiny_run(tiny_models, "qwen3_5")
     monkeypatch.setattr(dataset, "EVAL_STATES", 8 * run.family.state_bytes)
-    val, encoder = SampleList(vqa_samples(6, 4), "val"), run.encoder()
+    val, encoder = SampleList(vqa_samples(3, 4), "val"), run.encoder()
     answered, scored = (inference._dataset(val, encoder, None, generation) for generation in (True, False))
     assert all(answered[index]["slots"].numel() <= 8 for index in range(len(answered)))
     assert len(scored) == 1 < len(answered)
