@@ -187,11 +187,19 @@ def table(scores: dict) -> list[str]:
 def write_predictions(results: Path, rows: list[dict]) -> None:
     """Before they are scored: whatever goes wrong then, hours of answers are kept. Scores of earlier answers go."""
     with full_disk_is_said(results, "evaluate again"):
-        results.mkdir(parents=True, exist_ok=True)
         for name in ("all_results.json", "predict_results.json"):
             (results / name).unlink(missing_ok=True)
-        lines = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
-        write_text(results / "generated_predictions.jsonl", lines)
+        write_text(results / "generated_predictions.jsonl", json_lines(rows))
+
+
+def json_lines(rows: list[dict]) -> str:
+    return "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+
+
+def answers_sha256(rows: list[dict]) -> str:
+    """Of the rows as they are before they are scored."""
+    unscored = [{key: value for key, value in row.items() if key != KEPT} for row in rows]
+    return hashlib.sha256(json_lines(unscored).encode()).hexdigest()
 
 
 def data_hashes(config: Config, split: str) -> dict[str, str]:
@@ -220,12 +228,13 @@ def score_and_write(config: Config, results: Path, rows: list[dict], facts: dict
     """The scores of rows, written to the results folder with the rows, and printed below a title.
 
     facts: what is recorded beside the scores. It is kept until they are there, so that hours of answers can be scored
-    again, whatever goes wrong here. answers: as of `evaluate`."""
+    again, whatever goes wrong here, and names their hash: a full disk may leave it beside earlier answers. answers: as
+    of `evaluate`."""
     if answers != "auto":
         rows = [{**row, "free_form": answers == "sentences"} for row in rows]
     with full_disk_is_said(results, "evaluate again"):
         results.mkdir(parents=True, exist_ok=True)
-        write_json(results / FACTS, facts)
+        write_json(results / FACTS, facts | {"answers_sha256": answers_sha256(rows)})
     write_predictions(results, rows)
     again = "evaluate.py again with --score-again" if facts["predictions"] is None else "evaluate.py again"
     try:
@@ -309,6 +318,8 @@ def score_again(config: Config, checkpoint: str | None, split: str, answers: str
     if checkpoint and kept.get("checkpoint") != checkpoint:
         raise UserError(f"{results}: its answers are those of {kept.get('checkpoint')}; {cure}")
     rows = [row for _, row in read_json_lines(results / "generated_predictions.jsonl", cure)]
+    if path.name == FACTS and kept.get("answers_sha256") != answers_sha256(rows):
+        raise UserError(f"{results}: its answers are not those that {FACTS} speaks of; {cure}")
     facts = {name: kept[name] for name in KEPT_FACTS if name in kept} | {"predictions": kept.get("predictions")}
     title = f"{config.experiment}: {split}, {len(rows):,} samples, scored again"
     scores = score_and_write(config, results, rows, facts, answers, title)

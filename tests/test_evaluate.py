@@ -1,5 +1,6 @@
 """evaluate.py leaves predictions and scores that agree with each other, and says plainly what it cannot do."""
 
+import errno
 import json
 import math
 from dataclasses import replace
@@ -93,6 +94,7 @@ def test_kept_clicks_and_classes_are_scored_again_as_well(setup, task):
     (folder / "results").mkdir()
     (folder / "results/generated_predictions.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     facts = {"checkpoint": "base", "split": "test", "data_sha256": {"test": file_sha256(folder / "test.json")}}
+    facts["answers_sha256"] = evaluate.answers_sha256(rows)
     (folder / "results" / evaluate.FACTS).write_text(json.dumps(facts))
     changes = ["task=click"] if task == "click" else ["task=cls", "num_labels=2", "template=paper_decision"]
     evaluate.main(["--config", str(config), "--score-again", *changes])
@@ -120,6 +122,29 @@ def test_answers_that_are_not_those_of_the_command_are_not_scored_again(setup, m
     (folder / "results" / evaluate.FACTS).write_text(json.dumps(facts))
     with pytest.raises(UserError, match=message):
         evaluate.main(["--config", str(config), "--score-again", *arguments])
+
+
+@pytest.fixture
+def evaluated(setup):
+    """A folder with answers of the adapter that are scored, and the command that scores them."""
+    with short_answers():
+        evaluate.main(["--config", str(setup[1])])
+    return setup[0], ["--config", str(setup[1])]
+
+
+def test_earlier_answers_are_not_scored_as_those_that_a_full_disk_kept_from_being_written(evaluated, monkeypatch):
+    folder, command = evaluated
+    write = evaluate.write_text
+
+    def full(path, text):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(evaluate, "write_text", full)
+    with short_answers(2), pytest.raises(UserError, match="Free some space and evaluate again"):
+        evaluate.main([*command, "--checkpoint", "base"])
+    monkeypatch.setattr(evaluate, "write_text", write)
+    with pytest.raises(UserError, match=r"are not those that answered_with\.json speaks of; evaluate without"):
+        evaluate.main([*command, "--score-again"])
 
 
 def test_predictions_scores_and_history_are_written_and_agree(setup):
