@@ -45,7 +45,7 @@ from files import (
 from inference import predict_split
 from preflight import check_samples, open_encoder
 from report.free_form import INSTALL, KEPT
-from report.results import read_log, run_history
+from report.results import PREDICTIONS, read_log, read_rows, run_history, task_named_by
 from run_folder import CONFIG_FILE, checkpoints
 from samples import load_split
 from tasks import task_of
@@ -189,7 +189,7 @@ def write_predictions(results: Path, rows: list[dict]) -> None:
     with full_disk_is_said(results, "evaluate again"):
         for name in ("all_results.json", "predict_results.json"):
             (results / name).unlink(missing_ok=True)
-        write_text(results / "generated_predictions.jsonl", json_lines(rows))
+        write_text(results / PREDICTIONS, json_lines(rows))
 
 
 def json_lines(rows: list[dict]) -> str:
@@ -306,18 +306,23 @@ def draw(config: Config, trained: Path | None, rows: list[dict], results: Path) 
 def score_again(config: Config, checkpoint: str | None, split: str, answers: str = "auto") -> dict:
     """The answers that lie in the results folder, scored once more. answers: as of `evaluate`.
 
-    Raises: `UserError` where there are none, or where they are another checkpoint's or to another file."""
+    Raises: `UserError` where there are none, or where they are another checkpoint's, to another file or not one to each sample."""
     refuse_ranks("--score-again")
     results, cure = results_folder(config, split), "evaluate without --score-again"
     path = next((results / name for name in (FACTS, "predict_results.json") if (results / name).is_file()), None)
-    if path is None or not (results / "generated_predictions.jsonl").is_file():
+    if path is None or not (results / PREDICTIONS).is_file():
         raise UserError(f"{results}: no answers to score again; {cure}")
     kept, hashes = read_json(path, cure), data_hashes(config, split)
     if not isinstance(kept, dict) or (kept.get("data_sha256") or {}).get(split) != hashes[split]:
         raise UserError(f"{results}: its answers are to another file than {getattr(config.data, split)}; {cure}")
     if checkpoint and kept.get("checkpoint") != checkpoint:
         raise UserError(f"{results}: its answers are those of {kept.get('checkpoint')}; {cure}")
-    rows = [row for _, row in read_json_lines(results / "generated_predictions.jsonl", cure)]
+    by_id = read_rows(results / PREDICTIONS, cure)
+    if tasks := {task_named_by(row, results, cure) for row in by_id.values()} - {config.task}:
+        raise UserError(f"{results}: its answers are of task {', '.join(sorted(tasks))}, not {config.task}; {cure}")
+    if by_id.keys() != {str(sample["id"]) for sample in asked_samples(config, split)}:
+        raise UserError(f"{results}: its answers are not one to each sample of {getattr(config.data, split)}; {cure}")
+    rows = list(by_id.values())
     if path.name == FACTS and kept.get("answers_sha256") != answers_sha256(rows):
         raise UserError(f"{results}: its answers are not those that {FACTS} speaks of; {cure}")
     facts = {name: kept[name] for name in KEPT_FACTS if name in kept} | {"predictions": kept.get("predictions")}
@@ -326,6 +331,14 @@ def score_again(config: Config, checkpoint: str | None, split: str, answers: str
     made_by = facts.get("checkpoint")
     draw(config, None if made_by in (None, "base") else Path(made_by), rows, results)
     return scores
+
+
+def asked_samples(config: Config, split: str) -> list[dict]:
+    """Of a split, those that get an answer each: of a conversation, its turns."""
+    samples = list(load_split(config, split))
+    if config.template == CONVERSATION_TEMPLATE:
+        return [turn for conversation in samples for turn in conversation["turns"]]
+    return samples
 
 
 def refuse_ranks(flag: str) -> None:
@@ -373,9 +386,7 @@ def score_predictions(config: Config, path: Path, split: str, source: str, answe
     results = results_folder(config, split)
     results = results.with_name(f"{results.name}_predictions_{path.stem}")
     refuse_unusable_folder(results, "results_dir")
-    samples = list(load_split(config, split))
-    if config.template == CONVERSATION_TEMPLATE:
-        samples = [turn for conversation in samples for turn in conversation["turns"]]
+    samples = asked_samples(config, split)
     say_what_is_replaced(results, str(path), "predictions")
     found = read_predictions(path, [sample["id"] for sample in samples], config)
     # Points are read as the config's model speaks them; words need no model, not even its tokenizer.

@@ -94,7 +94,7 @@ def read_run(folders: str) -> Results:
             raise UserError(f"{folders}: {_some(twice)} in more than one of the joined folders; join disjoint parts")
         rows.update(part)
         scores.append(score)
-    tasks = {_task_of(row, folders) for row in rows.values()}
+    tasks = {task_named_by(row, folders) for row in rows.values()}
     if len(tasks) > 1:
         raise UserError(f"{folders}: rows of several tasks in one test set ({', '.join(sorted(tasks))})")
     only = scores[0] if len(scores) == 1 else {}
@@ -187,20 +187,7 @@ def _read_folder(folder: Path) -> tuple[dict[str, dict], dict]:
     scores = read_json(folder / SCORES, AGAIN)
     if not isinstance(scores, dict):
         raise UserError(f"{folder / SCORES}: holds no table of scores; {AGAIN}")
-    rows: dict[str, dict] = {}
-    for number, row in read_json_lines(folder / PREDICTIONS, AGAIN):
-        where = f"{folder / PREDICTIONS} line {number}"
-        if not isinstance(row, dict) or "id" not in row:
-            raise UserError(f"{where}: not a sample with an id; {AGAIN}")
-        if str(row["id"]) in rows:
-            raise UserError(f"{where}: id {row['id']!r} is there twice; ids must tell samples apart")
-        try:
-            image_paths(row)
-        except UserError as error:
-            raise UserError(f"{where}: {error}; {AGAIN}") from None
-        rows[str(row["id"])] = row
-    if not rows:
-        raise UserError(f"{folder / PREDICTIONS}: empty; {AGAIN}")
+    rows = read_rows(folder / PREDICTIONS)
     if scores.get("predict_samples", len(rows)) != len(rows):
         raise UserError(
             f"{folder}: {PREDICTIONS} holds {len(rows)} samples, {SCORES} speaks of {scores['predict_samples']}; "
@@ -209,12 +196,31 @@ def _read_folder(folder: Path) -> tuple[dict[str, dict], dict]:
     return rows, scores
 
 
-def _task_of(row: dict, folder: str) -> str:
-    """The task whose keys the row has most of."""
+def read_rows(path: Path, cure: str = AGAIN) -> dict[str, dict]:
+    """The rows of predictions, by id. Raises: `UserError` where one has no id, or that of another, and without any."""
+    rows: dict[str, dict] = {}
+    for number, row in read_json_lines(path, cure):
+        where = f"{path} line {number}"
+        if not isinstance(row, dict) or "id" not in row:
+            raise UserError(f"{where}: not a sample with an id; {cure}")
+        if str(row["id"]) in rows:
+            raise UserError(f"{where}: id {row['id']!r} is there twice; ids must tell samples apart")
+        try:
+            image_paths(row)
+        except UserError as error:
+            raise UserError(f"{where}: {error}; {cure}") from None
+        rows[str(row["id"])] = row
+    if not rows:
+        raise UserError(f"{path}: empty; {cure}")
+    return rows
+
+
+def task_named_by(row: dict, folder: str | Path, cure: str = AGAIN) -> str:
+    """The task whose keys the row has most of; a click has those of an answer in words as well."""
     lacking = {name: [key for key in task.ROW_KEYS if key not in row] for name, task in TASKS.items()}
-    name = min(lacking, key=lambda name: len(lacking[name]) / len(TASKS[name].ROW_KEYS))
+    name = min(reversed(lacking), key=lambda name: len(lacking[name]) / len(TASKS[name].ROW_KEYS))
     if lacking[name]:
-        raise UserError(f"{folder}: sample {row['id']!r} lacks {', '.join(lacking[name])}; {AGAIN}")
+        raise UserError(f"{folder}: sample {row['id']!r} lacks {', '.join(lacking[name])}; {cure}")
     return name
 
 

@@ -21,6 +21,7 @@ from errors import UserError
 from files import file_sha256
 from inference import answer_split
 from report import free_form
+from report.results import task_named_by
 from samples import load_samples
 from tasks import click, cls, vqa
 
@@ -85,6 +86,8 @@ def test_kept_answers_are_scored_again_without_a_model_and_give_the_scores_of_a_
 @pytest.mark.parametrize("task", ["click", "cls"])
 def test_kept_clicks_and_classes_are_scored_again_as_well(setup, task):
     folder, config = setup
+    samples = [vqa_samples(1, 1)[0] | {"id": str(n)} for n in range(12)]
+    (folder / "test.json").write_text(json.dumps(samples))
     click_row = {"images": ["0.png"], "image_size": [60, 45], "question": "tap", "point": [30, 20], "correct": True}
     rows = {
         "click": [click_row | {"id": str(n), "predicted_point": [30, n], "prediction": "-"} for n in range(12)],
@@ -122,6 +125,30 @@ def test_answers_that_are_not_those_of_the_command_are_not_scored_again(setup, m
     (folder / "results" / evaluate.FACTS).write_text(json.dumps(facts))
     with pytest.raises(UserError, match=message):
         evaluate.main(["--config", str(config), "--score-again", *arguments])
+
+
+ROW = '{"id": "p0q0", "question": "?", "answer": "red", "prediction": "red"}\n'
+
+
+@pytest.mark.parametrize(
+    ("lines", "message"),
+    [
+        ("{}\n", r"jsonl line 1: not a sample with an id; evaluate without"),
+        ("[1]\n", r"jsonl line 1: not a sample with an id; evaluate without"),
+        ('{"id": "p0q0", "question": "?"}\n', "sample 'p0q0' lacks answer, prediction; evaluate without"),
+        (ROW + ROW, "line 2: id 'p0q0' is there twice"),
+        (ROW, r"its answers are not one to each sample of .*test\.json; evaluate without"),
+        ('{"id": 1, "probabilities": [1], "predicted_label": 0, "true_label": 0}\n', "are of task cls, not vqa; eval"),
+    ],
+)
+def test_answers_that_are_not_one_to_each_sample_of_the_split_are_not_scored_again(setup, lines, message):
+    folder, config = setup
+    (folder / "results").mkdir()
+    (folder / "results" / "generated_predictions.jsonl").write_text(lines)
+    facts = {"checkpoint": "base", "data_sha256": {"test": file_sha256(folder / "test.json")}}
+    (folder / "results" / "predict_results.json").write_text(json.dumps(facts))
+    with pytest.raises(UserError, match=message):
+        evaluate.main(["--config", str(config), "--score-again"])
 
 
 @pytest.fixture
@@ -396,3 +423,4 @@ def test_a_click_in_pixels_and_one_in_words_are_the_same_click(tiny_models):
     words = click.row(sample, encoder, click.output_of("[500, 400]", encoder.config))
     pixels = click.row(sample, encoder, click.output_of(words["predicted_point"], encoder.config))
     assert pixels["predicted_point"] == words["predicted_point"] and pixels["correct"] == words["correct"]
+    assert task_named_by(words, "results") == "click", "compare.py would score it as words"
