@@ -50,19 +50,18 @@ def gpus_of_jobs() -> dict[str, int]:
         named = re.findall(r"configs/(\w*)(?:\{([\w,]+)\}(\w*))?\.yaml", text)  # configs/lr_text_{2e5,2e6}.yaml
         configs = {head + middle + tail for head, inner, tail in named for middle in inner.split(",")}
         if configs:
-            jobs.append((configs, int(re.search(r"^#SBATCH --gres=gpu:(\d+)", text, re.MULTILINE)[1])))
+            jobs.append((configs, int(re.search(r"^#SBATCH --gres=gpu:(?:\w+:)?(\d+)", text, re.MULTILINE)[1])))
     return {config: gpus for configs, gpus in sorted(jobs, key=lambda job: -len(job[0])) for config in configs}
 
 
 def shipped() -> dict[str, list[str]]:
-    """What decides a row, hashed -> the configs that share it, of all but the demo's."""
-    gpus, found = gpus_of_jobs(), {}
-    for path in sorted(ROOT.glob("configs/*.yaml")):
-        if path.stem != "demo":
-            config = load_config(path)
-            deciding = [repr(getattr(config, key)) for key in DECIDING]
-            deciding += [str(config.backbone_learning_rate == 0), str(stage_of(config)), str(gpus[path.stem])]
-            found.setdefault(hashlib.sha256("\n".join(deciding).encode()).hexdigest()[:8], []).append(path.stem)
+    """What decides a row, hashed -> the configs that share it, of those with a job file: a user's own have none."""
+    found = {}
+    for name, gpus in sorted(gpus_of_jobs().items()):
+        config = load_config(ROOT / "configs" / f"{name}.yaml")
+        deciding = [repr(getattr(config, key)) for key in DECIDING]
+        deciding += [str(config.backbone_learning_rate == 0), str(stage_of(config)), str(gpus)]
+        found.setdefault(hashlib.sha256("\n".join(deciding).encode()).hexdigest()[:8], []).append(name)
     return found
 
 

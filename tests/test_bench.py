@@ -2,10 +2,12 @@
 
 import json
 import re
+import shutil
 import subprocess
 import sys
 import types
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -248,12 +250,32 @@ def test_every_shipped_config_stands_in_the_table_of_needs_with_its_model_and_th
     from config import load_config
 
     rows = {name: cells for names, cells in columns(table_of_needs()).items() for name in names.split(", ")}
-    shipped = {path.stem: load_config(path) for path in REPO_ROOT.glob("configs/*.yaml") if path.stem != "demo"}
-    assert rows.keys() - {"config", "---"} == shipped.keys() and len(shipped) == 24
-    for name, config in shipped.items():
+    gpus_of_jobs = needs.gpus_of_jobs()
+    assert rows.keys() - {"config", "---"} == gpus_of_jobs.keys()
+    for name, wanted in gpus_of_jobs.items():
         model, gpus = rows[name][0].rsplit(", ", 1)
-        assert model in config.model_name and int(gpus) == needs.gpus_of_jobs()[name], name
-    assert needs.gpus_of_jobs()["exp2"] == 2, "its own job's, not those of the job that runs five experiments"
+        assert model in load_config(REPO_ROOT / "configs" / f"{name}.yaml").model_name and int(gpus) == wanted, name
+    assert gpus_of_jobs["exp2"] == 2, "its own job's, not those of the job that runs five experiments"
+
+
+def test_every_config_of_the_repository_but_the_demos_has_a_job_file():
+    import needs
+
+    listed = subprocess.run(["git", "ls-files", "configs"], cwd=REPO_ROOT, capture_output=True, text=True, check=True)
+    assert {Path(name).stem for name in listed.stdout.split()} - {"demo"} == needs.gpus_of_jobs().keys()
+
+
+def test_a_users_own_config_and_a_kind_of_gpu_in_a_job_file_leave_the_table_of_needs_as_it_is(tmp_path, monkeypatch):
+    import needs
+
+    before = needs.shipped()
+    for folder in ("configs", "slurm"):
+        shutil.copytree(REPO_ROOT / folder, tmp_path / folder, ignore=shutil.ignore_patterns("logs"))
+    shutil.copy(tmp_path / "configs/exp1.yaml", tmp_path / "configs/mine.yaml")  # as prepare_data.py vqa writes one
+    job = tmp_path / "slurm/train_exp2_2gpu.slurm"
+    job.write_text(job.read_text().replace("--gres=gpu:2", "--gres=gpu:a100:2"))
+    monkeypatch.setattr(needs, "ROOT", tmp_path)
+    assert needs.shipped() == before
 
 
 def test_the_table_of_needs_is_of_the_configs_and_job_files_as_they_are(monkeypatch):
