@@ -159,8 +159,8 @@ def file_sha256(path) -> str:
 
 def complete_json_lines(path: Path) -> Iterator:
     """The values of a file of JSON lines, none where there is no file; the last line of a killed run may be cut."""
-    for line in path.read_text(encoding="utf-8").split("\n") if path.exists() else []:
-        with contextlib.suppress(ValueError):
+    for line in path.read_bytes().split(b"\n") if path.exists() else []:
+        with contextlib.suppress(ValueError):  # of a line cut inside a character, too
             yield json.loads(line)
 
 

@@ -6,6 +6,7 @@ import pytest
 
 from errors import UserError
 from files import (
+    complete_json_lines,
     folder_beside,
     full_disk_is_said,
     read_json,
@@ -52,6 +53,11 @@ def test_json_lines_keep_their_numbers_over_blank_lines_and_unicode_line_ends(tm
     path.write_text('{"a": 1}\n\n' + "[" * 100_000 + "\n")
     with pytest.raises(UserError, match=r"rows\.jsonl line 3: not valid JSON"):
         list(read_json_lines(path, "mend it"))
+
+
+def test_a_last_line_that_a_kill_cut_inside_a_character_is_left_out(tmp_path):
+    (tmp_path / "order.jsonl").write_bytes('[1, ["a"]]\n\n[2, ["ä'.encode()[:-1])
+    assert list(complete_json_lines(tmp_path / "order.jsonl")) == [[1, ["a"]]]
 
 
 NASTY = [
