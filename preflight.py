@@ -251,12 +251,13 @@ def enlarged_by_the_processor(config: Config, family: Family) -> list[str]:
     key = "image_size" if config.resize == "letterbox" else "max_pixels"
     value = getattr(config, key) or family.max_pixels
     pixels, fits = (value**2, family.factor) if key == "image_size" else (value, family.min_pixels)
-    if pixels >= family.min_pixels:
+    if pixels >= family.min_pixels or task_of(config).HAS_HEAD:  # classifiers are not merged
         return []
     while key == "image_size" and fits**2 < family.min_pixels:
         fits += family.factor
+    most = "at most " if key == "max_pixels" else ""  # a letterbox makes just as many
     return [
-        f"WARNING: {key} {value} shows images of at most {pixels:,} pixels, and the model's own image processor "
+        f"WARNING: {key} {value} shows images of {most}{pixels:,} pixels, and the model's own image processor "
         f"enlarges those below {family.min_pixels:,}: a server would show the model other images than training does, "
         f"so merge.py refuses such a run; set {key}: {fits} or more"
     ]
@@ -320,8 +321,10 @@ def check_leakage(config: Config, splits: Mapping[str, SampleList]) -> None:
     if pairs:
         page = Path(config.output_dir) / "near_identical.html"
         page.parent.mkdir(parents=True, exist_ok=True)
-        by_us = config.data.train and vqa.has_prepared(Path(config.data.train).parent)
-        cure = vqa.how_to_keep(page.parent, is_sorted=False) if by_us else None
+        prepared, cure = Path(config.data.train or "").parent, None
+        if config.data.train and vqa.has_prepared(prepared):
+            before = prepared / vqa.PAIRS
+            cure = vqa.how_to_keep(page.parent, False, before if before.is_file() else None)
         write_text(page, leakage.side_by_side(pairs, config.data.image_root, cure))
         write_text(page.with_suffix(".json"), leakage.pairs_text(everywhere))  # for prepare_data.py vqa --keep-together
         print(f"Look at them side by side in {page}", flush=True)

@@ -328,16 +328,16 @@ def has_prepared(folder: Path) -> bool:
     return False
 
 
-def how_to_keep(out: Path, is_sorted: bool) -> str:
-    """What to do about nearly identical images across splits. is_sorted: their file is the one of --keep-together."""
+def how_to_keep(out: Path, is_sorted: bool, sorted_before: Path | None = None) -> str:
+    """What to do about nearly identical images across splits. is_sorted: their file is the one of --keep-together.
+    sorted_before: a file of pairs that --keep-together gave, which would be written anew without it."""
     if is_sorted:
         return (
             f'Add those that show the same scene to {out / PAIRS} (a line {{"images": ["a.jpg", "b.jpg"]}} each), and '
             "run the same command again; the other pairs may stay"
         )
-    return (
-        f"Take out of {out / PAIRS} those that differ, and run prepare_data.py again with --keep-together {out / PAIRS}"
-    )
+    files = " ".join(str(path) for path in (sorted_before, out / PAIRS) if path)
+    return f"Take out of {out / PAIRS} those that differ, and run prepare_data.py again with --keep-together {files}"
 
 
 def notes(free_form: bool, pairs: list, out: Path, is_sorted: bool) -> list[str]:

@@ -210,6 +210,10 @@ def test_check_writes_the_pairs_that_keep_together_takes_and_names_them_on_the_p
     assert read_pairs(kept) == [("a.png", "b.png")]
     page = kept.with_suffix(".html")
     assert f"--keep-together {kept}" in page.read_text() and "move every sample" not in page.read_text()
+    sorted_before = Path("data/mine/near_identical.json")
+    sorted_before.write_text("")
+    check_leakage(config, {})
+    assert f"--keep-together {sorted_before} {kept}" in page.read_text(), "else its pairs would be lost"
     Path("data/mine/report.md").write_text("# Kvasir-VQA, prepared")  # another source's splits are edited by hand
     check_leakage(config, {})
     assert "--keep-together" not in page.read_text() and "move every sample" in page.read_text()

@@ -228,7 +228,7 @@ def test_check_warns_of_images_that_the_published_image_processor_would_enlarge(
     write_processors(folder, "qwen3_vl", 65_536, 16_777_216)
     code, out, _ = command(arguments=["--check"], model_name=str(folder), image_size=224)
     (found,) = [line for line in out.splitlines() if "image processor enlarges" in line]
-    assert code == 0 and "image_size 224 shows images of at most 50,176 pixels" in found
+    assert code == 0 and "image_size 224 shows images of 50,176 pixels" in found
     assert found.endswith("set image_size: 256 or more")
 
     def warned(**changes):
@@ -238,6 +238,9 @@ def test_check_warns_of_images_that_the_published_image_processor_would_enlarge(
 
     assert not warned(image_size=256) and not warned(max_pixels=65_536)
     assert warned(max_pixels=40_000).endswith("set max_pixels: 65536 or more")
+    assert "shows images of at most 40,000 pixels" in warned(max_pixels=40_000)
+    assert "shows images of 36,864 pixels" in warned(image_size=192), "a letterbox makes just as many"
+    assert not warned(image_size=192, task="cls"), "classifiers are not merged"
 
 
 def test_check_refuses_an_output_folder_that_cannot_be_made(command, data):
