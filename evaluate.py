@@ -45,13 +45,12 @@ from files import (
 from inference import predict_split
 from preflight import check_samples, open_encoder
 from report.free_form import INSTALL, KEPT
-from report.results import PREDICTIONS, read_log, read_rows, run_history, task_named_by
+from report.results import FACTS, PREDICTIONS, SCORES, read_log, read_rows, run_history, task_named_by
 from run_folder import CONFIG_FILE, checkpoints
 from samples import load_split
 from tasks import task_of
 from templates import CONVERSATION_TEMPLATE, image_paths
 
-FACTS = "answered_with.json"  # in the results folder until its answers are scored
 # What the scores' file holds beside scores.
 KEPT_FACTS = """experiment task split split_is_training_file data_sha256 image image_root checkpoint predictions
     predictions_sha256 seed adapter_sha256 questions_per_step trained_config config load_seconds predict_seconds
@@ -94,10 +93,15 @@ def trained_on(config: dict | None) -> str | None:
     return file_sha256(path) if path.is_file() else None
 
 
+def facts_file(results: Path) -> Path | None:
+    """What tells whose answers the rows of a results folder are, scored or not yet."""
+    return next((results / name for name in (FACTS, SCORES) if (results / name).is_file()), None)
+
+
 def say_what_is_replaced(results: Path, by: str, of: str) -> None:
-    """of: the key of predict_results.json that names whose answers they are."""
-    path = results / "predict_results.json"
-    before = read_json(path, "delete it").get(of) if path.is_file() else by
+    """of: the key of the facts that names whose answers they are."""
+    path = facts_file(results)
+    before = read_json(path, "delete it").get(of) if path else by
     if before != by:
         print(f"Replacing the results of {before} in {results}; results_dir=... would keep both", flush=True)
 
@@ -184,9 +188,10 @@ def table(scores: dict) -> list[str]:
     return lines
 
 
-def write_predictions(results: Path, rows: list[dict]) -> None:
-    """Before they are scored: whatever goes wrong then, hours of answers are kept. Scores of earlier answers go."""
-    with full_disk_is_said(results, "evaluate again"):
+def write_predictions(results: Path, rows: list[dict], then: str) -> None:
+    """Before they are scored: whatever goes wrong then, hours of answers are kept. Scores of earlier answers go.
+    then: what to do where the disk is full."""
+    with full_disk_is_said(results, then):
         for name in ("all_results.json", "predict_results.json"):
             (results / name).unlink(missing_ok=True)
         write_text(results / PREDICTIONS, json_lines(rows))
@@ -235,13 +240,13 @@ def score_and_write(config: Config, results: Path, rows: list[dict], facts: dict
     with full_disk_is_said(results, "evaluate again"):
         results.mkdir(parents=True, exist_ok=True)
         write_json(results / FACTS, facts | {"answers_sha256": answers_sha256(rows)})
-    write_predictions(results, rows)
+    write_predictions(results, rows, "evaluate again")
     again = "evaluate.py again with --score-again" if facts["predictions"] is None else "evaluate.py again"
     try:
         scores = task_of(config).score(rows, config) | {"cut_off": sum(row.get("cut_off", False) for row in rows)}
         scores |= facts | on_training_images(rows, config)
         if any(KEPT in row for row in rows):
-            write_predictions(results, rows)
+            write_predictions(results, rows, "score again")
         with full_disk_is_said(results, "score again"):
             history = run_history(config.output_dir) if facts["predictions"] is None else []
             write_json(results / "all_results.json", {"history": history, "final": scores})
@@ -306,10 +311,11 @@ def draw(config: Config, trained: Path | None, rows: list[dict], results: Path) 
 def score_again(config: Config, checkpoint: str | None, split: str, answers: str = "auto") -> dict:
     """The answers that lie in the results folder, scored once more. answers: as of `evaluate`.
 
-    Raises: `UserError` where there are none, or where they are another checkpoint's, to another file or not one to each sample."""
+    Raises: `UserError` where there are none, or where they are another checkpoint's, to another file or
+    not one to each sample."""
     refuse_ranks("--score-again")
     results, cure = results_folder(config, split), "evaluate without --score-again"
-    path = next((results / name for name in (FACTS, "predict_results.json") if (results / name).is_file()), None)
+    path = facts_file(results)
     if path is None or not (results / PREDICTIONS).is_file():
         raise UserError(f"{results}: no answers to score again; {cure}")
     kept, hashes = read_json(path, cure), data_hashes(config, split)
@@ -325,6 +331,8 @@ def score_again(config: Config, checkpoint: str | None, split: str, answers: str
     rows = list(by_id.values())
     if path.name == FACTS and kept.get("answers_sha256") != answers_sha256(rows):
         raise UserError(f"{results}: its answers are not those that {FACTS} speaks of; {cure}")
+    for row in rows:
+        row.pop(KEPT, None)  # of an earlier version of a library, or of another text
     facts = {name: kept[name] for name in KEPT_FACTS if name in kept} | {"predictions": kept.get("predictions")}
     title = f"{config.experiment}: {split}, {len(rows):,} samples, scored again"
     scores = score_and_write(config, results, rows, facts, answers, title)

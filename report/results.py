@@ -15,6 +15,7 @@ from tasks import TASKS
 from templates import image_paths
 
 PREDICTIONS, SCORES = "generated_predictions.jsonl", "predict_results.json"
+FACTS = "answered_with.json"  # in a results folder until its answers are scored
 AGAIN = "run evaluate.py again"
 LARGEST_FACTOR = 32  # pixels: patch × merge of Qwen3-VL; 28 of the others
 
@@ -183,7 +184,8 @@ def _read_folder(folder: Path) -> tuple[dict[str, dict], dict]:
         raise UserError(f"{folder}: no such results folder")
     for name in (PREDICTIONS, SCORES):
         if not (folder / name).is_file():
-            raise UserError(f"{folder / name}: missing; run evaluate.py for this experiment first")
+            again = " with --score-again" * (folder / FACTS).is_file()
+            raise UserError(f"{folder / name}: missing; run evaluate.py{again} for this experiment first")
     scores = read_json(folder / SCORES, AGAIN)
     if not isinstance(scores, dict):
         raise UserError(f"{folder / SCORES}: holds no table of scores; {AGAIN}")

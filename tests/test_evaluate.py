@@ -21,7 +21,7 @@ from errors import UserError
 from files import file_sha256
 from inference import answer_split
 from report import free_form
-from report.results import task_named_by
+from report.results import read_run, task_named_by
 from samples import load_samples
 from tasks import click, cls, vqa
 
@@ -59,6 +59,17 @@ def test_answers_are_kept_where_scoring_fails_and_no_older_scores_stand_beside_t
     assert not (folder / "results" / "predict_results.json").exists()
 
 
+def second_time_full(write):
+    calls = iter([write])
+
+    def write_once(path, text):
+        if (first := next(calls, None)) is None:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        first(path, text)
+
+    return write_once
+
+
 def test_kept_answers_are_scored_again_without_a_model_and_give_the_scores_of_a_whole_evaluation(setup, monkeypatch):
     folder, config = setup
     command = ["--config", str(config)]
@@ -80,7 +91,22 @@ def test_kept_answers_are_scored_again_without_a_model_and_give_the_scores_of_a_
         assert not (folder / "results" / evaluate.FACTS).exists()
     evaluate.main([*command, "--score-again", "--answers", "sentences"])
     assert "predict_token_f1" in results(folder / "results")[1]
-    assert all(free_form.KEPT in row for row in results(folder / "results")[0])
+    path = folder / "results" / "generated_predictions.jsonl"
+    rows = results(folder / "results")[0]
+    scored = [row[free_form.KEPT] for row in rows]
+    outdated = [
+        {**row, free_form.KEPT: dict.fromkeys(scored[0], 9) | {"synonyms": free_form.has_synonyms()}} for row in rows
+    ]
+    path.write_text(evaluate.json_lines(outdated), encoding="utf-8")
+    evaluate.main([*command, "--score-again"])
+    assert [row[free_form.KEPT] for row in results(folder / "results")[0]] == scored
+    monkeypatch.setattr(evaluate, "write_text", second_time_full(evaluate.write_text))
+    with pytest.raises(UserError, match=r"Free some space and score again; the answers are kept: .* --score-again"):
+        evaluate.main([*command, "--score-again"])
+    with pytest.raises(
+        UserError, match=r"predict_results\.json: missing; run evaluate\.py with --score-again for this"
+    ):
+        read_run(str(folder / "results"))
 
 
 @pytest.mark.parametrize("task", ["click", "cls"])
@@ -159,7 +185,9 @@ def evaluated(setup):
     return setup[0], ["--config", str(setup[1])]
 
 
-def test_earlier_answers_are_not_scored_as_those_that_a_full_disk_kept_from_being_written(evaluated, monkeypatch):
+def test_earlier_answers_are_not_scored_as_those_that_a_full_disk_kept_from_being_written(
+    evaluated, monkeypatch, capsys
+):
     folder, command = evaluated
     write = evaluate.write_text
 
@@ -169,6 +197,9 @@ def test_earlier_answers_are_not_scored_as_those_that_a_full_disk_kept_from_bein
     monkeypatch.setattr(evaluate, "write_text", full)
     with short_answers(2), pytest.raises(UserError, match="Free some space and evaluate again"):
         evaluate.main([*command, "--checkpoint", "base"])
+    assert evaluate.facts_file(folder / "results").name == evaluate.FACTS
+    evaluate.say_what_is_replaced(folder / "results", str(folder / "out"), "checkpoint")
+    assert "Replacing the results of base" in capsys.readouterr().out, "answers without scores are hours of work, too"
     monkeypatch.setattr(evaluate, "write_text", write)
     with pytest.raises(UserError, match=r"are not those that answered_with\.json speaks of; evaluate without"):
         evaluate.main([*command, "--score-again"])

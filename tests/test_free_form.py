@@ -121,6 +121,13 @@ def test_without_the_libraries_token_f1_is_scored_and_the_table_names_the_cure(m
     )
 
 
+def test_a_library_is_not_missing_where_its_scores_are_kept(monkeypatch):
+    kept = {"predict_rouge1": 0.5, "predict_rouge2": 0.5, "predict_rougeL": 0.5}
+    monkeypatch.setattr(free_form, "missing_libraries", lambda: list(free_form.LIBRARIES))
+    scores = score_free_form([{**row, free_form.KEPT: kept} for row in rows(10)])
+    assert scores["predict_rougeL"] == 0.5 and scores["free_form_missing"] == ["sacrebleu", "nltk"]
+
+
 def test_compare_shows_them_as_evaluate_does():
     made = rows(10)
     names = [name for name in vqa.compared_scores(made) if name in free_form.NAMES]
