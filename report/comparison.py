@@ -9,7 +9,7 @@ from report.free_form import token_f1
 from report.metrics import image_key
 from report.resampling import cluster_numbers, holm, in_whole_numbers, sign_flip_p_value, smallest_p_value
 from report.results import Experiment, Results, differing_keys
-from report.variance import Estimate, Plan
+from report.variance import ROUNDING, Estimate, Plan
 from report.words import ALPHA, notes, recipe_sentence, sentence
 from tasks import TASKS
 
@@ -32,6 +32,7 @@ def compare(experiments: list[Experiment], margin: float | None = None, wanted: 
     task = TASKS[runs[0].task]
     keys = ids if task.CLUSTER == task.UNIT else [_shared_image_key(sample_id, runs) for sample_id in ids]
     scores = [_scores(experiment, ids, keys) for experiment in experiments]  # first: it refuses rows of the wrong shape
+    _refuse_two_kinds_of_answers(scores, [score["folder"] for score in scores])
     clusters = cluster_numbers(keys)
     cluster_count = int(clusters.max()) + 1
     rights = []  # for each experiment (runs, samples)
@@ -171,6 +172,7 @@ def _disagreement(first: np.ndarray, second: np.ndarray) -> dict:
     """first, second: (runs, samples) right or wrong, or scores. Of several runs, the one right more often, or of the
     greater mean, counts as right."""
     difference = first.mean(axis=0) - second.mean(axis=0)
+    difference[np.abs(difference) < ROUNDING] = 0
     return {"only_first_right": int((difference > 0).sum()), "only_second_right": int((difference < 0).sum())}
 
 
@@ -204,13 +206,7 @@ def _scores(experiment: Experiment, ids: list[str], keys: list) -> dict:
                 f"{run.folder}: rows that cannot be scored ({type(error).__name__}: {error}); run evaluate.py again"
             ) from None
     scores = of_runs[0]
-    sentences = ["free_form" in one for one in of_runs]
-    if len(set(sentences)) > 1:
-        as_sentences, as_words = (experiment.runs[sentences.index(kind)].folder for kind in (True, False))
-        raise UserError(
-            f"{experiment.name}: the answers of {as_sentences} are scored as sentences, those of {as_words} as words; "
-            "run evaluate.py again with the same test file and the same --answers for both"
-        )
+    _refuse_two_kinds_of_answers(of_runs, [run.folder for run in experiment.runs])
     if len(of_runs) > 1:
         numbers = [key for key in scores if all(isinstance(one.get(key), int | float) for one in of_runs)]
         means = {key: np.mean([one[key] for one in of_runs]) for key in numbers}
@@ -227,6 +223,16 @@ def _scores(experiment: Experiment, ids: list[str], keys: list) -> dict:
         ],
         **{name: value for name, value in scores.items() if not name.startswith("majority_")},
     }
+
+
+def _refuse_two_kinds_of_answers(scores: list[dict], folders: list[str]) -> None:
+    sentences = ["free_form" in one for one in scores]
+    if len(set(sentences)) > 1:
+        as_sentences, as_words = (folders[sentences.index(kind)] for kind in (True, False))
+        raise UserError(
+            f"the answers of {as_sentences} are scored as sentences, those of {as_words} as words; "
+            "run evaluate.py again with the same test file and the same --answers for both"
+        )
 
 
 def _majority_baselines(experiments: list[Experiment]) -> list[dict]:

@@ -13,6 +13,7 @@ from scipy import special
 
 LEVEL = 0.95
 POWER = 0.8
+ROUNDING = 1e-9  # a mean of scores depends on their order, by less
 
 
 def t_quantile(probability: float, degrees: float) -> float:
@@ -97,7 +98,7 @@ class Estimate:
         combined = sum(sign * hits.mean(axis=0) for sign, hits in zip(signs, experiments, strict=True))
         image = _image_variance((combined - value * asked) / total)
         if len(experiments) == 2:  # one more image that differs, as those do
-            differing = combined[combined != 0]
+            differing = combined[np.abs(combined) > ROUNDING]
             image += float((differing**2).mean() if len(differing) else (asked**2).mean()) / total**2
         elif image > 0:
             image += _unseen_share(clusters)

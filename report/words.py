@@ -262,7 +262,8 @@ def notes(task: str, scores: list[dict], baselines: list[dict], headline: str) -
         f"{together}. Differences{' and means over parts' * of_sentences}: t over {cluster}s"
         + (", and seeds where both have several." if several else "."),
         f"All other intervals: percentile bootstrap over {cluster}s, {RESAMPLES} resamples, seed {SEED}"
-        + ("; several runs: means, without interval." if several else "."),
+        + ("; several runs: means, without interval" if several else "")
+        + (f", but of token F1: t over {cluster}s and seeds." if several and of_sentences else "."),
     ]
     if single:
         lines.append(

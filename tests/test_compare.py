@@ -17,9 +17,11 @@ from config import load_config, to_dict
 from errors import UserError
 from report import free_form
 from report import page as compare_page
+from report.comparison import _disagreement
 from report.free_form import score_free_form, token_f1
 from report.metrics import score_click, score_cls, score_vqa
 from report.variance import Estimate
+from report.words import notes
 
 HOSTILE = '<img src=x onerror="document.title=1"></script><script>document.title=1</script> & "quoted" {{title}} | pipe'
 
@@ -532,6 +534,35 @@ def test_a_name_is_taken_from_the_seeds_and_one_run_given_as_three_is_refused(se
     assert "need a name" in refused(f"{folders[0]},{other}", seeds[1], out=out)
 
 
+def test_experiments_scored_as_sentences_and_as_words_are_refused_with_the_cure(tmp_path):
+    sentences, words = (
+        write_results(tmp_path / name, [{**row, "free_form": free} for row in sentence_rows(0.6, 1)])
+        for name, free in (("rb", True), ("ra", False))
+    )
+    message = refused(words, sentences, out=tmp_path / "out")
+    assert f"the answers of {sentences} are scored as sentences, those of {words} as words; run" in message
+
+
+def test_scores_that_several_runs_add_up_in_another_order_are_no_difference():
+    scores = np.array([[0.1], [0.2], [0.3]])
+    assert scores.mean(axis=0) != scores[::-1].mean(axis=0), "else nothing is tested"
+    assert _disagreement(scores, scores[::-1]) == {"only_first_right": 0, "only_second_right": 0}
+    asked, other = np.array([1, 1]), np.array([[0.9], [0.5], [0.5]])
+    first, second = (np.hstack([order, more]) for order, more in ((scores, other), (scores[::-1], other - 0.2)))
+    differing = Estimate.of([first, second], asked)
+    exact = Estimate.of([np.round(first, 12), np.round(np.hstack([scores, other - 0.2]), 12)], asked)
+    assert differing.image == pytest.approx(exact.image)
+
+
+def test_the_notes_tell_the_interval_of_several_runs_token_f1_from_the_bootstrap():
+    scores = {"name": "a", "runs": [0, 1], "seed_spread": None, "made_elsewhere": False}
+    said = {
+        headline: "".join(notes("vqa", [scores], [], headline)) for headline in ("predict_token_f1", "predict_accuracy")
+    }
+    told = "several runs: means, without interval, but of token F1: t over images and seeds."
+    assert told in said["predict_token_f1"] and "without interval." in said["predict_accuracy"]
+
+
 @pytest.mark.parametrize("first_is_words", [True, False])
 def test_seeds_scored_as_sentences_and_as_words_are_refused_with_the_cure(two, tmp_path, first_is_words):
     runs = [
@@ -540,7 +571,7 @@ def test_seeds_scored_as_sentences_and_as_words_are_refused_with_the_cure(two, t
     ]
     message = refused(f"x={','.join(runs)}", two[0], out=tmp_path / "out")
     sentences, words = runs[first_is_words], runs[not first_is_words]
-    assert f"x: the answers of {sentences} are scored as sentences, those of {words} as words; run" in message
+    assert f"the answers of {sentences} are scored as sentences, those of {words} as words; run" in message
     assert "--answers" in message
 
 
