@@ -158,7 +158,8 @@ def file_sha256(path) -> str:
 
 
 def complete_json_lines(path: Path) -> Iterator:
-    """The values of a file of JSON lines, none where there is no file; the last line of a killed run may be cut."""
+    """The values of a file of JSON lines, none where there is no file. The last line of a killed run may be cut, and is
+    left out: no list or object that lacks its end is JSON."""
     for line in path.read_bytes().split(b"\n") if path.exists() else []:
         with contextlib.suppress(ValueError):  # of a line cut inside a character, too
             yield json.loads(line)

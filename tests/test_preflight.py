@@ -240,7 +240,7 @@ def test_check_warns_of_images_that_the_published_image_processor_would_enlarge(
     assert warned(max_pixels=40_000).endswith("set max_pixels: 65536 or more")
     assert "shows images of at most 40,000 pixels" in warned(max_pixels=40_000)
     assert "shows images of 36,864 pixels" in warned(image_size=192), "a letterbox makes just as many"
-    assert not warned(image_size=192, task="cls"), "classifiers are not merged"
+    assert not warned(image_size=192, task="cls", num_labels=2, template="paper_decision"), "classifiers are not merged"
 
 
 def test_check_refuses_an_output_folder_that_cannot_be_made(command, data):
