@@ -429,7 +429,8 @@ def packed_difference(device: torch.device) -> float:
             state = rows.states[0][1]
             gradients = torch.autograd.grad(output.float().square().sum() + state.square().sum(), moved)
             results.append([value.detach().float().cpu() for value in (output, state, *gradients)])
-    return max(float((a - b).norm() / a.norm()) for a, b in zip(*results, strict=True))
+    # Python's max drops a NaN that does not come first.
+    return float(torch.stack([(a - b).norm() / a.norm() for a, b in zip(*results, strict=True)]).max())
 
 
 def refuse_deterministic(family: Family, deterministic: bool) -> None:

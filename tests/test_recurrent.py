@@ -161,15 +161,23 @@ def test_with_kernels_that_take_packed_sequences_the_outputs_and_gradients_are_t
         assert torch.allclose(one, other, rtol=1e-9, atol=1e-11)
 
 
+def with_nan_as_gradient(tensor: torch.Tensor) -> torch.Tensor:
+    """The same numbers; NaN flows back."""
+    tensor = tensor.clone()
+    tensor.register_hook(lambda gradient: gradient * float("nan"))
+    return tensor
+
+
 @pytest.mark.parametrize(
     "kernel, is_taken",
     [
         (lambda rule: packing(rule, []), True),
         (lambda rule: packing(rule, [], lambda states, number: states[:1]), False),
         (lambda rule: packing(rule, [], lambda states, number: states[number : number + 1].detach()), False),
+        (lambda rule: packing(rule, [], lambda states, n: with_nan_as_gradient(states[n : n + 1])), False),
         (lambda rule: lambda *inputs, cu_seqlens=None, **options: rule(*inputs, **options), False),
     ],
-    ids=["right", "each-from-the-first-state", "no-gradient-into-the-state", "bounds-unknown"],
+    ids=["right", "each-from-the-first-state", "no-gradient-into-the-state", "nan-as-gradient", "bounds-unknown"],
 )
 def test_kernels_that_pack_are_taken_only_where_they_agree_with_pytorchs_rule(monkeypatch, kernel, is_taken):
     rules = recurrent.transformers_rules()
