@@ -473,8 +473,9 @@ def largest_passes(sample: dict, encoder: SampleEncoder, pass_tokens: int, quest
     if encoder.family.is_recurrent and encoder.config.share_prefix and prefix:
         each = max(1, min(questions, (pass_tokens - prefix) // own))
     forked = max(1, pass_tokens // (prefix + each * own)), each
-    shapes = dict.fromkeys(((max(1, pass_tokens // len(item.input_ids)), 1), forked, (1, 1)))
-    return [_repeated(item, images, *shape, encoder) for shape in shapes]
+    several = dict.fromkeys(((max(1, pass_tokens // len(item.input_ids)), 1), forked))
+    several.pop((1, 1), None)  # it comes last
+    return [_repeated(item, images, *shape, encoder) for shape in (*several, (1, 1))]
 
 
 def most_questions(samples: SampleList) -> int:

@@ -140,6 +140,19 @@ def test_trial_passes_of_recurrent_layers_hold_as_many_states_as_real_ones(tiny_
         assert len(set(paths[-2:])) == 1, questions
 
 
+def test_the_row_alone_is_the_last_trial_pass_and_the_least_that_a_run_needs(tiny_models, monkeypatch):
+    """Where the budget holds one row, one with some questions more, and two."""
+    run, (sample,) = tiny_run(tiny_models, "qwen3_5"), vqa_samples(1, 1)
+    tokens = forecast.largest_passes(sample, run.encoder(), 1)[-1]["input_ids"].numel()
+    monkeypatch.setattr(forecast, "pass_bytes", lambda _, batch: batch["input_ids"].numel())
+    for budget, passes in ((tokens, 1), (2 * tokens - 1, 2), (2 * tokens, 3)):
+        monkeypatch.setattr(forecast, "FULL_PASS", budget)
+        tried = forecast.largest_passes(sample, run.encoder(), budget, questions=4)
+        assert len(tried) == passes and tried[-1]["input_ids"].numel() == tokens
+        memory = PassMemory(None, sample, run.encoder(), questions=4)
+        assert (memory.row, memory.first) == (tokens, tokens)
+
+
 # --------------------------------------------------------------------------------------------------------- operations
 
 
