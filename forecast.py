@@ -351,7 +351,8 @@ def _that_fit(samples: SampleList, longest: int, encoder: SampleEncoder, ranks: 
     held = held_bytes(loss, config, ranks.world_size, dtype)
     free, _ = torch.cuda.mem_get_info(ranks.device)
     to_come = 0.75 * held["trained"] + held["copies"]  # the weights, a quarter of it, are there
-    return PassMemory(loss, samples[longest], encoder, most_questions(samples)).fitting(USABLE * free - to_come)
+    memory = PassMemory(loss, samples[longest], encoder, most_questions(samples, encoder.family))
+    return memory.fitting(USABLE * free - to_come)
 
 
 class PassMemory:
@@ -400,8 +401,9 @@ def try_largest_passes(
     loss.train()  # gradient checkpointing works in training alone
     with out_of_memory_is_said("the state of the optimizer", encoder.config):  # AdamW makes it at its first step
         to_come = torch.empty(moments, dtype=torch.uint8, device=ranks.device)
+    questions = most_questions(samples, encoder.family)
     while True:
-        for batch in largest_passes(samples[longest], encoder, pass_tokens, most_questions(samples)):
+        for batch in largest_passes(samples[longest], encoder, pass_tokens, questions):
             fits = not ranks.any(not _fits(loss, batch, encoder.config, ranks, autocast))
             if not fits:
                 break
@@ -478,8 +480,10 @@ def largest_passes(sample: dict, encoder: SampleEncoder, pass_tokens: int, quest
     return [_repeated(item, images, *shape, encoder) for shape in (*several, (1, 1))]
 
 
-def most_questions(samples: SampleList) -> int:
-    """Of an image."""
+def most_questions(samples: SampleList, family: Family) -> int:
+    """Of an image; 1 where none of them keeps a state, and nothing is searched."""
+    if not family.is_recurrent:
+        return 1
     return int(np.unique(samples.image_keys, return_counts=True)[1].max())
 
 
@@ -571,7 +575,7 @@ def forecast(
     samples, dtype = splits["train"], torch.bfloat16
     loss = meta_loss(config, encoder.family, dtype)
     held = held_bytes(loss, config, world_size, dtype)
-    memory = PassMemory(loss, samples[longest], encoder, most_questions(samples))
+    memory = PassMemory(loss, samples[longest], encoder, most_questions(samples, encoder.family))
     wanted = config.pass_tokens or memory.full
     operations = Operations.of(loss.model, recomputed=config.gradient_checkpointing)
     counts = count_run(config, plan, samples, encoder, wanted, world_size, operations)

@@ -1,6 +1,7 @@
 """What a run will need is counted without weights, and a run needs what was counted."""
 
 from dataclasses import replace
+from unittest.mock import Mock
 
 import pytest
 import torch
@@ -122,13 +123,18 @@ def test_trial_passes_of_recurrent_layers_hold_as_many_states_as_real_ones(tiny_
     assert plain["shared_prefix"] is None and one["input_ids"].shape[0] == 1
     assert len(forecast.largest_passes(sample, run.encoder(share_prefix=False), 500, questions=4)) == 2
     assert len(forecast.largest_passes(sample, tiny_run(tiny_models, "qwen3_vl").encoder(), 500, questions=4)) == 2
-    assert forecast.most_questions(SampleList([*vqa_samples(2, 3), *vqa_samples(1, 4)[3:]], "s")) == 4
+    samples = SampleList([*vqa_samples(2, 3), *vqa_samples(1, 4)[3:]], "s")
+    assert forecast.most_questions(samples, run.family) == 4
+    assert forecast.most_questions(None, tiny_run(tiny_models, "qwen3_vl").family) == 1, "nothing is searched"
 
     monkeypatch.setattr(forecast, "TRIED_ON", ("cpu",))
     monkeypatch.setattr(forecast, "_fits", lambda loss, batch, *others: len(batch["sample_ids"]) <= 2)
     samples, ranks = SampleList(vqa_samples(1, 9), "s"), Ranks(0, 1, torch.device("cpu"))
+    searched = Mock(wraps=forecast.most_questions)
+    monkeypatch.setattr(forecast, "most_questions", searched)
     found, told = forecast.try_largest_passes(torch.nn.Linear(1, 1), samples, 0, run.encoder(), 256, 0, ranks, None)
     assert found < 256 and "going on with pass_tokens=" in told[-1], "one row of too many questions is cut"
+    assert searched.call_count == 1, "once, however often the passes are halved"
 
     paths = []
     monkeypatch.setattr(
