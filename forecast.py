@@ -219,7 +219,8 @@ class Operations:
             sums["positions" if at_positions else group] += 2 * times * module.weight.numel()
         size = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
         kinds = Counter(getattr(text, "layer_types", None) or ["full_attention"] * text.num_hidden_layers)
-        pair = 4 * text.num_attention_heads * size * (text.num_hidden_layers - kinds["linear_attention"])
+        attending, pair = text.num_hidden_layers - kinds["linear_attention"], 4 * text.num_attention_heads * size
+        run_again = recomputed * (attending - 1)  # not in the last layer, as above
         recurrent = kinds["linear_attention"] and kinds["linear_attention"] * _recurrent_operations(text)
         vision = getattr(base.config, "vision_config", None)
         width = getattr(vision, "embed_dim", None) or getattr(vision, "hidden_size", 0)
@@ -228,7 +229,7 @@ class Operations:
         window = getattr(vision, "window_size", 0) // getattr(vision, "patch_size", 1)
         return cls(
             per_token=sums[LANGUAGE] + recurrent * (1 + (2 + recomputed) * through[LANGUAGE]),
-            per_pair=pair * (1 + (2 + recomputed) * through[LANGUAGE]),
+            per_pair=pair * (attending + (2 * attending + run_again) * through[LANGUAGE]),
             per_position=sums["positions"],
             per_patch=sums[VISION],
             per_patch_pair=4 * width * depth * (1 + (2 + recomputed) * through[VISION]),

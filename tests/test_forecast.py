@@ -17,7 +17,7 @@ from dataset import SampleEncoder
 from distributed import Ranks
 from family import load_family
 from forecast import Operations, PassMemory, count_step, evaluation_share, held_bytes, meta_loss, pass_bytes
-from model import load_base, load_tokenizer, optimizer_groups, prepare_training, trainable_parameters
+from model import all_text_layers, load_base, load_tokenizer, optimizer_groups, prepare_training, trainable_parameters
 from preflight import make_plan
 from samples import SampleList, load_samples
 from templates import as_conversations
@@ -170,9 +170,15 @@ def test_the_operations_by_formula_are_those_of_the_matrix_products_that_a_step_
     loss = real_loss(encoder.config, run.family)
     items, images = build_items(encoder, vqa_samples(3, 1))
     batch = collate(items, images, True, run.tokenizer.pad_token_id)
+    attentions = [layer.self_attn for layer in all_text_layers(loss.model) if hasattr(layer, "self_attn")]
+    ran = []
+    for attention in attentions:
+        attention.register_forward_pre_hook(lambda *_: ran.append(1))
     with FlopCounterMode(display=False) as counter:
         loss(batch).backward()
     operations = Operations.of(loss.model, recomputed=encoder.config.gradient_checkpointing)
+    forward = Operations.of(loss.model, training=False).per_pair / len(attentions)
+    assert operations.per_pair == forward * (len(ran) + 2 * len(attentions)), "a backward is two forwards"
     matrices = replace(operations, per_pair=0, per_patch_pair=0)  # it does not count a CPU's attention
     shown = [int((items[0].input_ids == run.family.image_token_id).sum())] * 3
     rows = [[len(item.input_ids)] for item in items]
