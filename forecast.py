@@ -219,7 +219,8 @@ class Operations:
             sums["positions" if at_positions else group] += 2 * times * module.weight.numel()
         size = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
         kinds = Counter(getattr(text, "layer_types", None) or ["full_attention"] * text.num_hidden_layers)
-        pair = 4 * text.num_attention_heads * size * (text.num_hidden_layers - kinds["linear_attention"])
+        attending, pair = text.num_hidden_layers - kinds["linear_attention"], 4 * text.num_attention_heads * size
+        run_again = recomputed * (attending - 1)  # not in the last layer, as above
         recurrent = kinds["linear_attention"] and kinds["linear_attention"] * _recurrent_operations(text)
         vision = getattr(base.config, "vision_config", None)
         width = getattr(vision, "embed_dim", None) or getattr(vision, "hidden_size", 0)
@@ -228,7 +229,7 @@ class Operations:
         window = getattr(vision, "window_size", 0) // getattr(vision, "patch_size", 1)
         return cls(
             per_token=sums[LANGUAGE] + recurrent * (1 + (2 + recomputed) * through[LANGUAGE]),
-            per_pair=pair * (1 + (2 + recomputed) * through[LANGUAGE]),
+            per_pair=pair * (attending + (2 * attending + run_again) * through[LANGUAGE]),
             per_position=sums["positions"],
             per_patch=sums[VISION],
             per_patch_pair=4 * width * depth * (1 + (2 + recomputed) * through[VISION]),
@@ -351,7 +352,8 @@ def _that_fit(samples: SampleList, longest: int, encoder: SampleEncoder, ranks: 
     held = held_bytes(loss, config, ranks.world_size, dtype)
     free, _ = torch.cuda.mem_get_info(ranks.device)
     to_come = 0.75 * held["trained"] + held["copies"]  # the weights, a quarter of it, are there
-    return PassMemory(loss, samples[longest], encoder, most_questions(samples)).fitting(USABLE * free - to_come)
+    memory = PassMemory(loss, samples[longest], encoder, most_questions(samples, encoder.family))
+    return memory.fitting(USABLE * free - to_come)
 
 
 class PassMemory:
@@ -400,8 +402,9 @@ def try_largest_passes(
     loss.train()  # gradient checkpointing works in training alone
     with out_of_memory_is_said("the state of the optimizer", encoder.config):  # AdamW makes it at its first step
         to_come = torch.empty(moments, dtype=torch.uint8, device=ranks.device)
+    questions = most_questions(samples, encoder.family)
     while True:
-        for batch in largest_passes(samples[longest], encoder, pass_tokens, most_questions(samples)):
+        for batch in largest_passes(samples[longest], encoder, pass_tokens, questions):
             fits = not ranks.any(not _fits(loss, batch, encoder.config, ranks, autocast))
             if not fits:
                 break
@@ -473,12 +476,15 @@ def largest_passes(sample: dict, encoder: SampleEncoder, pass_tokens: int, quest
     if encoder.family.is_recurrent and encoder.config.share_prefix and prefix:
         each = max(1, min(questions, (pass_tokens - prefix) // own))
     forked = max(1, pass_tokens // (prefix + each * own)), each
-    shapes = dict.fromkeys(((max(1, pass_tokens // len(item.input_ids)), 1), forked, (1, 1)))
-    return [_repeated(item, images, *shape, encoder) for shape in shapes]
+    several = dict.fromkeys(((max(1, pass_tokens // len(item.input_ids)), 1), forked))
+    several.pop((1, 1), None)  # it comes last
+    return [_repeated(item, images, *shape, encoder) for shape in (*several, (1, 1))]
 
 
-def most_questions(samples: SampleList) -> int:
-    """Of an image."""
+def most_questions(samples: SampleList, family: Family) -> int:
+    """Of an image; 1 where none of them keeps a state, and nothing is searched."""
+    if not family.is_recurrent:
+        return 1
     return int(np.unique(samples.image_keys, return_counts=True)[1].max())
 
 
@@ -570,7 +576,7 @@ def forecast(
     samples, dtype = splits["train"], torch.bfloat16
     loss = meta_loss(config, encoder.family, dtype)
     held = held_bytes(loss, config, world_size, dtype)
-    memory = PassMemory(loss, samples[longest], encoder, most_questions(samples))
+    memory = PassMemory(loss, samples[longest], encoder, most_questions(samples, encoder.family))
     wanted = config.pass_tokens or memory.full
     operations = Operations.of(loss.model, recomputed=config.gradient_checkpointing)
     counts = count_run(config, plan, samples, encoder, wanted, world_size, operations)

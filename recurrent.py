@@ -48,8 +48,9 @@ def lay_out_forks(lengths: list[list[int]], width: int, before: int) -> dict:
     lengths: of each row, the tokens of its prefix and of each question. width: tokens of a row with padding. before:
     inputs that the convolution looks back to.
 
-    Returns indices: the arrays below, flat in one int64 tensor, which one copy moves; shapes: of each; missing, padded:
-    whether the window and each group hold a -1. Of Q questions, sorted by the chunks that they take:
+    Returns indices: the arrays below, flat in one int64 tensor, which one copy moves; shapes: of each; bounds: once
+    more, for the host; missing, padded: whether the window and each group hold a -1. Of Q questions, sorted by the
+    chunks that they take:
     - prefixes (B,): tokens of each row's.
     - window (W,): for each question the last tokens of its prefix, then its own, as places in the batch's (B × T); -1
       where a short prefix has none.
@@ -102,6 +103,7 @@ def lay_out_forks(lengths: list[list[int]], width: int, before: int) -> dict:
     return {
         "indices": torch.from_numpy(np.concatenate([np.ravel(array) for array in arrays.values()])),
         "shapes": {name: list(np.shape(array)) for name, array in arrays.items()},
+        "bounds": bounds.tolist(),
         "missing": bool((window < 0).any()),
         "padded": padded,
     }
@@ -176,11 +178,11 @@ class ForkedRows:
     def groups(self) -> list[Group]:
         indices, shapes, found, first = self.indices, self._layout["shapes"], [], 0
         parts = [name for name in shapes if name.startswith("group")]
+        bounds = {"cu_seqlens": indices["bounds"], "cu_seqlens_cpu": torch.tensor(self._layout["bounds"])}
         for name, padded in [("own", False)] if self.packed else zip(parts, self._layout["padded"], strict=True):
             places = indices[name][None] if self.packed else indices[name]
             own, length = places.clamp_min(0), places.shape[1]
             questions = slice(first, None if self.packed else first + len(places))
-            bounds = {"cu_seqlens": indices["bounds"], "cu_seqlens_cpu": self._bounds()} if self.packed else {}
             first += len(places)
             found.append(
                 Group(
@@ -189,16 +191,11 @@ class ForkedRows:
                     padding=(places < 0)[..., None] if padded else None,
                     rows=indices["rows"][questions],
                     slots=indices["slots"][questions],
-                    bounds=bounds,
+                    bounds=bounds if self.packed else {},
                     chunk=OWN_CHUNK if self.packed else -(-length // -(-length // OWN_CHUNK)),
                 )
             )
         return found
-
-    def _bounds(self) -> torch.Tensor:
-        """(questions + 1,) of the packed questions, on the host."""
-        sizes = sorted((size for _, *own in self.lengths for size in own), key=lambda size: -(-size // OWN_CHUNK))
-        return torch.tensor([0, *accumulate(sizes)])
 
     def select(self, rows: torch.Tensor, columns: torch.Tensor) -> None:
         """Go on with the answers of these rows alone, and of each with these slots: (rows,), (rows, slots)."""
@@ -429,7 +426,8 @@ def packed_difference(device: torch.device) -> float:
             state = rows.states[0][1]
             gradients = torch.autograd.grad(output.float().square().sum() + state.square().sum(), moved)
             results.append([value.detach().float().cpu() for value in (output, state, *gradients)])
-    return max(float((a - b).norm() / a.norm()) for a, b in zip(*results, strict=True))
+    # Python's max drops a NaN that does not come first.
+    return float(torch.stack([(a - b).norm() / a.norm() for a, b in zip(*results, strict=True)]).max())
 
 
 def refuse_deterministic(family: Family, deterministic: bool) -> None:

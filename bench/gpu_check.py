@@ -23,7 +23,7 @@ import time
 import traceback
 import warnings
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
@@ -167,6 +167,11 @@ def relative(found: torch.Tensor, expected: torch.Tensor) -> float:
     return float((found.double() - expected.double()).norm() / expected.double().norm().clamp_min(1e-30))
 
 
+def worst(differences: Iterable[float]) -> float:
+    """NaN where any is; Python's max drops one that does not come first."""
+    return float(torch.tensor(list(differences)).max())
+
+
 # ------------------------------------------------------------------------------------------------------------ the lines
 
 
@@ -191,7 +196,7 @@ def attention_paths(machine: Machine) -> list[Line]:
     heads, keys, size = (32, 8, 128) if machine.on_gpu else (4, 2, 16)
     lines = []
     for path in ("two_part", "varlen") if machine.on_gpu else ("two_part",):
-        worst = {}
+        differences = {}
         for rows, prefix in ((1, 576), (4, 576), (1, 2900), (4, 2900)) if machine.on_gpu else ((1, 40), (2, 40)):
             length = prefix + 9 * 48
             segments = torch.zeros(rows, length, dtype=torch.int32, device=machine.device)
@@ -213,10 +218,10 @@ def attention_paths(machine: Machine) -> list[Line]:
                     out = attention.two_part(q, k, v, shared.bias, size**-0.5)
                 out.float().square().sum().backward()
                 results.append([x.float() for x in (out.detach(), q.grad, k.grad, v.grad)])
-            worst[f"{rows} × {prefix}"] = max(relative(b, a) for a, b in zip(*results, strict=True))
-        most = max(worst.values())
+            differences[f"{rows} × {prefix}"] = worst(relative(b, a) for a, b in zip(*results, strict=True))
+        most = worst(differences.values())
         verdict = judged(most < TOLERANCE, "wrong")
-        lines.append(Line(f"attention: {path}", f"differs by {most:.1e}", f"< {TOLERANCE:.0e}", verdict, worst))
+        lines.append(Line(f"attention: {path}", f"differs by {most:.1e}", f"< {TOLERANCE:.0e}", verdict, differences))
     return lines
 
 
@@ -241,7 +246,7 @@ def compiled_layers(machine: Machine) -> Line:
     errors = {}
     for name in ("uncompiled", "compiled"):
         found = gradients(machine.loss(base=base, compiled=name == "compiled"), batch)
-        errors[name] = max(relative(found[tensor], expected[tensor]) for tensor in expected)
+        errors[name] = worst(relative(found[tensor], expected[tensor]) for tensor in expected)
     forms, seconds = compiled_so_far()
     shown = " and ".join(f"{error:.1e} ({name})" for name, error in errors.items())
     measured = f"{shown} from float32; {forms} forms in {seconds:.0f} s"

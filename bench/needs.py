@@ -116,7 +116,7 @@ def row(names: list[str], rows: list[dict], models: dict[str, str], folder: Path
     loss = meta_loss(config, encoder.family, torch.bfloat16)
     held = held_bytes(loss, config, gpus, torch.bfloat16)
     longest = max(range(len(samples)), key=lambda row: len(str(samples[row])))
-    memory = PassMemory(loss, samples[longest], encoder, most_questions(samples))
+    memory = PassMemory(loss, samples[longest], encoder, most_questions(samples, encoder.family))
     fixed = sum(held.values())
     card = next((card for card in CARDS if fixed + memory.bytes(memory.row) <= USABLE * card * 1e9), None)
     tokens = memory.fitting(USABLE * card * 1e9 - fixed) if card else memory.row

@@ -181,6 +181,14 @@ def test_varlen_is_compared_with_the_reference_wherever_it_is_first_asked_for(mo
     monkeypatch.setattr(attention, "_varlen_kernel", lambda *states: in_pieces(*states) * 1.1)
     assert attention.varlen_difference(torch.device("cpu")) > 0.02
 
+    def with_nan_as_gradient(*states):
+        output = in_pieces(*states)
+        output.register_hook(lambda gradient: gradient * float("nan"))
+        return output
+
+    monkeypatch.setattr(attention, "_varlen_kernel", with_nan_as_gradient)
+    assert not attention.varlen_difference(torch.device("cpu")) < 0.02
+
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_the_vision_tower_attends_as_transformers_own_does_with_fewer_calls(tiny_models, monkeypatch, family):

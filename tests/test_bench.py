@@ -89,14 +89,18 @@ def test_the_gpu_check_runs_dry_on_a_cpu_and_a_failing_line_does_not_end_the_oth
     assert [line.verdict for line in lines] == ["failed: no such kernel", "ok"]
 
 
-@pytest.mark.parametrize(("compiled", "verdict"), [(1.05, "ok"), (1.07, "wrong")])
+@pytest.mark.parametrize(
+    ("compiled", "verdict"), [((1.05, 1.0), "ok"), ((1.07, 1.0), "wrong"), ((1.05, float("nan")), "wrong")]
+)
 def test_compiled_layers_are_wrong_only_where_they_are_further_from_float32_than_uncompiled_ones(
     monkeypatch, compiled, verdict
 ):
     import gpu_check
 
-    results = iter([1.0, 0.96, compiled])  # in float32, uncompiled, compiled
-    monkeypatch.setattr(gpu_check, "gradients", lambda loss, batch: {"loss": torch.tensor(next(results))})
+    results = iter([(1.0, 1.0), (0.96, 1.0), compiled])  # loss and a gradient; in float32, uncompiled, compiled
+    monkeypatch.setattr(
+        gpu_check, "gradients", lambda *_: dict(zip(("loss", "weight"), torch.tensor(next(results)), strict=True))
+    )
     machine = types.SimpleNamespace(
         on_gpu=False, batch=lambda *_: {}, four_layers=lambda: torch.nn.Linear(1, 1), loss=lambda **_: None
     )

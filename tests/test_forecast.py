@@ -1,6 +1,7 @@
 """What a run will need is counted without weights, and a run needs what was counted."""
 
 from dataclasses import replace
+from unittest.mock import Mock
 
 import pytest
 import torch
@@ -16,7 +17,7 @@ from dataset import SampleEncoder
 from distributed import Ranks
 from family import load_family
 from forecast import Operations, PassMemory, count_step, evaluation_share, held_bytes, meta_loss, pass_bytes
-from model import load_base, load_tokenizer, optimizer_groups, prepare_training, trainable_parameters
+from model import all_text_layers, load_base, load_tokenizer, optimizer_groups, prepare_training, trainable_parameters
 from preflight import make_plan
 from samples import SampleList, load_samples
 from templates import as_conversations
@@ -122,13 +123,18 @@ def test_trial_passes_of_recurrent_layers_hold_as_many_states_as_real_ones(tiny_
     assert plain["shared_prefix"] is None and one["input_ids"].shape[0] == 1
     assert len(forecast.largest_passes(sample, run.encoder(share_prefix=False), 500, questions=4)) == 2
     assert len(forecast.largest_passes(sample, tiny_run(tiny_models, "qwen3_vl").encoder(), 500, questions=4)) == 2
-    assert forecast.most_questions(SampleList([*vqa_samples(2, 3), *vqa_samples(1, 4)[3:]], "s")) == 4
+    samples = SampleList([*vqa_samples(2, 3), *vqa_samples(1, 4)[3:]], "s")
+    assert forecast.most_questions(samples, run.family) == 4
+    assert forecast.most_questions(None, tiny_run(tiny_models, "qwen3_vl").family) == 1, "nothing is searched"
 
     monkeypatch.setattr(forecast, "TRIED_ON", ("cpu",))
     monkeypatch.setattr(forecast, "_fits", lambda loss, batch, *others: len(batch["sample_ids"]) <= 2)
     samples, ranks = SampleList(vqa_samples(1, 9), "s"), Ranks(0, 1, torch.device("cpu"))
+    searched = Mock(wraps=forecast.most_questions)
+    monkeypatch.setattr(forecast, "most_questions", searched)
     found, told = forecast.try_largest_passes(torch.nn.Linear(1, 1), samples, 0, run.encoder(), 256, 0, ranks, None)
     assert found < 256 and "going on with pass_tokens=" in told[-1], "one row of too many questions is cut"
+    assert searched.call_count == 1, "once, however often the passes are halved"
 
     paths = []
     monkeypatch.setattr(
@@ -138,6 +144,19 @@ def test_trial_passes_of_recurrent_layers_hold_as_many_states_as_real_ones(tiny_
         paths.clear()
         PassMemory(None, sample, run.encoder(), questions)
         assert len(set(paths[-2:])) == 1, questions
+
+
+def test_the_row_alone_is_the_last_trial_pass_and_the_least_that_a_run_needs(tiny_models, monkeypatch):
+    """Where the budget holds one row, one with some questions more, and two."""
+    run, (sample,) = tiny_run(tiny_models, "qwen3_5"), vqa_samples(1, 1)
+    tokens = forecast.largest_passes(sample, run.encoder(), 1)[-1]["input_ids"].numel()
+    monkeypatch.setattr(forecast, "pass_bytes", lambda _, batch: batch["input_ids"].numel())
+    for budget, passes in ((tokens, 1), (2 * tokens - 1, 2), (2 * tokens, 3)):
+        monkeypatch.setattr(forecast, "FULL_PASS", budget)
+        tried = forecast.largest_passes(sample, run.encoder(), budget, questions=4)
+        assert len(tried) == passes and tried[-1]["input_ids"].numel() == tokens
+        memory = PassMemory(None, sample, run.encoder(), questions=4)
+        assert (memory.row, memory.first) == (tokens, tokens)
 
 
 # --------------------------------------------------------------------------------------------------------- operations
@@ -151,9 +170,15 @@ def test_the_operations_by_formula_are_those_of_the_matrix_products_that_a_step_
     loss = real_loss(encoder.config, run.family)
     items, images = build_items(encoder, vqa_samples(3, 1))
     batch = collate(items, images, True, run.tokenizer.pad_token_id)
+    attentions = [layer.self_attn for layer in all_text_layers(loss.model) if hasattr(layer, "self_attn")]
+    ran = []
+    for attention in attentions:
+        attention.register_forward_pre_hook(lambda *_: ran.append(1))
     with FlopCounterMode(display=False) as counter:
         loss(batch).backward()
     operations = Operations.of(loss.model, recomputed=encoder.config.gradient_checkpointing)
+    forward = Operations.of(loss.model, training=False).per_pair / len(attentions)
+    assert operations.per_pair == forward * (len(ran) + 2 * len(attentions)), "a backward is two forwards"
     matrices = replace(operations, per_pair=0, per_patch_pair=0)  # it does not count a CPU's attention
     shown = [int((items[0].input_ids == run.family.image_token_id).sum())] * 3
     rows = [[len(item.input_ids)] for item in items]

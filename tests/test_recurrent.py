@@ -130,10 +130,11 @@ def packing(own_rule, calls: list, starts=lambda initial_state, number: initial_
     """A stand-in for flash-linear-attention's rule: one sequence of all questions, their bounds, a state for each."""
 
     def packed(query, key, value, g, beta, initial_state=None, cu_seqlens=None, **options):
-        options.pop("cu_seqlens_cpu", None)
+        on_host = options.pop("cu_seqlens_cpu", None)
         if cu_seqlens is None:
             return own_rule(query, key, value, g=g, beta=beta, initial_state=initial_state, **options)
         assert len(query) == 1 and len(initial_state) == len(cu_seqlens) - 1 and cu_seqlens.dtype == torch.int64
+        assert torch.equal(on_host, cu_seqlens), "the copy that spares the kernel a wait"
         calls.append(cu_seqlens.tolist())
         outputs, states = [], []
         for number, (begin, end) in enumerate(pairwise(cu_seqlens)):
@@ -161,15 +162,23 @@ def test_with_kernels_that_take_packed_sequences_the_outputs_and_gradients_are_t
         assert torch.allclose(one, other, rtol=1e-9, atol=1e-11)
 
 
+def with_nan_as_gradient(tensor: torch.Tensor) -> torch.Tensor:
+    """The same numbers; NaN flows back."""
+    tensor = tensor.clone()
+    tensor.register_hook(lambda gradient: gradient * float("nan"))
+    return tensor
+
+
 @pytest.mark.parametrize(
     "kernel, is_taken",
     [
         (lambda rule: packing(rule, []), True),
         (lambda rule: packing(rule, [], lambda states, number: states[:1]), False),
         (lambda rule: packing(rule, [], lambda states, number: states[number : number + 1].detach()), False),
+        (lambda rule: packing(rule, [], lambda states, n: with_nan_as_gradient(states[n : n + 1])), False),
         (lambda rule: lambda *inputs, cu_seqlens=None, **options: rule(*inputs, **options), False),
     ],
-    ids=["right", "each-from-the-first-state", "no-gradient-into-the-state", "bounds-unknown"],
+    ids=["right", "each-from-the-first-state", "no-gradient-into-the-state", "nan-as-gradient", "bounds-unknown"],
 )
 def test_kernels_that_pack_are_taken_only_where_they_agree_with_pytorchs_rule(monkeypatch, kernel, is_taken):
     rules = recurrent.transformers_rules()

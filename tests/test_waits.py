@@ -21,7 +21,7 @@ from samples import SampleList
 
 CPU = torch.device("cpu")
 IN_A_PASS = 3  # waits that are allowed; there were 13 to 27
-IN_A_STEP = 3  # of which one is no wait: a CPU does not pin what `Ranks.sum` moves
+IN_A_STEP = 2
 
 
 def steps_of(run, **changes) -> tuple[types.SimpleNamespace, StepDataset]:
@@ -71,7 +71,9 @@ def test_a_step_makes_the_host_wait_twice_besides_its_passes(tiny_models):
     with waits(run.loss) as counted:
         train.training_step(run, *step)
     assert len(loaded["passes"]) == 1
-    assert len(counted.found) - len(of_its_pass.found) <= IN_A_STEP, counted.found
+    not_pinned = [wait for wait in counted.found if wait.startswith("to(device) at distributed.py")]
+    assert len(not_pinned) == 1, "what `Ranks.sum` moves: pinned, and so no wait, on a GPU alone"
+    assert len(counted.found) - len(of_its_pass.found) - len(not_pinned) <= IN_A_STEP, counted.found
 
 
 @pytest.mark.parametrize(
