@@ -282,7 +282,7 @@ def add_lora_in_the_product(model: nn.Module) -> None:
         down, up = self.lora_A[adapter].weight.to(x.dtype), self.lora_B[adapter].weight.to(x.dtype)
         low = F.linear(self.lora_dropout[adapter](flat), down)  # (tokens, r)
         low, up = low.to(result.dtype), up.to(result.dtype)  # autocast casts nothing in place
-        return result.addmm_(low, up.t(), alpha=self.scaling[adapter]).view(*x.shape[:-1], -1)
+        return result.addmm_(low, up.t(), alpha=self.scaling[adapter]).unflatten(0, x.shape[:-1])
 
     for module in model.modules():
         if isinstance(module, LoraLayer) and type(module).__name__ in ("Linear", "Linear4bit"):

@@ -24,7 +24,7 @@ from torch import nn
 from transformers import AutoImageProcessor
 
 import model as modeling
-from batches import collate
+from batches import collate, weightless
 from config import Lora
 from errors import UserError
 from images import letterbox, open_image
@@ -165,10 +165,14 @@ def test_each_image_reaches_the_rows_that_show_it(run):
 
 
 def test_a_pass_without_any_supervised_token_has_a_loss_of_zero_and_zero_gradients(run):
-    batch = batch_of(run, vqa_samples(1, 1))
-    batch["targets"] = torch.full_like(batch["targets"], IGNORE)
-    value, gradients = loss_and_gradients(AnswerLoss(run.model(), run.family), batch)
-    assert value == 0 and gradients and not any(gradient.any() for gradient in gradients.values())
+    items, images = build_items(run.encoder(), vqa_samples(1, 1))
+    idle = collate([weightless(items[0])], images, True, run.tokenizer.pad_token_id)  # of a rank that has no question
+    assert len(idle["supervised"]) == 0
+    masked = collate(items, images, True, run.tokenizer.pad_token_id)
+    masked["targets"] = torch.full_like(masked["targets"], IGNORE)
+    for batch in (idle, masked):
+        value, gradients = loss_and_gradients(AnswerLoss(run.model(), run.family), batch)
+        assert value == 0 and gradients and not any(gradient.any() for gradient in gradients.values())
 
 
 def test_gradient_checkpointing_changes_no_gradient(run):
