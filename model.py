@@ -327,7 +327,7 @@ def compile_layers(model: nn.Module, config: Config, device: torch.device) -> st
     """Compile each decoder layer that attends, for any shape, where the config and the machine allow it, and say in one
     line what was done. What stands around a layer's matrix products (norms, rotary embedding, LoRA's dropout,
     residuals) then takes a quarter of the memory traffic. A layer has at most six forms: the last layer or another ×
-    one row, several, or several without a mask.
+    one row, several, or several without a mask (the last has another where a pass asks for one place or none).
 
     Raises: `UserError` where `compile: true` cannot be done."""
     unfit = {
