@@ -192,7 +192,7 @@ def write_predictions(results: Path, rows: list[dict], then: str) -> None:
     """Before they are scored: whatever goes wrong then, hours of answers are kept. Scores of earlier answers go.
     then: what to do where the disk is full."""
     with full_disk_is_said(results, then):
-        for name in ("all_results.json", "predict_results.json"):
+        for name in ("all_results.json", SCORES):
             (results / name).unlink(missing_ok=True)
         write_text(results / PREDICTIONS, json_lines(rows))
 
@@ -250,7 +250,7 @@ def score_and_write(config: Config, results: Path, rows: list[dict], facts: dict
         with full_disk_is_said(results, "score again"):
             history = run_history(config.output_dir) if facts["predictions"] is None else []
             write_json(results / "all_results.json", {"history": history, "final": scores})
-            write_json(results / "predict_results.json", scores)
+            write_json(results / SCORES, scores)
     except UserError as error:
         raise UserError(f"{error}; the answers are kept: {again} scores them") from None
     except Exception:

@@ -335,7 +335,7 @@ def test_four_chains_share_a_job_fail_alone_stop_together_and_go_on_where_they_w
     job.preempt()
     job.wait_for_restart()
     (repo / "release").touch()
-    job.wait_for_state("FAILED", seconds=300)
+    job.wait_for_state("FAILED", seconds=120)
     summary = job.log().splitlines()[-5:]
     assert [f"GPU {index}: exit code {int(index == 2)}" in line for index, line in enumerate(summary[:4])] == [True] * 4
     assert "train configs/exp3_stage2.yaml: FAILED" in summary[2] and job.exit_code == 1
@@ -344,7 +344,7 @@ def test_four_chains_share_a_job_fail_alone_stop_together_and_go_on_where_they_w
 
     evaluated = (repo / "results/exp1/predict_results.json").stat().st_mtime_ns
     again = slurm.run_job("slurm/train_all_4gpu.slurm", cwd=repo)
-    again.wait_for_state("COMPLETED", seconds=300)
+    again.wait_for_state("COMPLETED", seconds=120)
     assert (repo / "results/exp1/predict_results.json").stat().st_mtime_ns == evaluated, "evaluated once is enough"
     for name in ("exp3_stage2", "exp3_stage3"):
         assert (repo / f"results/{name}/predict_results.json").exists()
@@ -372,12 +372,12 @@ def test_exp2_preempted_twice_on_slurm_ends_with_the_adapter_of_an_undisturbed_j
 
     job = submit("disturbed")
     for restart, step in enumerate((4, 14), start=1):
-        job.wait_for(lambda step=step: len(steps()) >= step, f"has not reached step {step}", seconds=300)
+        job.wait_for(lambda step=step: len(steps()) >= step, f"has not reached step {step}", seconds=120)
         job.preempt()
         job.wait_for_restart(restart)
-    job.wait_for_state("COMPLETED", seconds=300)
+    job.wait_for_state("COMPLETED", seconds=120)
     undisturbed = submit("undisturbed")
-    undisturbed.wait_for_state("COMPLETED", seconds=300)
+    undisturbed.wait_for_state("COMPLETED", seconds=120)
     assert steps() == list(range(1, 41)), "one history, no step twice"
     assert weights(real_repo / "outputs/disturbed") == weights(real_repo / "outputs/undisturbed")
     answers = [real_repo / "results" / name / "generated_predictions.jsonl" for name in ("disturbed", "undisturbed")]
@@ -385,10 +385,10 @@ def test_exp2_preempted_twice_on_slurm_ends_with_the_adapter_of_an_undisturbed_j
 
     start = min((real_repo / "outputs/disturbed").glob("checkpoint-*"), key=step_of)
     job = submit("branched", f"resume={start}")
-    job.wait_for(lambda: len(steps("branched")) >= 4, "has not trained four steps", seconds=300)
+    job.wait_for(lambda: len(steps("branched")) >= 4, "has not trained four steps", seconds=120)
     job.preempt()
     job.wait_for_restart(1)
-    job.wait_for_state("COMPLETED", seconds=300)
+    job.wait_for_state("COMPLETED", seconds=120)
     assert steps("branched") == list(range(step_of(start) + 1, 41)) and step_of(start) < 36
     resumed = [line.split()[2] for line in job.log().splitlines() if line.startswith("Resuming from ")]
     assert resumed[0] == f"{start}:" and resumed[1].startswith("outputs/branched/checkpoint-")
